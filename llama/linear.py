@@ -1,0 +1,77 @@
+"""Linear layers, and how those that share an input become one product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+PACK_ROWS = 32  # the number of activation rows for which oneDNN chooses its weight layout
+
+
+class Linear(nn.Module):
+    """`x @ weight.T + bias`, weight (out_features, in_features).
+
+    A weight that only `forward` reads can be handed to `prepare`, which stores it in the order that the
+    processor multiplies fastest; `weight` is None from then on.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False):
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
+        self.packed: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(num_tokens, in_features) -> (num_tokens, out_features)"""
+        if self.packed is None:
+            return F.linear(x, self.weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+
+    def prepare(self) -> None:
+        """On a CPU that computes in bfloat16: replaces `weight` by oneDNN's own blocked copy of it."""
+        if self.weight.dtype == torch.bfloat16 and self.weight.device.type == "cpu":
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACK_ROWS)
+            self.weight = None
+
+    @classmethod
+    def join(cls, linears: Sequence[Linear]) -> Linear:
+        """One linear over all their rows. Their weights become row views of its weight (one copy is made)."""
+        joint = cls(linears[0].in_features, sum(linear.out_features for linear in linears))
+        sizes = [linear.out_features for linear in linears]
+        joint.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
+        for linear, rows in zip(linears, joint.weight.split(sizes), strict=True):
+            linear.weight = nn.Parameter(rows, requires_grad=False)
+        if linears[0].bias is not None:
+            joint.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
+        return joint
+
+
+class Joint:
+    """Linears over one input: separate names, one product.
+
+    Not a module, so that its parts keep their own names (`wq`, `wk`, `wv`) in the state dict. Until `prepare`
+    each part is multiplied by itself.
+    """
+
+    def __init__(self, *linears: nn.Module):
+        self.linears = linears
+        self.sizes = [linear.out_features for linear in linears]
+        self.joint: nn.Module | None = None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(num_tokens, in_features) -> (num_tokens, sum of the parts' out_features)"""
+        if self.joint is None:
+            return torch.cat([linear(x) for linear in self.linears], dim=-1)
+        return self.joint(x)
+
+    def prepare(self) -> None:
+        self.joint = self.linears[0].join(self.linears)
+        self.joint.prepare()
+        if self.joint.weight is None:
+            for linear in self.linears:
+                linear.weight = None

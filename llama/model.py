@@ -1,0 +1,282 @@
+"""The Llama architecture, as the papers describe it and Meta's reference repository names it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from llama.cache import KVCache, LayerCache, Span
+from llama.linear import Joint, Linear
+from llama.parallel import SINGLE, ModelParallel
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched beyond the length a model was trained at.
+
+    `kind` is "linear" (every frequency divided by `factor`) or "llama3" (long wavelengths divided, short ones
+    kept, those between blended; Llama 3.1, `llama-models` `models/llama3/model.py`).
+    """
+
+    kind: str
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+
+@dataclass
+class ModelArgs:
+    """A model's shape (the reference's fields, then what other families need) and its run-time lengths."""
+
+    dim: int = 4096
+    n_layers: int = 32
+    n_heads: int = 32
+    n_kv_heads: int | None = None  # None: as many as n_heads
+    vocab_size: int = -1  # defined later by the tokenizer
+    multiple_of: int = 256  # makes the feed-forward's hidden size a multiple of this
+    ffn_dim_multiplier: float | None = None
+    norm_eps: float = 1e-5
+    max_batch_size: int = 32
+    max_seq_len: int = 2048
+
+    hidden_dim: int | None = None  # None: derived from dim, multiple_of and ffn_dim_multiplier
+    head_dim: int | None = None  # None: dim // n_heads
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_word_embeddings: bool = False  # the output layer is the embedding, and has no weight of its own
+    attention_bias: bool = False  # biases on wq, wk, wv
+    attention_output_bias: bool = False  # a bias on wo
+    mlp_bias: bool = False  # biases on w1, w2, w3
+    sliding_window: int | None = None  # a token sees this many tokens, itself included; None: all
+
+    def __post_init__(self) -> None:
+        if self.n_kv_heads is None:
+            self.n_kv_heads = self.n_heads
+        if self.head_dim is None:
+            self.head_dim = self.dim // self.n_heads
+        if self.hidden_dim is None:
+            hidden_dim = int(2 * 4 * self.dim / 3)
+            if self.ffn_dim_multiplier is not None:
+                hidden_dim = int(self.ffn_dim_multiplier * hidden_dim)
+            self.hidden_dim = self.multiple_of * ((hidden_dim + self.multiple_of - 1) // self.multiple_of)
+
+
+def rope_frequencies(args: ModelArgs, device: torch.device | None = None) -> torch.Tensor:
+    """Radians per position of each rotary pair: (head_dim / 2,) float32, scaled as `args.rope_scaling` says."""
+    exponents = torch.arange(0, args.head_dim, 2, device=device)[: args.head_dim // 2].float() / args.head_dim
+    freqs = 1.0 / (args.rope_theta**exponents)
+    scaling = args.rope_scaling
+    if scaling is None:
+        return freqs
+    if scaling.kind == "linear":
+        return freqs / scaling.factor
+    wavelengths = 2 * math.pi / freqs
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    smooth = ((scaling.original_max_seq_len / wavelengths - low) / (high - low)).clamp(0, 1)
+    return (1 - smooth) * freqs / scaling.factor + smooth * freqs
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """A step's rotation angles as real numbers: cos and sin, each (num_tokens, 1, head_dim / 2) float32."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+    @classmethod
+    def at(cls, positions: torch.Tensor, freqs: torch.Tensor) -> Rotary:
+        """positions (num_tokens,), freqs (head_dim / 2,)"""
+        angles = torch.outer(positions.float(), freqs).unsqueeze(1)
+        return cls(angles.cos(), angles.sin())
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Rotates neighbouring pairs of x (num_tokens, heads, head_dim) in float32; the result has x's dtype."""
+        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (num_tokens, heads, head_dim / 2) each
+        out = torch.empty((*even.shape, 2), dtype=torch.float32, device=x.device)
+        torch.mul(even, self.cos, out=out[..., 0]).addcmul_(odd, self.sin, value=-1)
+        torch.mul(even, self.sin, out=out[..., 1]).addcmul_(odd, self.cos)
+        return out.flatten(-2).to(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight; normalised in float32 and cast back before the product, as in the reference."""
+
+    def __init__(self, dim: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of one rank's heads over what the cache holds of each request."""
+
+    def __init__(self, args: ModelArgs, parallel: ModelParallel = SINGLE):
+        super().__init__()
+        self.parallel = parallel
+        self.n_local_heads = args.n_heads // parallel.size
+        self.n_local_kv_heads = args.n_kv_heads // parallel.size
+        self.head_dim = args.head_dim
+        q_dim, kv_dim = self.n_local_heads * self.head_dim, self.n_local_kv_heads * self.head_dim
+        self.wq = Linear(args.dim, q_dim, args.attention_bias)
+        self.wk = Linear(args.dim, kv_dim, args.attention_bias)
+        self.wv = Linear(args.dim, kv_dim, args.attention_bias)
+        self.wo = Linear(q_dim, args.dim, args.attention_output_bias and parallel.rank == 0)
+        self.qkv = Joint(self.wq, self.wk, self.wv)
+
+    def forward(self, x: torch.Tensor, rotary: Rotary, cache: LayerCache) -> torch.Tensor:
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (num_tokens, q + k + v heads, head_dim)
+        rotated = rotary(heads[:, : -self.n_local_kv_heads])
+        q, k = rotated.split((self.n_local_heads, self.n_local_kv_heads), dim=1)
+        v = heads[:, -self.n_local_kv_heads :]
+        return self.parallel.all_reduce(self.wo(cache.attend(q, k, v).flatten(1)))
+
+
+class FeedForward(nn.Module):
+    """w2(silu(w1 x) * w3 x)"""
+
+    def __init__(self, args: ModelArgs, parallel: ModelParallel = SINGLE):
+        super().__init__()
+        self.parallel = parallel
+        hidden_dim = args.hidden_dim // parallel.size
+        self.w1 = Linear(args.dim, hidden_dim, args.mlp_bias)
+        self.w2 = Linear(hidden_dim, args.dim, args.mlp_bias and parallel.rank == 0)
+        self.w3 = Linear(args.dim, hidden_dim, args.mlp_bias)
+        self.w13 = Joint(self.w1, self.w3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.w13(x).chunk(2, dim=-1)
+        return self.parallel.all_reduce(self.w2(F.silu(gate).mul_(up)))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args: ModelArgs, parallel: ModelParallel = SINGLE):
+        super().__init__()
+        self.attention = Attention(args, parallel)
+        self.feed_forward = FeedForward(args, parallel)
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+
+    def forward(self, x: torch.Tensor, rotary: Rotary, cache: LayerCache) -> torch.Tensor:
+        """(num_tokens, dim) -> (num_tokens, dim)"""
+        h = x + self.attention(self.attention_norm(x), rotary, cache)
+        return h + self.feed_forward(self.ffn_norm(h))
+
+
+class Embedding(nn.Module):
+    """Rows of a table that is cut over the vocabulary: each rank holds vocab_size / size of them."""
+
+    def __init__(self, vocab_size: int, dim: int, parallel: ModelParallel = SINGLE):
+        super().__init__()
+        self.parallel = parallel
+        self.num_rows = vocab_size // parallel.size
+        self.weight = nn.Parameter(torch.empty(self.num_rows, dim), requires_grad=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(num_tokens,) int64 -> (num_tokens, dim)"""
+        if self.parallel.size == 1:
+            return F.embedding(tokens, self.weight)
+        local = tokens - self.parallel.rank * self.num_rows
+        elsewhere = (local < 0) | (local >= self.num_rows)
+        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
+        return self.parallel.all_reduce(rows.masked_fill_(elsewhere.unsqueeze(-1), 0))
+
+
+class Transformer(nn.Module):
+    """Tokens to logits. `params` is the whole model's shape; the modules hold this rank's part of it.
+
+    Build it under `torch.device("meta")` to give it storage only when its weights arrive.
+    """
+
+    def __init__(self, params: ModelArgs, parallel: ModelParallel = SINGLE):
+        super().__init__()
+        check_divides(params, parallel.size)
+        self.params = params
+        self.parallel = parallel
+        self.vocab_size = params.vocab_size
+        self.n_layers = params.n_layers
+        self.tok_embeddings = Embedding(params.vocab_size, params.dim, parallel)
+        self.layers = nn.ModuleList(TransformerBlock(params, parallel) for _ in range(params.n_layers))
+        self.norm = RMSNorm(params.dim, params.norm_eps)
+        self.output = None
+        if not params.tie_word_embeddings:
+            self.output = Linear(params.dim, params.vocab_size // parallel.size)
+        self._cache: KVCache | None = None  # what forward() remembers between calls
+
+    def prepare(self) -> None:
+        """After loading: stores each weight in the layout that its product reads fastest, layer by layer."""
+        for layer in self.layers:
+            layer.attention.qkv.prepare()
+            layer.attention.wo.prepare()
+            layer.feed_forward.w13.prepare()
+            layer.feed_forward.w2.prepare()
+        if self.output is not None:
+            self.output.prepare()
+
+    def hidden_states(
+        self, tokens: torch.Tensor, positions: torch.Tensor, caches: Iterable[LayerCache]
+    ) -> torch.Tensor:
+        """A packed step: tokens and positions (num_tokens,) int64 -> normalised states (num_tokens, dim).
+
+        Each layer stores the step's keys and values in its part of the cache.
+        """
+        rotary = Rotary.at(positions, rope_frequencies(self.params, positions.device))
+        h = self.tok_embeddings(tokens)
+        for layer, cache in zip(self.layers, caches, strict=True):
+            h = layer(h, rotary, cache)
+        return self.norm(h)
+
+    def logits(self, states: torch.Tensor) -> torch.Tensor:
+        """(rows, dim) -> (rows, vocab_size) float32"""
+        if self.output is None:
+            local = F.linear(states, self.tok_embeddings.weight)
+        else:
+            local = self.output(states)
+        return self.parallel.all_gather(local).float()
+
+    @torch.inference_mode()
+    def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
+        """The reference's call: logits of every position, (bsz, seqlen, vocab_size) float32.
+
+        `tokens` (bsz, seqlen) stand at positions start_pos ...; what came before was given by earlier calls
+        and is kept in a contiguous cache that grows as needed.
+        """
+        bsz, seqlen = tokens.shape
+        weight = self.tok_embeddings.weight
+        if self._cache is None or self._cache.num_rows < bsz:
+            self._cache = KVCache.contiguous(self.params, bsz, weight.device, weight.dtype, self.parallel.size)
+        self._cache.reserve(start_pos + seqlen)
+        positions = torch.arange(start_pos, start_pos + seqlen, device=tokens.device).repeat(bsz)
+        caches = self._cache.layers(
+            [
+                Span(row * seqlen, seqlen, start_pos + seqlen, self._cache.row_extents(row, start_pos + seqlen))
+                for row in range(bsz)
+            ]
+        )
+        states = self.hidden_states(tokens.reshape(-1), positions, caches)
+        return self.logits(states).unflatten(0, (bsz, seqlen))
+
+
+def check_divides(args: ModelArgs, size: int) -> None:
+    """Raises ValueError unless every cut dimension divides by the number of ranks."""
+    cut = {
+        "heads": args.n_heads,
+        "key/value heads": args.n_kv_heads,
+        "hidden size": args.hidden_dim,
+        "vocabulary": args.vocab_size,
+    }
+    uneven = [f"{number} {name}" for name, number in cut.items() if number % size]
+    if uneven:
+        possible = [n for n in range(1, args.n_kv_heads + 1) if all(number % n == 0 for number in cut.values())]
+        raise ValueError(
+            f"{size} ranks cannot share {', '.join(uneven)} evenly: "
+            f"this model runs on {', '.join(map(str, possible))} rank(s)"
+        )

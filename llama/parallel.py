@@ -1,0 +1,121 @@
+"""Model parallelism on fairscale: who takes part, which weight is cut where, and the collectives.
+
+One process is the ordinary case: then there is no process group and every collective is the identity. Under
+`torchrun` the ranks of one model form a group; fairscale is imported only then. NCCL carries CUDA tensors, gloo
+carries everything on the CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# The dimension along which each weight is cut; what is not listed is held whole by every rank. Embeddings are
+# cut over the vocabulary, so that tied weights stay one tensor.
+SPLIT: dict[str, int] = {
+    "tok_embeddings": 0,
+    "wq": 0,
+    "wk": 0,
+    "wv": 0,
+    "wo": 1,
+    "w1": 0,
+    "w2": 1,
+    "w3": 0,
+    "output": 0,
+}
+
+IDLE_TIMEOUT = timedelta(days=3650)  # waiting for the next request is not a failure
+STEP_CAPACITY = 4096  # integers that travel in a step's first broadcast; longer steps need a second one
+
+
+@dataclass(frozen=True)
+class ModelParallel:
+    """One rank's place among the `size` ranks that hold a model together."""
+
+    rank: int = 0
+    size: int = 1
+    leader: int = 0  # rank 0 of this model, counted over all processes
+    control: Any = None  # the group that carries steps and results; it never times out
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's `x`; with several ranks `x` itself is overwritten."""
+        if self.size == 1:
+            return x
+        from fairscale.nn.model_parallel.mappings import reduce_from_model_parallel_region
+
+        return reduce_from_model_parallel_region(x)
+
+    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Every rank's `x` (..., n), joined along the last dimension: (..., n * size)."""
+        if self.size == 1:
+            return x
+        from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
+
+        return gather_from_model_parallel_region(x.contiguous())
+
+    def broadcast_ints(self, values: list[int] | None = None) -> list[int]:
+        """Rank 0's integers, on every rank. One broadcast carries up to `STEP_CAPACITY` of them."""
+        message = torch.zeros(STEP_CAPACITY, dtype=torch.int64)
+        if self.rank == 0:
+            body = torch.tensor([len(values), *values], dtype=torch.int64)
+            head, rest = body[:STEP_CAPACITY], body[STEP_CAPACITY:]
+            message[: len(head)] = head
+        dist.broadcast(message, self.leader, group=self.control)
+        length = int(message[0]) + 1
+        if length > STEP_CAPACITY:
+            if self.rank != 0:
+                rest = torch.empty(length - STEP_CAPACITY, dtype=torch.int64)
+            dist.broadcast(rest, self.leader, group=self.control)
+            message = torch.cat((message, rest))
+        return message[1:length].tolist()
+
+    def broadcast_json(self, value: Any = None) -> Any:
+        """Rank 0's value, on every rank, as JSON: nothing that is received can run."""
+        if self.size == 1:
+            return value
+        return json.loads(bytes(self.broadcast_ints(list(json.dumps(value).encode()))))
+
+
+SINGLE = ModelParallel()
+
+
+def start(model_parallel_size: int | None = None, device: str | None = None) -> ModelParallel:
+    """Joins the ranks that `torchrun` started into models of `model_parallel_size` ranks (all, if None).
+
+    With one process nothing is initialised. A process group or a model-parallel group that the host program
+    made is used as it is. Raises ValueError where the sizes do not fit.
+    """
+    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    size = model_parallel_size or world_size
+    if size > world_size or world_size % size:
+        raise ValueError(
+            f"model_parallel_size is {size}, but {world_size} process(es) run: it must divide their number; "
+            f"start with torchrun --nproc_per_node {size}"
+        )
+    if size == 1:
+        return SINGLE
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend)
+    from fairscale.nn.model_parallel import initialize
+
+    if not initialize.model_parallel_is_initialized():
+        initialize.initialize_model_parallel(size)
+    if initialize.get_model_parallel_world_size() != size:
+        raise ValueError(
+            f"model_parallel_size is {size}, but this program initialised fairscale with "
+            f"{initialize.get_model_parallel_world_size()}: use that size"
+        )
+    control = None
+    for first in range(0, world_size, size):  # every process takes part in making every group
+        group = dist.new_group(list(range(first, first + size)), timeout=IDLE_TIMEOUT, backend="gloo")
+        if first <= dist.get_rank() < first + size:
+            control = group
+    rank = initialize.get_model_parallel_rank()
+    return ModelParallel(rank, size, dist.get_rank() - rank, control)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llama.cache import KVCache, LayerCache, Span
+from llama.cache import CacheShape, ContiguousCache, LayerCache
 from llama.linear import Joint, Linear
 from llama.parallel import SINGLE, ModelParallel
 
@@ -209,7 +209,13 @@ class Transformer(nn.Module):
         self.output = None
         if not params.tie_word_embeddings:
             self.output = Linear(params.dim, params.vocab_size // parallel.size)
-        self._cache: KVCache | None = None  # what forward() remembers between calls
+        self._cache: ContiguousCache | None = None  # what forward() remembers between calls
+
+    @property
+    def cache_shape(self) -> CacheShape:
+        """What this rank's cache stores for a token."""
+        n_kv_heads = self.params.n_kv_heads // self.parallel.size
+        return CacheShape(self.n_layers, n_kv_heads, self.params.head_dim, self.params.sliding_window)
 
     def prepare(self) -> None:
         """After loading: stores each weight in the layout that its product reads fastest, layer by layer."""
@@ -250,17 +256,12 @@ class Transformer(nn.Module):
         and is kept in a contiguous cache that grows as needed.
         """
         bsz, seqlen = tokens.shape
-        weight = self.tok_embeddings.weight
         if self._cache is None or self._cache.num_rows < bsz:
-            self._cache = KVCache.contiguous(self.params, bsz, weight.device, weight.dtype, self.parallel.size)
+            weight = self.norm.weight
+            self._cache = ContiguousCache(self.cache_shape, bsz, weight.device, weight.dtype)
         self._cache.reserve(start_pos + seqlen)
         positions = torch.arange(start_pos, start_pos + seqlen, device=tokens.device).repeat(bsz)
-        caches = self._cache.layers(
-            [
-                Span(row * seqlen, seqlen, start_pos + seqlen, self._cache.row_extents(row, start_pos + seqlen))
-                for row in range(bsz)
-            ]
-        )
+        caches = self._cache.layers([self._cache.span(row, start_pos, seqlen) for row in range(bsz)])
         states = self.hidden_states(tokens.reshape(-1), positions, caches)
         return self.logits(states).unflatten(0, (bsz, seqlen))
 
@@ -275,7 +276,9 @@ def check_divides(args: ModelArgs, size: int) -> None:
     }
     uneven = [f"{number} {name}" for name, number in cut.items() if number % size]
     if uneven:
-        possible = [n for n in range(1, args.n_kv_heads + 1) if all(number % n == 0 for number in cut.values())]
+        possible = [
+            n for n in range(1, args.n_kv_heads + 1) if all(number % n == 0 for number in cut.values())
+        ]
         raise ValueError(
             f"{size} ranks cannot share {', '.join(uneven)} evenly: "
             f"this model runs on {', '.join(map(str, possible))} rank(s)"

@@ -74,7 +74,9 @@ def check_size(path: Path, size: int) -> None:
     except FileNotFoundError:
         return  # unlinked or replaced: the mapping keeps the old file alive
     if now < size:
-        raise CheckpointError(f"{path}: was {size} bytes long when it was opened and has {now} now; load it again")
+        raise CheckpointError(
+            f"the file was {size} bytes long when it was opened and has {now} now; open it again"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -84,10 +86,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return parse_json(data, path)
 
 
-def parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    """`data` as a JSON object; `path` is named in errors."""
-    if len(data) > MAX_JSON_BYTES:
-        raise CheckpointError(f"{path}: more than {MAX_JSON_BYTES >> 20} MB of JSON")
+def parse_json(data: bytes, path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """`data` as a JSON object of at most `limit` bytes; `path` is named in errors."""
+    if len(data) > limit:
+        raise CheckpointError(f"{path}: more than {limit >> 20} MB of JSON")
     try:
         value = json.loads(data, object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:  # also JSONDecodeError, UnicodeDecodeError

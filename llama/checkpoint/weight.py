@@ -185,7 +185,13 @@ class Weight:
         `start` and `stop` count weights, not bytes; along dimension 1 they must fall between blocks.
         """
         if not self.is_packed:
-            raise CheckpointError(f"{self.file}: {self.name}: is stored as {self.stored}, not in low-bit blocks")
+            raise CheckpointError(
+                f"{self.file}: {self.name}: is stored as {self.stored}, not in low-bit blocks"
+            )
+        if self.cut and dim not in (None, self.cut[0]):
+            raise ValueError(
+                f"{self.name}: is cut along dimension {self.cut[0]} and cannot be cut along {dim} as well"
+            )
         return self._read(self.array.packed, dim, start, stop), self.stored  # type: ignore[attr-defined]
 
     def _read(self, read: Callable[[int, int, int], Tensor], dim: int | None, start: int, stop: int | None):

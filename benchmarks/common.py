@@ -1,0 +1,68 @@
+"""What every benchmark shares: the machine's own limits, alternating measurements, ratios of medians."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def alternate(rounds: int, **sides: Callable[[], float]) -> dict[str, list[float]]:
+    """Runs every side once to warm up, then in turns A B A B ...; each side returns its own figure."""
+    for side in sides.values():
+        side()
+    figures: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            figures[name].append(side())
+    return figures
+
+
+def median(figures: list[float]) -> float:
+    return statistics.median(figures)
+
+
+def read_bandwidth(num_bytes: int = 1 << 30) -> float:
+    """Bytes per second that all threads together read from memory: the best of five sums over a large buffer."""
+    buffer = torch.ones(num_bytes // 4)
+    buffer.sum()
+    return num_bytes / min(seconds(buffer.sum) for _ in range(5))
+
+
+def matrix_rate(dtype: torch.dtype = torch.bfloat16) -> float:
+    """Floating-point operations per second of a product of 512 rows by a 2048 x 5632 matrix: the best of five."""
+    x, w = torch.randn(512, 5632, dtype=dtype), torch.randn(2048, 5632, dtype=dtype)
+    torch.nn.functional.linear(x, w)
+    return 2 * 512 * 2048 * 5632 / min(seconds(lambda: torch.nn.functional.linear(x, w)) for _ in range(5))
+
+
+def machine() -> dict[str, object]:
+    processor = platform.processor() or platform.machine()
+    if os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as lines:
+            processor = next(
+                (ln.split(":")[1].strip() for ln in lines if ln.startswith("model name")), processor
+            )
+    return {
+        "processor": processor,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "read_GB_per_s": round(read_bandwidth() / 1e9, 1),
+        "bf16_TFLOP_per_s": round(matrix_rate() / 1e12, 2),
+    }
+
+
+def report(result: dict[str, object]) -> None:
+    """The last line of every benchmark: all figures as JSON."""
+    print(json.dumps(result))

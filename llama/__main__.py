@@ -1,0 +1,182 @@
+"""The command line: flags -> one function call."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+
+from llama import terminal
+from llama.chat import DEFAULT_SYSTEM_PROMPT
+from llama.generation import Llama
+from llama.sampling import SamplingParams
+
+app = typer.Typer(
+    name="llama",
+    help="Runs Llama models. MODEL is any checkpoint: a directory, a .gguf file; left out, the embedded default.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str | None, typer.Argument(metavar="[MODEL]", help="A checkpoint; the embedded default if left out.")
+]
+Tokenizer = Annotated[str | None, typer.Option(help="The tokenizer's file, if not in or beside MODEL.")]
+MaxSeqLen = Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and answer together.")]
+ChatFormat = Annotated[str | None, typer.Option(help="A chat format's name, or a Jinja template's file.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps ...")]
+DType = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
+Temperature = Annotated[float | None, typer.Option(help="How freely to sample; 0 takes the likeliest token.")]
+TopP = Annotated[
+    float | None, typer.Option(help="Sample among the likeliest tokens that reach this probability.")
+]
+TopK = Annotated[int | None, typer.Option(help="Sample among this many of the likeliest tokens.")]
+RepetitionPenalty = Annotated[
+    float | None, typer.Option(help="Above 1: tokens already there become less likely.")
+]
+MaxTokens = Annotated[int | None, typer.Option(help="The most tokens of an answer.")]
+Stop = Annotated[
+    list[str] | None, typer.Option(help="End the answer at this text; may be given several times.")
+]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
+
+
+class WrongCall(ValueError):
+    """Arguments that do not fit together."""
+
+
+def build(model: str | None, **options: object) -> Llama:
+    """`Llama.build`, with its report on standard error: standard output is for answers."""
+    with contextlib.redirect_stdout(sys.stderr):
+        return Llama.build(model, **options)
+
+
+@app.command()
+def chat(
+    model: Model = None,
+    message: Annotated[
+        str | None, typer.Argument(metavar="[MESSAGE]", help="Answer this one and exit.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help='The system prompt; "default" is a careful one.')] = None,
+    chat_format: ChatFormat = None,
+    tokenizer: Tokenizer = None,
+    max_seq_len: MaxSeqLen = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: RepetitionPenalty = None,
+    max_tokens: MaxTokens = None,
+    stop: Stop = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+) -> None:
+    """Talk with a model; Ctrl-C ends an answer, /quit the conversation."""
+    if message is None and model is not None and not names_a_model(model):
+        model, message = None, model
+    params = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        max_tokens=max_tokens,
+        stop=tuple(stop or ()),
+        seed=seed,
+    )
+    llm = build(
+        model,
+        tokenizer_path=tokenizer,
+        max_seq_len=max_seq_len,
+        chat_format=chat_format,
+        device=device,
+        dtype=dtype,
+    )
+    conversation = terminal.Chat(llm, params, DEFAULT_SYSTEM_PROMPT if system == "default" else system)
+    if message is None:
+        terminal.run(conversation)
+    else:
+        terminal.stream(conversation, message)
+
+
+@app.command()
+def complete(
+    model: Model = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="The text to continue; standard input if left out.")
+    ] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
+    echo: Annotated[bool, typer.Option("--echo", help="Print the prompt too.")] = False,
+    tokenizer: Tokenizer = None,
+    max_seq_len: MaxSeqLen = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    repetition_penalty: RepetitionPenalty = None,
+    max_tokens: MaxTokens = 256,
+    stop: Stop = None,
+    seed: Seed = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+) -> None:
+    """Continue a text."""
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise WrongCall("nothing to continue: give --prompt TEXT, or the text on standard input")
+        prompt = sys.stdin.read()
+    params = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        repetition_penalty=repetition_penalty,
+        max_tokens=max_tokens,
+        stop=tuple(stop or ()),
+        seed=seed,
+        echo=echo,
+    )
+    llm = build(model, tokenizer_path=tokenizer, max_seq_len=max_seq_len, device=device, dtype=dtype)
+    pieces = llm.stream_text(prompt, params) if stream else [llm.complete([prompt], params)[0].text]
+    for piece in pieces:
+        if llm.rank == 0:
+            print(piece, end="", flush=True)
+    if llm.rank == 0:
+        print()
+
+
+def names_a_model(argument: str) -> bool:
+    """Whether a lone argument of `chat` is a checkpoint rather than a message."""
+    if Path(argument).exists():
+        return True
+    return not any(c.isspace() for c in argument) and ("/" in argument or argument.endswith(".gguf"))
+
+
+def main() -> None:
+    """Runs the command line and exits: 0, 2 for a wrong call, 1 for whatever else a person can cause."""
+    try:
+        app(standalone_mode=False)
+    except click.UsageError as error:
+        where = error.ctx.command_path if error.ctx else "llama"
+        fail(f"{error.format_message()} Try '{where} --help'.", 2)
+    except WrongCall as error:
+        fail(str(error), 2)
+    except BrokenPipeError:  # the reader of our output left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (KeyboardInterrupt, click.Abort):
+        fail("stopped", 130)
+    except (ValueError, OSError, RuntimeError) as error:
+        fail(str(error), 1)
+
+
+def fail(message: str, status: int) -> None:
+    print(f"llama: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""Filling a model: a pipe of small generators, match -> split for this rank -> read -> cast -> assign."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from ..model import check_divides
+from ..parallel import SPLIT
+from .names import module_name
+from .weight import Checkpoint, CheckpointError, Weight
+
+MAX_NAMED = 8
+
+
+def load_weights(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Replaces every parameter of `model` (usually on the meta device) by the checkpoint's, cut for `rank`.
+
+    On the CPU, where `dtype` is the stored type (or None), parameters are the mapped file itself, without a copy;
+    otherwise at most one weight at a time is in memory twice. A module with a method
+    `load_weight(name, weight, device, dtype)` takes its weights itself: it gets this rank's part, unread, and may
+    keep the stored blocks of it (`weight.read_packed`).
+
+    `progress` is called with the bytes done and the bytes in all. Raises CheckpointError, before anything is read,
+    that names every missing, unexpected, duplicate and misshapen weight; ValueError for an uneven world size.
+    """
+    check_divides(checkpoint.args, world_size)
+    weights = match(model, checkpoint, world_size)
+    total = sum(weight.nbytes for weight in weights)
+    done = 0
+    for weight in split(weights, rank, world_size):
+        assign(model, weight, torch.device(device), dtype)
+        done += weight.nbytes * world_size if split_dim(weight.name) is not None else weight.nbytes
+        if progress:
+            progress(done, total)
+
+
+def split_dim(name: str) -> int | None:
+    """The dimension along which this weight or bias is cut over ranks; None: every rank has it whole."""
+    dim = SPLIT.get(module_name(name))
+    if name.endswith(".bias"):
+        return 0 if dim == 0 else None  # after a cut along columns, the model adds the bias once
+    return dim
+
+
+def match(model: nn.Module, checkpoint: Checkpoint, world_size: int = 1) -> list[Weight]:
+    """The checkpoint's weights in its own order, if they are exactly those that the model wants."""
+    wanted = {name: _whole(name, tuple(tensor.shape), world_size) for name, tensor in _slots(model)}
+    weights = list(checkpoint.weights())
+    problems = list(_problems(wanted, weights))
+    if problems:
+        named = "; ".join(problems[:MAX_NAMED])
+        more = f"; and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
+        raise CheckpointError(f"{checkpoint.path}: {named}{more}")
+    return weights
+
+
+def split(weights: Iterable[Weight], rank: int, world_size: int) -> Iterator[Weight]:
+    """This rank's part of each weight; nothing is read."""
+    return (weight.part(split_dim(weight.name), rank, world_size) for weight in weights)
+
+
+def assign(model: nn.Module, weight: Weight, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Reads one weight and makes it a parameter of the module that bears its name."""
+    path, _, attribute = weight.name.rpartition(".")
+    module = model.get_submodule(path)
+    own = getattr(module, "load_weight", None)
+    if own is not None:
+        own(attribute, weight, device, dtype)
+        return
+    tensor = cast(weight, device, dtype)
+    setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
+
+
+def cast(weight: Weight, device: torch.device, dtype: torch.dtype | None) -> Tensor:
+    """The weight on `device` in `dtype` (None: as stored), contiguous; the mapped memory itself where that fits."""
+    return weight.read().to(device=device, dtype=dtype).contiguous()
+
+
+def _slots(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+
+
+def _whole(name: str, shape: tuple[int, ...], world_size: int) -> tuple[int, ...]:
+    dim = split_dim(name)
+    if dim is None:
+        return shape
+    return tuple(size * world_size if axis == dim else size for axis, size in enumerate(shape))
+
+
+def _problems(wanted: dict[str, tuple[int, ...]], weights: list[Weight]) -> Iterator[str]:
+    found: set[str] = set()
+    for weight in weights:
+        if weight.name in found:
+            yield f"{weight.name} occurs twice"
+        elif weight.name not in wanted:
+            yield f"{weight.name} is unexpected"
+        elif weight.shape != wanted[weight.name]:
+            yield f"{weight.name} has shape {list(weight.shape)}, expected {list(wanted[weight.name])}"
+        found.add(weight.name)
+    yield from (f"{name} is missing" for name in wanted if name not in found)

@@ -1,0 +1,159 @@
+"""What every writer gets: tensors to be written, read one at a time, and a place that appears all at once."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from .weight import CheckpointError, Weight
+
+Progress = Callable[[int], None]
+"""Called with the bytes of each tensor that has been written."""
+
+ASIDE = "replaced"
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of the file to be written: what its header says, and how to get it when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def write(self, file: IO[bytes]) -> None:
+        """Appends its bytes; raises CheckpointError where a value does not fit into the type."""
+        tensor = self.read()
+        if tuple(tensor.shape) != self.shape:
+            raise CheckpointError(f"{self.name}: has shape {list(tensor.shape)}, expected {list(self.shape)}")
+        converted = tensor.to(self.dtype)
+        if self.dtype == torch.float16 and tensor.dtype != torch.float16:
+            if (converted.isinf() & ~tensor.isinf()).any():
+                raise CheckpointError(f"{self.name}: holds values beyond float16's 65504; choose bf16 or fp32")
+        file.write(converted.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def output(weight: Weight, name: str, dtype: torch.dtype, change: Callable[[Tensor], Tensor] | None = None) -> Output:
+    """`weight` under another name and type; `change` keeps its shape."""
+    read = weight.read if change is None else lambda: change(weight.read())
+    return Output(name, weight.shape, dtype, read)
+
+
+@contextmanager
+def staged(destination: Path, needed: int, is_directory: bool) -> Iterator[Path]:
+    """A temporary sibling to write to, which becomes `destination` only once everything is on the disk.
+
+    Until then an older `destination` stays as it is, and whatever goes wrong leaves nothing else behind. `needed`
+    bytes must be free. Raises CheckpointError in one line for a full or unwritable disk.
+    """
+    if destination.exists() and destination.is_dir() != is_directory:
+        raise CheckpointError(f"{destination}: is {'no' if is_directory else 'a'} directory; name another destination")
+    parent = destination.absolute().parent
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(parent).free
+        if free < needed:
+            raise CheckpointError(f"{destination}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free")
+        with tempfile.TemporaryDirectory(prefix=_prefix(destination), dir=parent) as folder, _locked(Path(folder)):
+            staging = Path(folder) / destination.name
+            if is_directory:
+                staging.mkdir()
+            yield staging
+            for path in (*staging.glob("*"), staging):
+                _sync(path)
+            _move(staging, destination)
+            _sync(parent)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise CheckpointError(f"{destination}: the disk is full; nothing was written") from error
+        raise CheckpointError(f"{destination}: cannot be written: {error.strerror or error}") from error
+
+
+def clean_leftovers(destination: Path) -> list[Path]:
+    """Removes what interrupted runs left beside `destination`, and puts back what one had set aside."""
+    removed = []
+    for folder in sorted(destination.absolute().parent.glob(_prefix(destination) + "*")):
+        if not folder.is_dir() or _is_in_use(folder):
+            continue
+        aside = folder / ASIDE
+        if aside.exists() and not destination.exists():
+            os.replace(aside, destination)
+        shutil.rmtree(folder)
+        removed.append(folder)
+    return removed
+
+
+def _prefix(destination: Path) -> str:
+    return f".{destination.name}.partial-"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds a lock that dies with this process, so that others can tell a running conversion from a leftover."""
+    try:
+        import fcntl
+    except ImportError:  # no such locks on Windows: a leftover of the same name is anybody's
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_in_use(folder: Path) -> bool:
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _move(staging: Path, destination: Path) -> None:
+    """Puts `staging` in the place of `destination`; an older directory is set aside first, a file replaced."""
+    if not destination.is_dir():
+        os.replace(staging, destination)
+        return
+    aside = staging.parent / ASIDE
+    os.replace(destination, aside)
+    try:
+        os.replace(staging, destination)
+    except BaseException:
+        os.replace(aside, destination)
+        raise
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file or a directory's entries have reached the disk."""
+    if os.name != "posix" and path.is_dir():
+        return  # Windows cannot open directories
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,119 @@
+"""safetensors files, read and written without trust: https://github.com/huggingface/safetensors#format"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .files import MappedFile, parse_json
+from .output import Output, Progress
+from .weight import CheckpointError
+
+MAX_HEADER_BYTES = 100_000_000
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    """The tensors of a file as views of the mapped file, and the check to run before touching them.
+
+    Raises CheckpointError unless the tensors fill the file exactly, without overlaps or holes.
+    """
+    mapped = MappedFile(path)
+    start, header = _header(mapped)
+    spans = sorted(
+        (_span(path, name, entry, mapped.size - start), name, entry)
+        for name, entry in header.items()
+        if name != "__metadata__"
+    )
+    end = 0
+    for (first, last), name, _ in spans:
+        if first != end:
+            what = "overlaps the tensor before it" if first < end else "leaves a hole before it"
+            raise CheckpointError(f"{path}: {name}: starts at byte {first} of the data and {what} (at {end})")
+        end = last
+    if start + end != mapped.size:
+        raise CheckpointError(
+            f"{path}: the tensors end at byte {start + end}, but the file has {mapped.size}; truncated or damaged"
+        )
+    tensors = {
+        name: mapped.tensor(name, start + first, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        for (first, _), name, entry in spans
+    }
+    return tensors, mapped.check
+
+
+def _header(mapped: MappedFile) -> tuple[int, dict[str, Any]]:
+    """Where the data starts, and the JSON header before it."""
+    length = int.from_bytes(mapped.buffer[:8], "little")
+    if mapped.size < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, mapped.size - 8):
+        raise CheckpointError(
+            f"{mapped.path}: not a safetensors file, or truncated: its header would take {length} bytes of "
+            f"{mapped.size}"
+        )
+    data = mapped.buffer[8 : 8 + length]
+    if not data.startswith(b"{"):
+        raise CheckpointError(f"{mapped.path}: not a safetensors file: its header is no JSON object")
+    return 8 + length, parse_json(data, mapped.path, MAX_HEADER_BYTES)
+
+
+def _span(path: Path, name: str, entry: Any, size: int) -> tuple[int, int]:
+    """Where a tensor's bytes lie within the data, once its dtype, shape and offsets agree with each other."""
+    if not isinstance(entry, dict) or entry.get("dtype") not in DTYPES:
+        dtype = entry.get("dtype") if isinstance(entry, dict) else entry
+        raise CheckpointError(
+            f"{path}: {name}: dtype {dtype!r:.60} is not supported; {', '.join(DTYPES)} are"
+        )
+    shape, offsets = entry.get("shape"), entry.get("data_offsets")
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or len(shape) > 8:
+        raise CheckpointError(f"{path}: {name}: its shape or data_offsets are no lists of sizes")
+    nbytes = prod(shape) * DTYPES[entry["dtype"]].itemsize
+    first, last = offsets
+    if last - first != nbytes:
+        raise CheckpointError(f"{path}: {name}: takes {last - first} bytes, but {shape} needs {nbytes}")
+    if last > size:
+        raise CheckpointError(
+            f"{path}: {name}: ends at byte {last} of the data, but the file has {size}; truncated or damaged"
+        )
+    return first, last
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
+
+
+def write_safetensors(path: Path, outputs: Sequence[Output], progress: Progress) -> None:
+    """Writes tensors one at a time; `metadata` says that PyTorch's names and row-major order are meant."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for output in outputs:
+        header[output.name] = {
+            "dtype": names[output.dtype],
+            "shape": list(output.shape),
+            "data_offsets": [end, end + output.nbytes],
+        }
+        end += output.nbytes
+    data = json.dumps(header, separators=(",", ":")).encode()
+    data += b" " * (-len(data) % 64)  # so that the tensors of a mapped file are aligned
+    with open(path, "wb") as file:
+        file.write(len(data).to_bytes(8, "little") + data)
+        for output in outputs:
+            output.write(file)
+            progress(output.nbytes)

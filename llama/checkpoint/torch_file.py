@@ -1,0 +1,184 @@
+"""PyTorch's zip files (`.pth`, `.bin`): checked, then mapped; and written one tensor at a time."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .files import open_file, size_check
+from .output import Output, Progress
+from .weight import CheckpointError
+
+MAX_PICKLE_BYTES = 256 << 20
+_GLOBALS = {
+    "collections OrderedDict",
+    "torch._utils _rebuild_tensor_v2",
+    "torch._utils _rebuild_parameter",
+    *(
+        f"torch {kind}Storage"
+        for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
+    ),
+}
+
+
+def read_torch_file(path: Path) -> tuple[dict[str, Tensor], Callable[[], None]]:
+    """The tensors of a `.pth` or `.bin` file as views of the mapped file, and the check to run before touching them.
+
+    Raises CheckpointError for anything but a flat dictionary of dense tensors in an uncompressed zip: old pickles,
+    compressed or overlong members and foreign objects are refused before torch.load sees the file.
+    """
+    check = size_check(path) if path.exists() else lambda: None
+    _check_zip(path)
+    try:
+        state = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # whatever a hostile pickle or zip provokes becomes one clear line
+        raise CheckpointError(f"{path}: not a readable PyTorch checkpoint: {_first_line(error)}") from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: a dictionary of tensors was expected, not {type(state).__name__}")
+    for name, tensor in state.items():
+        problem = _problem(name, tensor)
+        if problem:
+            raise CheckpointError(f"{path}: {name}: {problem}")
+    return {name: tensor.detach() for name, tensor in state.items()}, check
+
+
+def _problem(name: object, tensor: object) -> str | None:
+    if not isinstance(name, str):
+        return "a tensor's name must be a string"
+    if not isinstance(tensor, Tensor):
+        return f"a tensor was expected, not {type(tensor).__name__}"
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        return f"only dense tensors are allowed, not {tensor.layout} on {tensor.device}"
+    if not tensor.is_contiguous():
+        return (
+            f"strides {list(tensor.stride())} of shape {list(tensor.shape)} are not those of a dense tensor"
+        )
+    if (tensor.storage_offset() + tensor.numel()) * tensor.element_size() > tensor.untyped_storage().nbytes():
+        return "reaches beyond its storage"
+    return None
+
+
+def _check_zip(path: Path) -> None:
+    with open_file(path) as file:
+        if file.read(2) != b"PK":
+            raise CheckpointError(
+                f"{path}: not a zip file, as PyTorch has written since 1.6; older pickles are refused: save it again "
+                "with a current torch.save"
+            )
+        size = file.seek(0, io.SEEK_END)
+        try:
+            with zipfile.ZipFile(file) as archive:
+                for problem in _zip_problems(archive, size):
+                    raise CheckpointError(f"{path}: {problem}")
+        except CheckpointError:
+            raise
+        except Exception as error:  # zipfile raises many kinds on damaged files
+            raise CheckpointError(f"{path}: a damaged or truncated zip file: {_first_line(error)}") from error
+
+
+def _zip_problems(archive: zipfile.ZipFile, size: int) -> Iterator[str]:
+    names: set[str] = set()
+    total = 0
+    for member in archive.infolist():
+        total += member.file_size
+        if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+            yield f"the zip member {member.filename!r} is compressed, which checkpoints never are"
+        if member.header_offset + member.file_size > size or total > size:
+            yield f"the zip member {member.filename!r} is longer than the file"
+        if member.filename in names:
+            yield f"the zip member {member.filename!r} occurs twice"
+        names.add(member.filename)
+    pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
+    if len(pickles) != 1:
+        yield "there is no data.pkl in it, so PyTorch did not write this file"
+        return
+    if archive.getinfo(pickles[0]).file_size > MAX_PICKLE_BYTES:
+        yield f"data.pkl is larger than {MAX_PICKLE_BYTES >> 20} MB"
+    yield from _pickle_problems(archive.read(pickles[0]))
+
+
+def _pickle_problems(data: bytes) -> Iterator[str]:
+    """Names every callable in the pickle that a plain dictionary of dense tensors does not need."""
+    for opcode, argument, _ in pickletools.genops(data):
+        if opcode.name == "GLOBAL" and argument not in _GLOBALS:
+            yield f"it wants {argument!r}, which is not part of a dictionary of dense tensors"
+        if opcode.name in ("STACK_GLOBAL", "INST", "OBJ", "NEWOBJ", "NEWOBJ_EX", "EXT1", "EXT2", "EXT4"):
+            yield f"it holds the pickle instruction {opcode.name}, which a dictionary of tensors does not need"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
+
+
+ALIGNMENT = 64  # of the tensors in the file, so that mapped memory suits every kernel
+
+
+class _Reference:
+    """Stands for a tensor in the pickle: rebuilt from a stored number of values, as torch.save describes it."""
+
+    def __init__(self, number: int, output: Output) -> None:
+        self.storage = _Storage(str(number), output)
+        self.shape = output.shape
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        strides = [1]
+        for size in reversed(self.shape[1:]):
+            strides.insert(0, strides[0] * size)
+        return torch._utils._rebuild_tensor_v2, (self.storage, 0, self.shape, tuple(strides), False, OrderedDict())
+
+
+class _Storage:
+    """Stands for a storage: its key is the name of the zip member that holds its bytes."""
+
+    def __init__(self, key: str, output: Output) -> None:
+        kind = _STORAGES[output.dtype]
+        self.persistent_id = ("storage", kind, key, "cpu", output.nbytes // output.dtype.itemsize)
+
+
+class _Pickler(pickle.Pickler):
+    def persistent_id(self, obj: Any) -> Any:
+        return obj.persistent_id if isinstance(obj, _Storage) else None
+
+
+_STORAGES = {
+    torch.float64: torch.DoubleStorage,
+    torch.float32: torch.FloatStorage,
+    torch.float16: torch.HalfStorage,
+    torch.bfloat16: torch.BFloat16Storage,
+    torch.uint8: torch.ByteStorage,
+}
+
+
+def write_torch_file(path: Path, outputs: Sequence[Output], progress: Progress) -> None:
+    """Writes a state dict as torch.save would, but one tensor at a time, so that torch.load can map it."""
+    pickled = io.BytesIO()
+    state = {output.name: _Reference(number, output) for number, output in enumerate(outputs)}
+    _Pickler(pickled, protocol=2).dump(state)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(_member(archive, "data.pkl"), pickled.getvalue())
+        archive.writestr(_member(archive, "byteorder"), b"little")
+        for number, output in enumerate(outputs):
+            member = _member(archive, f"data/{number}")
+            with archive.open(member, "w", force_zip64=True) as file:
+                output.write(file)
+            progress(output.nbytes)
+        archive.writestr(_member(archive, "version"), b"3\n")
+
+
+def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
+    """A zip member whose bytes will start at a multiple of ALIGNMENT: its header's extra field is the padding."""
+    member = zipfile.ZipInfo(f"archive/{name}")
+    zip64 = 20 if name.startswith("data/") else 0  # the extra field that force_zip64 adds
+    start = archive.fp.tell() + 30 + len(member.filename) + zip64 + 4
+    padding = -start % ALIGNMENT
+    member.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
+    return member

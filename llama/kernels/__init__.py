@@ -1,0 +1,4 @@
+"""The few operators that PyTorch lacks, each with its PyTorch twin.
+
+`lowbit`: products with packed low-bit weights (C++ in `csrc/`, built by setup.py as an optional extension).
+"""

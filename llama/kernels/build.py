@@ -1,0 +1,40 @@
+"""What setup.py builds: one shared library with the low-bit kernels, optional, without Python in it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from setuptools import Extension
+
+SOURCES = ("lowbit.cpp", "lowbit_avx512.cpp", "lowbit_avx2.cpp", "lowbit_scalar.cpp")
+FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi")
+
+
+def extensions() -> list[Extension]:
+    """The extension for `setup(ext_modules=...)`; empty where torch is absent or the platform is not Linux.
+
+    A build that fails is a warning (`optional`): the package then runs on PyTorch operators alone. The library holds
+    every instruction set's kernels and chooses at run time, so it is built for plain x86-64 (or any other processor).
+    """
+    if not sys.platform.startswith("linux"):
+        return []
+    try:
+        from torch.utils.cpp_extension import include_paths, library_paths
+    except ImportError:
+        return []
+    here = Path("llama/kernels/csrc")
+    return [
+        Extension(
+            "llama.kernels._lowbit",
+            sources=[str(here / source) for source in SOURCES],
+            depends=[str(here / "lowbit.h"), str(here / "lowbit_kernels.h")],
+            include_dirs=include_paths(),
+            library_dirs=library_paths(),
+            libraries=["torch_cpu"],
+            define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
+            extra_compile_args=list(FLAGS),
+            language="c++",
+            optional=True,
+        )
+    ]

@@ -1,0 +1,234 @@
+// torch.ops.llama.lowbit_linear: y = x @ weight.T + bias with a packed weight, on CPU.
+//
+// Two ways. The integer kernels round the activations to int8 per group of columns and read the packed weight once: a
+// few rows run at the speed of memory. "tiles" writes some hundred weight rows at a time as numbers into a small buffer
+// and leaves the product to the matrix library (oneDNN: AMX where the processor has it); it rounds no activations.
+//
+// Built on torch's stable C interface: one binary serves every torch from 2.10 on, and parallel_for runs on torch's own
+// threads (an OpenMP runtime of our own would fight with them).
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+#include <algorithm>
+#include <cstring>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "lowbit.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace llama {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr int64_t kTilesTogether = 4;   // weight tiles that meet one bundle of activations while it is in the cache
+constexpr int64_t kBytesPerThread = 16384;  // of packed weights: less is not worth waking a thread for
+constexpr int64_t kPanel = 32;          // tiles that "tiles" turns into numbers at a time: 512 weight rows
+constexpr int64_t kManyRows = 48;       // from here on AMX outruns the integer kernels
+
+bool has_avx512() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+#else
+  return false;
+#endif
+}
+
+bool has_avx2() {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#else
+  return false;
+#endif
+}
+
+bool has_amx_bfloat16() {
+#if defined(__x86_64__)
+  unsigned a, b, c, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1) && (d >> 24 & 1);
+#else
+  return false;
+#endif
+}
+
+const Kernel* find_kernel(const std::string& instructions, const std::string& format) {
+#if defined(__x86_64__)
+  if (instructions == "avx512_vnni" && has_avx512()) return avx512::find(format);
+  if (instructions == "avx2" && has_avx2()) return avx2::find(format);
+#endif
+  return instructions == "scalar" ? scalar::find(format) : nullptr;
+}
+
+const std::string& best_instructions() {
+  static const std::string best = has_avx512() ? "avx512_vnni" : has_avx2() ? "avx2" : "scalar";
+  return best;
+}
+
+float from_bfloat16(uint16_t value) {
+  const uint32_t bits = (uint32_t)value << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+
+uint16_t to_bfloat16(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  if (value != value) return 0x7fc0;
+  return (uint16_t)((bits + (bits >> 16 & 1) + 0x7fff) >> 16);
+}
+
+struct Shape {
+  int64_t rows, columns, outputs, tiles;  // activation rows; weight columns, rows, and tiles of 16 rows
+};
+
+// Rounds x to int8. `memory` owns what the result points to.
+Activations quantize(const Kernel& kernel, const Shape& s, const void* x, bool bfloat16, std::vector<char>& memory) {
+  const int64_t groups = s.rows * s.columns / kernel.group;
+  memory.resize(s.rows * s.columns + 12 * groups);
+  auto* scale = (float*)memory.data();
+  Activations a{s.rows, s.columns, kernel.group, (int8_t*)(scale + 3 * groups), scale, (int32_t*)(scale + groups),
+                scale + 2 * groups};
+  auto bundles = [&](int64_t begin, int64_t end) {
+    std::vector<float> floats(bfloat16 ? kMaxRows * s.columns : 0);
+    for (int64_t first = begin * kMaxRows; first < std::min(end * kMaxRows, s.rows);) {
+      const int64_t count = bundle_rows(s.rows - first);
+      const float* from = (const float*)x + first * s.columns;
+      if (bfloat16) {
+        const auto* halves = (const uint16_t*)x + first * s.columns;
+        for (int64_t i = 0; i < count * s.columns; ++i) floats[i] = from_bfloat16(halves[i]);
+        from = floats.data();
+      }
+      kernel.quantize(from, first, count, a);
+      first += count;
+    }
+  };
+  const int64_t count = (s.rows + kMaxRows - 1) / kMaxRows;
+  if (count == 1) {
+    bundles(0, 1);
+  } else {
+    torch::stable::parallel_for(0, count, 1, bundles);
+  }
+  return a;
+}
+
+void integer_product(const Kernel& kernel, const Shape& s, const uint8_t* packed, int64_t packed_bytes, const void* x,
+                     const float* bias, bool bfloat16, void* out) {
+  std::vector<char> memory;
+  const Activations a = quantize(kernel, s, x, bfloat16, memory);
+  const int64_t parts = (s.tiles + kTilesTogether - 1) / kTilesTogether;
+  const int64_t grain = std::max<int64_t>(1, kBytesPerThread * parts / packed_bytes);
+  torch::stable::parallel_for(0, parts, grain, [&](int64_t begin, int64_t end) {
+    float result[kMaxRows * kTile];
+    for (int64_t part = begin; part < end; ++part) {
+      for (int64_t first = 0; first < s.rows;) {
+        const int64_t count = bundle_rows(s.rows - first);
+        const int64_t last_tile = std::min((part + 1) * kTilesTogether, s.tiles);
+        for (int64_t tile = part * kTilesTogether; tile < last_tile; ++tile) {
+          kernel.product(packed, s.tiles, tile, a, first, count, result);
+          const int64_t lanes = std::min(kTile, s.outputs - tile * kTile);
+          for (int64_t m = 0; m < count; ++m) {
+            const int64_t at = (first + m) * s.outputs + tile * kTile;
+            for (int64_t lane = 0; lane < lanes; ++lane) {
+              const float y = result[m * kTile + lane] + (bias ? bias[tile * kTile + lane] : 0.0f);
+              if (bfloat16) {
+                ((uint16_t*)out)[at + lane] = to_bfloat16(y);
+              } else {
+                ((float*)out)[at + lane] = y;
+              }
+            }
+          }
+        }
+        first += count;
+      }
+    }
+  });
+}
+
+void tiled_product(const Kernel& kernel, const Shape& s, const uint8_t* packed, const Tensor& x,
+                   const std::optional<Tensor>& bias, bool bfloat16, Tensor out) {
+  const int64_t panel = std::min(kPanel, s.tiles);
+  Tensor numbers = torch::stable::new_empty(x, {s.columns * panel * kTile});
+  for (int64_t tile = 0; tile < s.tiles; tile += panel) {
+    const int64_t count = std::min(panel, s.tiles - tile), width = count * kTile;
+    void* to = numbers.mutable_data_ptr();
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        if (bfloat16) {
+          kernel.dequantize_bfloat16(packed, s.tiles, tile + i, s.columns, width, (uint16_t*)to + i * kTile);
+        } else {
+          kernel.dequantize(packed, s.tiles, tile + i, s.columns, width, (float*)to + i * kTile);
+        }
+      }
+    });
+    Tensor weight = torch::stable::narrow(numbers, 0, 0, s.columns * width);
+    Tensor product = torch::stable::matmul(x, torch::stable::view(weight, {s.columns, width}));
+    const int64_t lanes = std::min(width, s.outputs - tile * kTile);
+    Tensor part = torch::stable::narrow(out, 1, tile * kTile, lanes);
+    torch::stable::copy_(part, torch::stable::narrow(product, 1, 0, lanes));
+  }
+  if (bias) {  // x is two-dimensional and contiguous, so that rows follow one another
+    const auto* add = (const float*)bias->const_data_ptr();
+    void* y = out.mutable_data_ptr();
+    for (int64_t i = 0; i < s.rows * s.outputs; ++i) {
+      if (bfloat16) {
+        auto* at = (uint16_t*)y + i;
+        *at = to_bfloat16(from_bfloat16(*at) + add[i % s.outputs]);
+      } else {
+        ((float*)y)[i] += add[i % s.outputs];
+      }
+    }
+  }
+}
+
+// x (rows, columns) bfloat16 or float32; packed: interleaved bytes; bias float32 (outputs); -> (rows, outputs) as x.
+Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::string format, int64_t outputs,
+              std::string variant) {
+  const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
+  STD_TORCH_CHECK(bfloat16 || x.scalar_type() == ScalarType::Float, "lowbit_linear takes bfloat16 or float32");
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && packed.is_contiguous(), "lowbit_linear takes contiguous rows");
+  const Shape s{x.size(0), x.size(1), outputs, (outputs + kTile - 1) / kTile};
+  if (variant == "auto")
+    variant = has_amx_bfloat16() && bfloat16 && s.rows >= kManyRows ? "tiles" : best_instructions();
+  const Kernel* kernel = find_kernel(variant == "tiles" ? best_instructions() : variant, format);
+  STD_TORCH_CHECK(kernel, "lowbit_linear: this machine has no kernel '", variant, "' for '", format, "'");
+  STD_TORCH_CHECK(s.columns % kernel->block == 0, "lowbit_linear: columns are not whole blocks");
+  const int64_t blocks = s.tiles * kTile * (s.columns / kernel->block);
+  STD_TORCH_CHECK(blocks * kernel->block_bytes == packed.numel(), "lowbit_linear: the weight has the wrong size");
+  Tensor out = torch::stable::new_empty(x, {s.rows, outputs});
+  if (s.rows == 0 || outputs == 0) return out;
+
+  const auto* weight = (const uint8_t*)packed.const_data_ptr();
+  if (variant == "tiles") {
+    tiled_product(*kernel, s, weight, x, bias, bfloat16, out);
+  } else {
+    integer_product(*kernel, s, weight, packed.numel(), x.const_data_ptr(),
+                    bias ? (const float*)bias->const_data_ptr() : nullptr, bfloat16, out.mutable_data_ptr());
+  }
+  return out;
+}
+
+// 1: AVX-512 with VNNI, 2: AVX2. What the processor has; the scalar kernels run everywhere.
+int64_t instruction_sets() { return (has_avx512() ? 1 : 0) | (has_avx2() ? 2 : 0); }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(llama, m) {
+  m.def("lowbit_linear(Tensor x, Tensor packed, Tensor? bias, str format, int outputs, str variant) -> Tensor");
+  m.def("lowbit_instruction_sets() -> int");
+}
+STABLE_TORCH_LIBRARY_IMPL(llama, CPU, m) { m.impl("lowbit_linear", TORCH_BOX(&linear)); }
+STABLE_TORCH_LIBRARY_IMPL(llama, CompositeExplicitAutograd, m) {
+  m.impl("lowbit_instruction_sets", TORCH_BOX(&instruction_sets));
+}
+
+}  // namespace llama

@@ -1,0 +1,135 @@
+// AVX2 with FMA: every x86-64 server and nearly every laptop since 2013. A tile is two halves of eight rows.
+#include "lowbit.h"
+#if defined(__x86_64__)
+#include <algorithm>
+#include <cstring>
+#include <immintrin.h>
+#include <utility>
+#define LLAMA_UNROLL _Pragma("GCC unroll 16")
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+
+namespace llama::avx2 {
+namespace {
+
+struct Pair {
+  __m256i a, b;
+};
+struct FloatPair {
+  __m256 a, b;
+};
+template <class F>
+inline Pair both(Pair v, F&& f) { return {f(v.a), f(v.b)}; }
+template <class F>
+inline Pair both(Pair v, Pair w, F&& f) { return {f(v.a, w.a), f(v.b, w.b)}; }
+
+struct Simd {
+  using Bytes = Pair;
+  using Ints = Pair;
+  using Floats = FloatPair;
+  static constexpr int byte_offset = 0;  // signed weights: their sign moves to the activations
+
+  static inline __m256i load_half(const uint8_t* at) { return _mm256_loadu_si256((const __m256i*)at); }
+  static inline Bytes load(const uint8_t* at) { return {load_half(at), load_half(at + 32)}; }
+  static inline Bytes low(Bytes v) {
+    return both(v, [](__m256i h) { return _mm256_and_si256(h, _mm256_set1_epi8(15)); });
+  }
+  static inline Bytes high(Bytes v) {
+    return low(both(v, [](__m256i h) { return _mm256_srli_epi16(h, 4); }));
+  }
+  static inline Bytes bytes(Bytes v) { return v; }
+  template <int mask>  // codes | (plane >> shift & mask) << 4
+  static inline Bytes merge(Bytes codes, Bytes plane, int shift) {
+    return both(codes, plane, [shift](__m256i c, __m256i p) {
+      __m256i moved = shift < 4 ? _mm256_slli_epi16(p, 4 - shift) : _mm256_srli_epi16(p, shift - 4);
+      return _mm256_or_si256(c, _mm256_and_si256(moved, _mm256_set1_epi8(mask << 4)));
+    });
+  }
+  static inline Bytes plain_table(const int8_t* at) {
+    __m256i t = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)at));
+    return {t, t};
+  }
+  static inline Bytes table(const int8_t* at) { return plain_table(at); }
+  static inline Bytes lookup(Bytes table, Bytes codes) {
+    return both(table, codes, [](__m256i t, __m256i c) { return _mm256_shuffle_epi8(t, c); });
+  }
+
+  static inline Ints all(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+  static inline Ints add(Ints a, Ints b) {
+    return both(a, b, [](__m256i x, __m256i y) { return _mm256_add_epi32(x, y); });
+  }
+  static inline Ints mask(Ints v, int bits) {
+    return both(v, [bits](__m256i x) { return _mm256_and_si256(x, _mm256_set1_epi32(bits)); });
+  }
+  static inline Ints either(Ints a, Ints b) {
+    return both(a, b, [](__m256i x, __m256i y) { return _mm256_or_si256(x, y); });
+  }
+  static inline Ints left(Ints v, int n) {
+    return both(v, [n](__m256i x) { return _mm256_slli_epi32(x, n); });
+  }
+  static inline Ints right(Ints v, int n) {
+    return both(v, [n](__m256i x) { return _mm256_srli_epi32(x, n); });
+  }
+  static inline Ints byte(Bytes v, int i) { return mask(right(v, 8 * i), 255); }
+  static inline Ints signed_byte(Bytes v, int i) {
+    return both(left(v, 24 - 8 * i), [](__m256i x) { return _mm256_srai_epi32(x, 24); });
+  }
+  static inline __m128i half(const uint8_t* at) { return _mm_loadu_si64(at); }
+  static inline Ints widen(const uint8_t* at) {
+    return {_mm256_cvtepu8_epi32(half(at)), _mm256_cvtepu8_epi32(half(at + 8))};
+  }
+  static inline Ints widen_signed(const uint8_t* at) {
+    return {_mm256_cvtepi8_epi32(half(at)), _mm256_cvtepi8_epi32(half(at + 8))};
+  }
+  // Sums of two neighbouring products must fit in 16 bits: codes up to 63 do, and so do magnitudes up to 128.
+  static inline __m256i four_products(__m256i sum, __m256i weights, __m256i x) {
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, x), _mm256_set1_epi16(1)));
+  }
+  static inline __m256i four(const int8_t* x) {
+    int32_t v;
+    std::memcpy(&v, x, 4);
+    return _mm256_set1_epi32(v);
+  }
+  static inline Ints dot(Ints sum, Bytes weights, const int8_t* x) {
+    const __m256i v = four(x);
+    return both(sum, weights, [v](__m256i s, __m256i w) { return four_products(s, w, v); });
+  }
+  static inline Ints dot_bytes(Ints sum, Bytes weights, const int8_t* x) {
+    const __m256i v = four(x);
+    return both(sum, weights, [v](__m256i s, __m256i w) {
+      return four_products(s, _mm256_abs_epi8(w), _mm256_sign_epi8(v, w));
+    });
+  }
+
+  static inline Floats all(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
+  static inline Floats to_float(Ints v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
+  static inline Floats multiply(Floats a, Floats b) { return {_mm256_mul_ps(a.a, b.a), _mm256_mul_ps(a.b, b.b)}; }
+  static inline Floats fma(Floats a, Floats b, Floats c) {
+    return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)};
+  }
+  static inline Floats floats(const uint8_t* at) {
+    return {_mm256_loadu_ps((const float*)at), _mm256_loadu_ps((const float*)at + 8)};
+  }
+  static inline Floats halves(const uint8_t* at) {
+    return {_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)at)),
+            _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(at + 16)))};
+  }
+  static inline void store(float* at, Floats v) {
+    _mm256_storeu_ps(at, v.a);
+    _mm256_storeu_ps(at + 8, v.b);
+  }
+  static inline void store(uint16_t* at, Floats v) {  // bfloat16, rounded to even
+    Ints bits = {_mm256_castps_si256(v.a), _mm256_castps_si256(v.b)};
+    bits = right(add(bits, add(mask(right(bits, 16), 1), all(0x7fff))), 16);
+    __m256i packed = _mm256_packus_epi32(bits.a, bits.b);  // 128-bit lanes: a0 b0 a1 b1
+    _mm256_storeu_si256((__m256i*)at, _mm256_permute4x64_epi64(packed, 0xD8));
+  }
+};
+
+#include "lowbit_kernels.h"
+
+}  // namespace
+const Kernel* find(const std::string& format) { return find_kernel(format); }
+}  // namespace llama::avx2
+#pragma GCC pop_options
+#endif

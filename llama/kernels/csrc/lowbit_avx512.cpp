@@ -1,0 +1,71 @@
+// AVX-512 with VNNI: Ice Lake, Zen 4 and later.
+#include "lowbit.h"
+#if defined(__x86_64__)
+#include <algorithm>
+#include <cstring>
+#include <immintrin.h>
+#include <utility>
+#define LLAMA_UNROLL _Pragma("GCC unroll 16")
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
+
+namespace llama::avx512 {
+namespace {
+
+struct Simd {
+  using Bytes = __m512i;
+  using Ints = __m512i;
+  using Floats = __m512;
+  static constexpr int byte_offset = 128;  // the product wants unsigned weights: `bytes` adds 128
+
+  static inline Bytes load(const uint8_t* at) { return _mm512_loadu_si512(at); }
+  static inline Bytes low(Bytes v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
+  static inline Bytes high(Bytes v) { return low(_mm512_srli_epi16(v, 4)); }
+  static inline Bytes bytes(Bytes v) { return _mm512_xor_si512(v, _mm512_set1_epi8((char)128)); }
+  template <int mask>  // codes | (plane >> shift & mask) << 4
+  static inline Bytes merge(Bytes codes, Bytes plane, int shift) {
+    Bytes moved = shift < 4 ? _mm512_slli_epi16(plane, 4 - shift) : _mm512_srli_epi16(plane, shift - 4);
+    return _mm512_ternarylogic_epi32(codes, moved, _mm512_set1_epi8(mask << 4), 0xF8);
+  }
+  static inline Bytes plain_table(const int8_t* at) { return _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)at)); }
+  static inline Bytes table(const int8_t* at) { return bytes(plain_table(at)); }
+  static inline Bytes lookup(Bytes table, Bytes codes) { return _mm512_shuffle_epi8(table, codes); }
+
+  static inline Ints all(int32_t v) { return _mm512_set1_epi32(v); }
+  static inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+  static inline Ints mask(Ints v, int bits) { return _mm512_and_si512(v, all(bits)); }
+  static inline Ints either(Ints a, Ints b) { return _mm512_or_si512(a, b); }
+  static inline Ints left(Ints v, int n) { return _mm512_slli_epi32(v, n); }
+  static inline Ints right(Ints v, int n) { return _mm512_srli_epi32(v, n); }
+  static inline Ints byte(Bytes v, int i) { return mask(right(v, 8 * i), 255); }
+  static inline Ints signed_byte(Bytes v, int i) { return _mm512_srai_epi32(left(v, 24 - 8 * i), 24); }
+  static inline Ints widen(const uint8_t* at) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)at)); }
+  static inline Ints widen_signed(const uint8_t* at) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at)); }
+  static inline Ints dot(Ints sum, Bytes weights, const int8_t* x) {
+    int32_t four;
+    std::memcpy(&four, x, 4);
+    return _mm512_dpbusd_epi32(sum, weights, all(four));
+  }
+  static inline Ints dot_bytes(Ints sum, Bytes weights, const int8_t* x) { return dot(sum, weights, x); }
+
+  static inline Floats all(float v) { return _mm512_set1_ps(v); }
+  static inline Floats to_float(Ints v) { return _mm512_cvtepi32_ps(v); }
+  static inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+  static inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+  static inline Floats floats(const uint8_t* at) { return _mm512_loadu_ps(at); }
+  static inline Floats halves(const uint8_t* at) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)at)); }
+  static inline void store(float* at, Floats v) { _mm512_storeu_ps(at, v); }
+  static inline void store(uint16_t* at, Floats v) {  // bfloat16, rounded to even
+    Ints bits = _mm512_castps_si512(v), odd = mask(right(bits, 16), 1);
+    bits = right(add(bits, add(odd, all(0x7fff))), 16);
+    _mm256_storeu_si256((__m256i*)at, _mm512_cvtepi32_epi16(bits));
+  }
+};
+
+#include "lowbit_kernels.h"
+
+}  // namespace
+const Kernel* find(const std::string& format) { return find_kernel(format); }
+}  // namespace llama::avx512
+#pragma GCC pop_options
+#endif

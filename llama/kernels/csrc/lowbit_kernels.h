@@ -1,0 +1,286 @@
+// The kernels, written once over `Simd` (16 lanes, one weight row each) and included by every instruction-set file
+// inside its own namespace. A weight operand is 64 bytes: for each of 16 rows the codes of 4 neighbouring columns.
+// llama/kernels/layouts.py describes the bytes; kernel layout: field after field, each [tile][block][unit][row].
+
+struct Block {  // one block's fields, 16 rows each
+  const uint8_t* field[4];
+};
+
+// A format tells its field sizes (bytes of one row, in kernel order), and per group g
+//   visit<g>(block, f): calls f(column, codes) for every operand,   scale<g>(block),   minimum<g>(block).
+
+template <int Columns, int Bits, bool HasMinimum, int ScaleBytes = 2>
+struct Affine {
+  static constexpr int block = Columns, group = Columns;
+  static constexpr bool minimum = HasMinimum, bytes = Bits == 8, table = false;
+  static constexpr int offset = HasMinimum || bytes ? 0 : 1 << (Bits - 1);
+  static constexpr int sizes[4] = {bytes ? Columns : Columns / 2, Bits == 5 ? Columns / 8 : 0, ScaleBytes,
+                                   HasMinimum ? 2 : 0};
+
+  template <int g, class F>
+  static inline void visit(const Block& b, F&& f) {
+    constexpr int vectors = sizes[0] / 4;
+    LLAMA_UNROLL
+    for (int i = 0; i < vectors; ++i) {
+      auto codes = Simd::load(b.field[0] + 64 * i);
+      if constexpr (bytes) {
+        f(4 * i, codes);
+      } else {
+        auto low = Simd::low(codes), high = Simd::high(codes);
+        if constexpr (Bits == 5) {  // a plane holds one bit of eight operands
+          low = Simd::template merge<1>(low, Simd::load(b.field[1] + 64 * (i / 8)), i % 8);
+          high = Simd::template merge<1>(high, Simd::load(b.field[1] + 64 * ((i + vectors) / 8)), (i + vectors) % 8);
+        }
+        f(4 * i, low);
+        f(4 * i + Columns / 2, high);
+      }
+    }
+  }
+  template <int g>
+  static inline Simd::Floats scale(const Block& b) {
+    if constexpr (ScaleBytes == 4) return Simd::floats(b.field[2]);
+    return Simd::halves(b.field[2]);
+  }
+  template <int g>
+  static inline Simd::Floats lowest(const Block& b) { return Simd::halves(b.field[3]); }
+};
+
+// Levels times 32639, split into 256 * high + low: the products stay in integers, to 15 bits of each level.
+alignas(16) constexpr int8_t kNf4High[16] = {-127, -89, -67, -50, -36, -24, -12, 0, 10, 21, 31, 43, 56, 72, 92, 127};
+alignas(16) constexpr int8_t kNf4Low[16] = {-127, 61, 14, -90, -68, 113, 100, 0, 37, -123, 97, 21, 48, -69, 45, 127};
+
+struct NormalFloat4 {
+  static constexpr int block = 64, group = 64, offset = 0;
+  static constexpr bool minimum = false, bytes = true, table = true;
+  static constexpr int sizes[4] = {32, 0, 2, 0};
+
+  template <int g, class F>
+  static inline void visit(const Block& b, F&& f) {
+    LLAMA_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      auto codes = Simd::load(b.field[0] + 64 * i);
+      f(4 * i, Simd::high(codes));
+      f(4 * i + 32, Simd::low(codes));
+    }
+  }
+  template <int g>
+  static inline Simd::Floats scale(const Block& b) {
+    return Simd::multiply(Simd::halves(b.field[2]), Simd::all(1.0f / 32639));
+  }
+};
+
+struct Q4K {
+  static constexpr int block = 256, group = 32, offset = 0;
+  static constexpr bool minimum = true, bytes = false, table = false;
+  static constexpr int sizes[4] = {128, 12, 2, 2};
+
+  template <int g, class F>
+  static inline void visit(const Block& b, F&& f) {
+    LLAMA_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      auto codes = Simd::load(b.field[0] + 64 * (g / 2 * 8 + i));
+      f(4 * i, g % 2 ? Simd::high(codes) : Simd::low(codes));
+    }
+  }
+  // Six bits from twelve bytes: groups 0-3 in the low bits of bytes `first` + 0..3; groups 4-7 have their low four
+  // bits in bytes 8..11 (scales below, minima above) and their high two above the six of groups 0-3.
+  template <int g, int first>
+  static inline Simd::Floats six_bits(const Block& b) {
+    auto byte = [&](int i) { return Simd::widen(b.field[1] + 16 * i); };
+    if constexpr (g < 4) return Simd::to_float(Simd::mask(byte(first + g), 63));
+    auto low = first ? Simd::right(byte(g + 4), 4) : Simd::mask(byte(g + 4), 15);
+    return Simd::to_float(Simd::either(low, Simd::left(Simd::right(byte(first + g - 4), 6), 4)));
+  }
+  template <int g>
+  static inline Simd::Floats scale(const Block& b) {
+    return Simd::multiply(Simd::halves(b.field[2]), six_bits<g, 0>(b));
+  }
+  template <int g>
+  static inline Simd::Floats lowest(const Block& b) {
+    return Simd::multiply(Simd::multiply(Simd::halves(b.field[3]), Simd::all(-1.0f)), six_bits<g, 4>(b));
+  }
+};
+
+struct Q6K {
+  static constexpr int block = 256, group = 16, offset = 32;
+  static constexpr bool minimum = false, bytes = false, table = false;
+  static constexpr int sizes[4] = {128, 64, 16, 2};
+
+  template <int g, class F>
+  static inline void visit(const Block& b, F&& f) {
+    constexpr int half = g / 8, part = g % 8;  // of 128 columns; of 16
+    LLAMA_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      auto codes = Simd::load(b.field[0] + 64 * (16 * half + 4 * (part % 4) + i));
+      auto plane = Simd::load(b.field[1] + 64 * (8 * half + 4 * (part % 2) + i));
+      f(4 * i, Simd::template merge<3>(part < 4 ? Simd::low(codes) : Simd::high(codes), plane, part / 2 * 2));
+    }
+  }
+  template <int g>
+  static inline Simd::Floats scale(const Block& b) {
+    return Simd::multiply(Simd::halves(b.field[3]), Simd::to_float(Simd::widen_signed(b.field[2] + 16 * g)));
+  }
+};
+
+template <class Format>
+struct Walk {  // the blocks of one tile, in order
+  Block now;
+  Walk(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t blocks) {
+    for (int i = 0; i < 4; ++i) {
+      now.field[i] = packed + tile * blocks * kTile * Format::sizes[i];
+      packed += tiles * blocks * kTile * Format::sizes[i];
+    }
+  }
+  void next() {
+    for (int i = 0; i < 4; ++i) now.field[i] += kTile * Format::sizes[i];
+  }
+};
+
+template <class F, int... g>
+inline void for_groups(std::integer_sequence<int, g...>, F&& f) {
+  (f(std::integral_constant<int, g>()), ...);
+}
+
+template <class Format, int rows>
+void product_rows(const uint8_t* packed, int64_t tiles, int64_t tile, const Activations& a, int64_t first, float* out) {
+  constexpr int groups = Format::block / Format::group;
+  const int64_t blocks = a.columns / Format::block, groups_before = first * (a.columns / Format::group);
+  const int8_t* x = a.codes + first * a.columns;
+  const float *scale = a.scale + groups_before, *sum = a.sum + groups_before;
+  const int32_t* start = a.start + groups_before;
+  typename Simd::Floats total[rows];
+  for (int m = 0; m < rows; ++m) total[m] = Simd::all(0.0f);
+
+  Walk<Format> walk(packed, tiles, tile, blocks);
+  for (int64_t b = 0; b < blocks; ++b, walk.next()) {
+    for_groups(std::make_integer_sequence<int, groups>(), [&](auto group) {
+      constexpr int g = decltype(group)::value;
+      typename Simd::Ints acc[rows];
+      LLAMA_UNROLL
+      for (int m = 0; m < rows; ++m) acc[m] = Simd::all(start[m]);
+      if constexpr (Format::table) {
+        typename Simd::Ints coarse[rows];
+        LLAMA_UNROLL
+        for (int m = 0; m < rows; ++m) coarse[m] = acc[m];
+        const auto high = Simd::table(kNf4High), low = Simd::table(kNf4Low);
+        Format::template visit<g>(walk.now, [&](int column, Simd::Bytes codes) {
+          auto w_high = Simd::lookup(high, codes), w_low = Simd::lookup(low, codes);
+          LLAMA_UNROLL
+          for (int m = 0; m < rows; ++m) {
+            coarse[m] = Simd::dot_bytes(coarse[m], w_high, x + m * Format::group + column);
+            acc[m] = Simd::dot_bytes(acc[m], w_low, x + m * Format::group + column);
+          }
+        });
+        LLAMA_UNROLL
+        for (int m = 0; m < rows; ++m) acc[m] = Simd::add(Simd::left(coarse[m], 8), acc[m]);
+      } else {
+        Format::template visit<g>(walk.now, [&](int column, Simd::Bytes codes) {
+          if constexpr (Format::bytes) codes = Simd::bytes(codes);
+          LLAMA_UNROLL
+          for (int m = 0; m < rows; ++m) {
+            const int8_t* at = x + m * Format::group + column;
+            acc[m] = Format::bytes ? Simd::dot_bytes(acc[m], codes, at) : Simd::dot(acc[m], codes, at);
+          }
+        });
+      }
+      const auto d = Format::template scale<g>(walk.now);
+      LLAMA_UNROLL
+      for (int m = 0; m < rows; ++m)
+        total[m] = Simd::fma(Simd::to_float(acc[m]), Simd::multiply(d, Simd::all(scale[m])), total[m]);
+      if constexpr (Format::minimum) {
+        const auto lowest = Format::template lowest<g>(walk.now);
+        LLAMA_UNROLL
+        for (int m = 0; m < rows; ++m) total[m] = Simd::fma(lowest, Simd::all(sum[m]), total[m]);
+      }
+      x += rows * Format::group, start += rows, scale += rows, sum += rows;
+    });
+  }
+  for (int m = 0; m < rows; ++m) Simd::store(out + m * kTile, total[m]);
+}
+
+template <class Format>
+void product(const uint8_t* packed, int64_t tiles, int64_t tile, const Activations& a, int64_t first, int64_t count,
+             float* out) {
+  if (count == 8) product_rows<Format, 8>(packed, tiles, tile, a, first, out);
+  if (count == 4) product_rows<Format, 4>(packed, tiles, tile, a, first, out);
+  if (count == 2) product_rows<Format, 2>(packed, tiles, tile, a, first, out);
+  if (count == 1) product_rows<Format, 1>(packed, tiles, tile, a, first, out);
+}
+
+// x * (127 / largest magnitude), rounded to even; a group of zeros, or too small to divide by, gets scale 0.
+template <class Format>
+void quantize(const float* x, int64_t first, int64_t count, const Activations& a) {
+  constexpr int group = Format::group;
+  constexpr float round_to_even = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
+  const int32_t offset = Format::bytes ? Simd::byte_offset : Format::offset;
+  const int64_t groups = a.columns / group;
+  for (int64_t m = 0; m < count; ++m) {
+    for (int64_t g = 0; g < groups; ++g) {
+      const float* from = x + m * a.columns + g * group;
+      const int64_t at = first * groups + g * count + m;
+      int32_t bits[group], largest = 0, sum = 0;
+      std::memcpy(bits, from, sizeof bits);
+      for (int i = 0; i < group; ++i) largest = std::max(largest, bits[i] & 0x7fffffff);
+      float peak;
+      std::memcpy(&peak, &largest, 4);
+      const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
+      int8_t* codes = a.codes + at * group;
+      for (int i = 0; i < group; ++i) {
+        const int32_t code = (int32_t)((from[i] * inverse + round_to_even) - round_to_even);
+        codes[i] = (int8_t)code;
+        sum += code;
+      }
+      a.scale[at] = peak <= 1e-30f ? 0.0f : peak / 127.0f;  // not a number stays so
+      a.start[at] = -offset * sum;
+      a.sum[at] = a.scale[at] * sum;
+    }
+  }
+}
+
+template <class Format, class T>
+void dequantize(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t columns, int64_t stride, T* out) {
+  Walk<Format> walk(packed, tiles, tile, columns / Format::block);
+  for (int64_t b = 0; b < columns / Format::block; ++b, walk.next()) {
+    for_groups(std::make_integer_sequence<int, Format::block / Format::group>(), [&](auto group) {
+      constexpr int g = decltype(group)::value;
+      const auto d = Format::template scale<g>(walk.now);
+      auto lowest = Simd::multiply(d, Simd::all(-(float)Format::offset));
+      if constexpr (Format::minimum) lowest = Format::template lowest<g>(walk.now);
+      Format::template visit<g>(walk.now, [&](int column, Simd::Bytes codes) {
+        LLAMA_UNROLL
+        for (int c = 0; c < 4; ++c) {
+          auto value = Simd::byte(codes, c);
+          if constexpr (Format::bytes) value = Simd::signed_byte(codes, c);
+          if constexpr (Format::table) {
+            value = Simd::left(Simd::signed_byte(Simd::lookup(Simd::plain_table(kNf4High), codes), c), 8);
+            value = Simd::add(value, Simd::signed_byte(Simd::lookup(Simd::plain_table(kNf4Low), codes), c));
+          }
+          Simd::store(out + (column + c) * stride, Simd::fma(Simd::to_float(value), d, lowest));
+        }
+      });
+      out += Format::group * stride;
+    });
+  }
+}
+
+template <class Format>
+constexpr Kernel kernel() {
+  constexpr int bytes = Format::sizes[0] + Format::sizes[1] + Format::sizes[2] + Format::sizes[3];
+  return {Format::block, Format::group, bytes, quantize<Format>, product<Format>, dequantize<Format, float>,
+          dequantize<Format, uint16_t>};
+}
+
+const Kernel* find_kernel(const std::string& format) {
+  static const std::pair<const char*, Kernel> kernels[] = {
+      {"sym_int4", kernel<Affine<64, 4, false>>()},    {"asym_int4", kernel<Affine<64, 4, true>>()},
+      {"sym_int5", kernel<Affine<64, 5, false>>()},    {"asym_int5", kernel<Affine<64, 5, true>>()},
+      {"sym_int8", kernel<Affine<64, 8, false, 4>>()}, {"nf4", kernel<NormalFloat4>()},
+      {"q4_0", kernel<Affine<32, 4, false>>()},        {"q4_1", kernel<Affine<32, 4, true>>()},
+      {"q5_0", kernel<Affine<32, 5, false>>()},        {"q5_1", kernel<Affine<32, 5, true>>()},
+      {"q8_0", kernel<Affine<32, 8, false>>()},        {"q4_k", kernel<Q4K>()},
+      {"q6_k", kernel<Q6K>()},
+  };
+  for (const auto& entry : kernels)
+    if (format == entry.first) return &entry.second;
+  return nullptr;
+}

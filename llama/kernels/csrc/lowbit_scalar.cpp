@@ -1,0 +1,108 @@
+// Plain C++ for every other processor; what the compiler makes of loops over 16 lanes.
+#include "lowbit.h"
+#include <algorithm>
+#include <cstring>
+#include <utility>
+#define LLAMA_UNROLL
+
+namespace llama::scalar {
+namespace {
+
+template <class T, int n>
+struct Lanes {
+  T v[n];
+};
+
+struct Simd {
+  using Bytes = Lanes<uint8_t, 64>;
+  using Ints = Lanes<int32_t, 16>;
+  using Floats = Lanes<float, 16>;
+  static constexpr int byte_offset = 0;
+
+  template <class To, class F>
+  static inline To each(F&& f) {
+    To out;
+    for (int i = 0; i < (int)(sizeof(out.v) / sizeof(out.v[0])); ++i) out.v[i] = f(i);
+    return out;
+  }
+  static inline Bytes load(const uint8_t* at) {
+    Bytes out;
+    std::memcpy(out.v, at, 64);
+    return out;
+  }
+  static inline Bytes low(const Bytes& v) { return each<Bytes>([&](int i) { return v.v[i] & 15; }); }
+  static inline Bytes high(const Bytes& v) { return each<Bytes>([&](int i) { return v.v[i] >> 4; }); }
+  static inline Bytes bytes(const Bytes& v) { return v; }
+  template <int mask>  // codes | (plane >> shift & mask) << 4
+  static inline Bytes merge(const Bytes& codes, const Bytes& plane, int shift) {
+    return each<Bytes>([&](int i) { return codes.v[i] | (plane.v[i] >> shift & mask) << 4; });
+  }
+  static inline Bytes plain_table(const int8_t* at) { return each<Bytes>([&](int i) { return (uint8_t)at[i % 16]; }); }
+  static inline Bytes table(const int8_t* at) { return plain_table(at); }
+  static inline Bytes lookup(const Bytes& table, const Bytes& codes) {
+    return each<Bytes>([&](int i) { return table.v[codes.v[i]]; });
+  }
+
+  static inline Ints all(int32_t v) { return each<Ints>([&](int) { return v; }); }
+  static inline Ints add(const Ints& a, const Ints& b) { return each<Ints>([&](int i) { return a.v[i] + b.v[i]; }); }
+  static inline Ints mask(const Ints& v, int bits) { return each<Ints>([&](int i) { return v.v[i] & bits; }); }
+  static inline Ints either(const Ints& a, const Ints& b) { return each<Ints>([&](int i) { return a.v[i] | b.v[i]; }); }
+  static inline Ints left(const Ints& v, int n) { return each<Ints>([&](int i) { return v.v[i] * (1 << n); }); }
+  static inline Ints right(const Ints& v, int n) { return each<Ints>([&](int i) { return v.v[i] >> n; }); }
+  static inline Ints byte(const Bytes& v, int c) { return each<Ints>([&](int i) { return v.v[4 * i + c]; }); }
+  static inline Ints signed_byte(const Bytes& v, int c) {
+    return each<Ints>([&](int i) { return (int8_t)v.v[4 * i + c]; });
+  }
+  static inline Ints widen(const uint8_t* at) { return each<Ints>([&](int i) { return at[i]; }); }
+  static inline Ints widen_signed(const uint8_t* at) { return each<Ints>([&](int i) { return (int8_t)at[i]; }); }
+  static inline Ints dot(const Ints& sum, const Bytes& w, const int8_t* x) {
+    return each<Ints>([&](int i) {
+      const uint8_t* c = w.v + 4 * i;
+      return sum.v[i] + c[0] * x[0] + c[1] * x[1] + c[2] * x[2] + c[3] * x[3];
+    });
+  }
+  static inline Ints dot_bytes(const Ints& sum, const Bytes& w, const int8_t* x) {
+    return each<Ints>([&](int i) {
+      const int8_t* c = (const int8_t*)w.v + 4 * i;
+      return sum.v[i] + c[0] * x[0] + c[1] * x[1] + c[2] * x[2] + c[3] * x[3];
+    });
+  }
+
+  static inline Floats all(float v) { return each<Floats>([&](int) { return v; }); }
+  static inline Floats to_float(const Ints& v) { return each<Floats>([&](int i) { return (float)v.v[i]; }); }
+  static inline Floats multiply(const Floats& a, const Floats& b) {
+    return each<Floats>([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  static inline Floats fma(const Floats& a, const Floats& b, const Floats& c) {
+    return each<Floats>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
+  }
+  static inline Floats floats(const uint8_t* at) {
+    Floats out;
+    std::memcpy(out.v, at, 64);
+    return out;
+  }
+  // float16: its exponent moves to float32's place, and one multiplication corrects the bias, subnormals included.
+  static inline float half(const uint8_t* at) {
+    uint16_t h;
+    std::memcpy(&h, at, 2);
+    const uint32_t bits = (uint32_t)(h & 0x7fff) << 13 | (uint32_t)(h & 0x8000) << 16;
+    float f;
+    std::memcpy(&f, &bits, 4);
+    return f * 0x1p112f;
+  }
+  static inline Floats halves(const uint8_t* at) { return each<Floats>([&](int i) { return half(at + 2 * i); }); }
+  static inline void store(float* at, const Floats& v) { std::memcpy(at, v.v, 64); }
+  static inline void store(uint16_t* at, const Floats& v) {  // bfloat16, rounded to even
+    for (int i = 0; i < 16; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, v.v + i, 4);
+      at[i] = (uint16_t)((bits + (bits >> 16 & 1) + 0x7fff) >> 16);
+    }
+  }
+};
+
+#include "lowbit_kernels.h"
+
+}  // namespace
+const Kernel* find(const std::string& format) { return find_kernel(format); }
+}  // namespace llama::scalar

@@ -1,0 +1,142 @@
+"""Products with a packed weight: `lowbit_linear`, its kernel layout, and the PyTorch twins that define both.
+
+The kernel layout is the published one with rows interleaved, 16 at a time, so that a register holds the same columns of
+16 rows: field after field, each ordered (tile, block, unit, row, bytes of the unit), largest field first, the last
+tile filled with zero rows. It has the same bytes as the published layout, and `deinterleave` restores that exactly.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama.kernels.layouts import LAYOUTS, TILE, Field, Layout, pack_bits, unpack_bits
+
+TILES_AT_ONCE = 64  # rows are rearranged 1024 at a time, so that temporaries stay small
+
+
+def load_library() -> bool:
+    """Load the compiled kernels that stand beside this file; False where none were built or they do not fit."""
+    for path in sorted(Path(__file__).parent.glob("_lowbit*.so")):
+        try:
+            torch.ops.load_library(path)
+            return True
+        except OSError as error:
+            warnings.warn(f"{path.name} does not load ({error}); low-bit weights run on PyTorch operators", stacklevel=2)
+    return False
+
+
+AVAILABLE = load_library()
+
+
+def variants() -> list[str]:
+    """The ways of computing that this machine can run, best first; empty where nothing was compiled.
+
+    "avx512_vnni", "avx2" and "scalar" round the activations to int8, one scale for each of the weight's groups of
+    columns. "tiles" rounds nothing: it turns some hundred weight rows at a time into x's dtype for a matrix product.
+    """
+    if not AVAILABLE:
+        return []
+    bits = torch.ops.llama.lowbit_instruction_sets()
+    return [name for bit, name in ((1, "avx512_vnni"), (2, "avx2")) if bits & bit] + ["scalar", "tiles"]
+
+
+def lowbit_linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, format: str, outputs: int, variant: str = "auto"
+) -> Tensor:
+    """x @ weight.T + bias, on CPU, with the compiled kernels.
+
+    x: (rows, columns) bfloat16 or float32, contiguous. packed: uint8, flat, as `interleave` makes it. bias: float32
+    (outputs,). Returns (rows, outputs) in x's dtype. `variant`: one of `variants()`; "auto" is "tiles" for many rows on
+    a processor with AMX, else the widest integer kernel, whose result for a row does not depend on the other rows.
+    """
+    return torch.ops.llama.lowbit_linear(x, packed, bias, format, outputs, variant)
+
+
+if AVAILABLE:
+
+    @torch.library.register_fake("llama::lowbit_linear")
+    def _(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, outputs: int, variant: str) -> Tensor:
+        return x.new_empty((x.shape[0], outputs))
+
+
+def lowbit_linear_twin(
+    x: Tensor, packed: Tensor, bias: Tensor | None, format: str, outputs: int, variant: str = "scalar"
+) -> Tensor:
+    """What `lowbit_linear` means, in PyTorch operators and float32; slow."""
+    layout = LAYOUTS[format]
+    weight = layout.dequantize(deinterleave(packed, layout, outputs, x.shape[1]))
+    rounded = x.float() if variant == "tiles" else round_activations(x.float(), layout.group)
+    return F.linear(rounded, weight, bias).to(x.dtype)
+
+
+def round_activations(x: Tensor, group: int) -> Tensor:
+    """float32 (rows, columns) rounded to 255 even steps within each group of columns, the largest magnitude kept."""
+    groups = x.unflatten(-1, (-1, group))
+    peak = groups.abs().amax(dim=-1, keepdim=True)
+    codes = (groups * torch.where(peak > 1e-30, 127 / peak, 0)).round()
+    return (codes * torch.where(peak <= 1e-30, 0, peak / 127)).flatten(-2)
+
+
+def interleave(packed: Tensor, layout: Layout) -> Tensor:
+    """The published layout, uint8 (rows, bytes) -> the kernel layout, uint8 flat."""
+    tiles = -(-packed.shape[0] // TILE)
+    blocks = packed.shape[1] // layout.block_bytes
+    out = packed.new_empty(tiles * TILE * packed.shape[1])
+    for first in range(0, tiles, TILES_AT_ONCE):
+        part = packed[first * TILE : (first + TILES_AT_ONCE) * TILE]
+        part = F.pad(part, (0, 0, 0, -part.shape[0] % TILE)).view(-1, TILE, blocks, layout.block_bytes)
+        for field, start, region in regions(layout, out, tiles, blocks):
+            source = part[..., start : start + field.size]
+            if field.bit_planes:
+                source = to_planes(source)
+            units = source.reshape(-1, TILE, blocks, field.size // field.unit, field.unit)
+            region[first : first + TILES_AT_ONCE] = units.permute(0, 2, 3, 1, 4)
+    return out
+
+
+def deinterleave(interleaved: Tensor, layout: Layout, rows: int, columns: int) -> Tensor:
+    """The inverse of `interleave`: uint8 flat -> uint8 (rows, bytes)."""
+    tiles, blocks = -(-rows // TILE), columns // layout.block
+    out = interleaved.new_empty((tiles, TILE, blocks, layout.block_bytes))
+    for first in range(0, tiles, TILES_AT_ONCE):
+        for field, start, region in regions(layout, interleaved, tiles, blocks):
+            source = region[first : first + TILES_AT_ONCE].permute(0, 3, 1, 2, 4).flatten(-2)
+            if field.bit_planes:
+                source = from_planes(source)
+            out[first : first + TILES_AT_ONCE, ..., start : start + field.size] = source
+    return out.view(tiles * TILE, -1)[:rows]
+
+
+def regions(layout: Layout, flat: Tensor, tiles: int, blocks: int) -> Iterator[tuple[Field, int, Tensor]]:
+    """Each field, where it starts in a published block, and its part of the kernel layout
+    (tiles, blocks, units, TILE, bytes of a unit), a view."""
+    starts, position = {}, 0
+    for field in layout.fields:
+        starts[field.name] = position
+        position += field.size
+    position = 0
+    for field in sorted(layout.fields, key=lambda field: -field.size):
+        size = tiles * blocks * TILE * field.size
+        region = flat[position : position + size].view(tiles, blocks, field.size // field.unit, TILE, field.unit)
+        yield field, starts[field.name], region
+        position += size
+
+
+def to_planes(bits: Tensor) -> Tensor:
+    """One bit a column, uint8 (..., 4k), reordered in each 32 columns: byte c holds columns c, c + 4, ... c + 28.
+
+    So four neighbouring columns have the same bit of four neighbouring bytes, where their codes also are."""
+    columns = unpack_bits(bits.contiguous()).unflatten(-1, (-1, 8, 4))
+    return pack_bits(columns.transpose(-1, -2).flatten(-2)).flatten(-2)
+
+
+def from_planes(planes: Tensor) -> Tensor:
+    """The inverse of `to_planes`."""
+    columns = unpack_bits(planes.contiguous()).unflatten(-1, (-1, 4, 8))
+    return pack_bits(columns.transpose(-1, -2).flatten(-2)).flatten(-2)

@@ -1,0 +1,103 @@
+"""Runs a step: packs it into tensors, lets the model compute it, returns the logits that somebody wants.
+
+Under `torchrun` rank 0 broadcasts the packed step as one list of integers, and the other ranks do nothing but
+run what they receive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import torch
+
+from llama.cache import KVCache, Span
+from llama.model import Transformer
+from llama.scheduler import Step
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A packed step: all requests' tokens in one row, and where each request's stand."""
+
+    tokens: list[int]
+    wanted: list[int]  # the rows whose logits are wanted
+    copies: list[tuple[int, int]]  # (source, target) blocks, copied before anything else happens
+    spans: list[Span]
+
+    @classmethod
+    def pack(cls, step: Step, num_logits: Sequence[int], block_size: int) -> Batch:
+        """`num_logits[i]`: of how many rows, counted from its end, slice i wants logits."""
+        tokens: list[int] = []
+        wanted: list[int] = []
+        spans = []
+        for piece, count in zip(step.slices, num_logits, strict=True):
+            stop = piece.start + piece.count
+            extents = tuple((b * block_size, n * block_size) for b, n in piece.request.extents)
+            spans.append(Span(len(tokens), piece.count, stop, extents))
+            tokens += piece.request.tokens[piece.start : stop]
+            wanted += range(len(tokens) - count, len(tokens))
+        return cls(tokens, wanted, list(step.copies), spans)
+
+    def to_ints(self) -> list[int]:
+        spans = (
+            (span.num_rows, span.context, len(span.extents), *chain.from_iterable(span.extents))
+            for span in self.spans
+        )
+        lengths = (len(self.tokens), len(self.wanted), len(self.copies), len(self.spans))
+        return [*lengths, *self.tokens, *self.wanted, *chain(*self.copies), *chain.from_iterable(spans)]
+
+    @classmethod
+    def from_ints(cls, ints: Sequence[int]) -> Batch:
+        numbers = iter(ints)
+
+        def take(count: int) -> list[int]:
+            return [next(numbers) for _ in range(count)]
+
+        num_tokens, num_wanted, num_copies, num_spans = take(4)
+        tokens, wanted = take(num_tokens), take(num_wanted)
+        copies = [tuple(take(2)) for _ in range(num_copies)]
+        spans, first_row = [], 0
+        for _ in range(num_spans):
+            num_rows, context, num_extents = take(3)
+            extents = tuple(tuple(take(2)) for _ in range(num_extents))
+            spans.append(Span(first_row, num_rows, context, extents))
+            first_row += num_rows
+        return cls(tokens, wanted, copies, spans)
+
+
+class Runner:
+    """A model and the pool of `num_blocks` blocks in which it keeps every request's keys and values."""
+
+    def __init__(self, model: Transformer, num_blocks: int, block_size: int, dtype: torch.dtype):
+        self.model = model
+        self.block_size = block_size
+        self.device = model.norm.weight.device
+        self.cache = KVCache(model.cache_shape, num_blocks * block_size, self.device, dtype)
+
+    def run(self, step: Step, num_logits: Sequence[int]) -> torch.Tensor:
+        """Logits (sum of num_logits, vocab_size) float32, in the order of the step's slices."""
+        batch = Batch.pack(step, num_logits, self.block_size)
+        if self.model.parallel.size > 1:
+            self.model.parallel.broadcast_ints(batch.to_ints())
+        return self._forward(batch)
+
+    def follow(self) -> None:
+        """On every rank but 0: runs what rank 0 runs, until it says `release`."""
+        while ints := self.model.parallel.broadcast_ints():
+            self._forward(Batch.from_ints(ints))
+
+    def release(self) -> None:
+        """On rank 0: lets the others return from `follow`."""
+        self.model.parallel.broadcast_ints([])
+
+    @torch.inference_mode()
+    def _forward(self, batch: Batch) -> torch.Tensor:
+        for source, target in batch.copies:
+            self.cache.copy(source * self.block_size, target * self.block_size, self.block_size)
+        tokens = torch.tensor(batch.tokens, device=self.device)
+        places = [range(span.context - span.num_rows, span.context) for span in batch.spans]
+        positions = torch.tensor(list(chain.from_iterable(places)), device=self.device)
+        states = self.model.hidden_states(tokens, positions, self.cache.layers(batch.spans))
+        return self.model.logits(states[batch.wanted])

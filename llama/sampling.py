@@ -1,0 +1,510 @@
+"""What a request may ask of the sampler, and the sampler: logits to tokens, all rows of a step at once.
+
+The order is the usual one of Hugging Face's processors: penalties, bias, the caller's own processors, banned
+tokens; then temperature, top_k, top_p, min_p. A row's result depends on that row alone: its randomness is one
+number made from its key, and its probabilities are added up as whole numbers, exactly, in whatever order.
+"""
+
+from __future__ import annotations
+
+import math
+import reprlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+LogitsProcessor = Callable[[list[int], Tensor], Tensor]
+
+
+class SamplingError(ValueError):
+    """A sampling parameter that cannot be used; `param` is its name."""
+
+    def __init__(self, param: str, allowed: str, given: object) -> None:
+        super().__init__(f"{param} must be {allowed}, got {reprlib.repr(given)}")
+        self.param = param
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a request's tokens are chosen, and when they end. Immutable; a bad value raises SamplingError.
+
+    None in one of the first five fields means: as the model's generation_config says, else as the reference
+    does (temperature 0.6, top_p 0.9, the rest off). `resolve` puts the numbers there.
+    """
+
+    temperature: float | None = None  # 0 or less: greedy
+    top_p: float | None = None  # the fewest best tokens that together pass this probability; 0: the best one
+    top_k: int | None = None  # so many best tokens; 0: all
+    min_p: float | None = None  # tokens at least this share as probable as the best one
+    repetition_penalty: float | None = None  # on every token of the prompt and the answer; 1: off
+    presence_penalty: float = 0.0  # off the logit of every token of the answer
+    frequency_penalty: float = 0.0  # off the logit for each time that the token is in the answer
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # id -> added to its logit; -inf: never
+    seed: int | None = None  # None: the engine's
+    max_tokens: int | None = None  # None: as many as the context holds
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()  # a single string will do
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # N: with each token its logprob and the N best; None: no logprobs
+    prompt_logprobs: int | None = None  # the same for the prompt
+    echo: bool = False
+    n: int = 1  # answers to one prompt
+    logits_processors: tuple[LogitsProcessor, ...] = ()  # (tokens so far, logits (vocab,)) -> logits (vocab,)
+
+    def __post_init__(self) -> None:
+        for name, check in _CHECKS.items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise SamplingError("min_tokens", f"at most max_tokens ({self.max_tokens})", self.min_tokens)
+
+    def resolve(self, defaults: Mapping[str, object] | None = None) -> SamplingParams:
+        """The same with what was not given taken from `defaults`, else from the reference.
+
+        defaults: a model's generation_config as read. `do_sample: false` there means greedy; keys of no concern
+        here are ignored; a bad value raises SamplingError.
+        """
+        defaults = defaults or {}
+        missing = {name: value for name, value in _UNLESS_GIVEN.items() if getattr(self, name) is None}
+        found = {name: defaults[name] for name in missing if defaults.get(name) is not None}
+        if "temperature" in missing and defaults.get("do_sample") is False:
+            found["temperature"] = 0.0
+        return replace(self, **missing | found) if missing else self
+
+    def check(self, vocab_size: int) -> None:
+        """Raise SamplingError for a token id that a vocabulary of this size lacks."""
+        for name in ("logit_bias", "stop_token_ids"):
+            for token in getattr(self, name):
+                if token >= vocab_size:
+                    raise SamplingError(
+                        name, f"made of ids from 0 to {vocab_size - 1} (the vocabulary)", token
+                    )
+
+
+_UNLESS_GIVEN = {"temperature": 0.6, "top_p": 0.9, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+@dataclass(frozen=True)
+class _Number:
+    """The numbers that a field may hold. A NaN fails the comparison, and no upper end is infinity."""
+
+    low: float
+    high: float
+    words: str
+    kind: type = Real
+    optional: bool = False
+
+    def __call__(self, name: str, value: object) -> int | float | None:
+        if value is None and self.optional:
+            return None
+        is_number = isinstance(value, self.kind) and not isinstance(value, bool)
+        if not is_number or not self.low <= value <= self.high:
+            raise SamplingError(name, self.words + (" or None" if self.optional else ""), value)
+        return int(value) if self.kind is Integral else float(value)
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise SamplingError(name, "True or False", value)
+    return value
+
+
+def _texts(name: str, value: object) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
+        raise SamplingError(name, "a text or a list of texts, none of them empty", value)
+    return tuple(texts)
+
+
+def _ids(name: str, value: object) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple):
+        raise SamplingError(name, "a list of token ids", value)
+    return tuple(_ID(name, token) for token in value)
+
+
+def _biases(name: str, value: object) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise SamplingError(name, "a mapping of token ids to numbers", value)
+    return {
+        _ID(name, token): bias if bias == -math.inf else _BIAS(name, bias) for token, bias in value.items()
+    }
+
+
+def _functions(name: str, value: object) -> tuple[LogitsProcessor, ...]:
+    if not isinstance(value, list | tuple) or not all(map(callable, value)):
+        raise SamplingError(name, "a list of functions", value)
+    return tuple(value)
+
+
+_ID = _Number(0, sys.maxsize, "made of token ids (whole numbers, 0 or more)", Integral)
+_BIAS = _Number(-1e30, 1e30, "made of numbers up to 1e30 in size, or -inf (never)")  # finite in float32
+_SHARE = _Number(0, 1, "a number from 0 to 1", optional=True)
+_PENALTY = _Number(-2, 2, "a number from -2 to 2")
+_COUNT = _Number(0, sys.maxsize, "a whole number, 0 or more", Integral)
+_TOP = _Number(0, 20, "a whole number from 0 to 20", Integral, optional=True)  # OpenAI's limit
+_CHECKS = {
+    "temperature": _Number(
+        -sys.float_info.max, sys.float_info.max, "a finite number (0 or less: greedy)", optional=True
+    ),
+    "top_p": _SHARE,
+    "top_k": _Number(0, sys.maxsize, "a whole number, 0 (off) or more", Integral, optional=True),
+    "min_p": _SHARE,
+    "repetition_penalty": _Number(0.01, 100, "a number from 0.01 to 100 (1: off)", optional=True),
+    "presence_penalty": _PENALTY,
+    "frequency_penalty": _PENALTY,
+    "logit_bias": _biases,
+    "seed": _Number(-(2**63), 2**63 - 1, "a whole number of 64 bits", Integral, optional=True),
+    "max_tokens": replace(_COUNT, optional=True),
+    "min_tokens": _COUNT,
+    "stop": _texts,
+    "stop_token_ids": _ids,
+    "ignore_eos": _flag,
+    "logprobs": _TOP,
+    "prompt_logprobs": _TOP,
+    "echo": _flag,
+    "n": _Number(1, sys.maxsize, "a whole number, 1 or more", Integral),
+    "logits_processors": _functions,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """What must be known of the request whose next token a row of logits decides."""
+
+    params: SamplingParams  # resolved
+    tokens: Sequence[int]  # the prompt, then the answer so far; read only for penalties and processors
+    num_prompt_tokens: int
+    key: tuple[int, ...]  # what this draw's randomness is made from: (seed, choice index, position)
+    banned: Sequence[int] = ()  # ids that must not come now: what would stop, before min_tokens are there
+
+    def __post_init__(self) -> None:
+        assert None not in [getattr(self.params, name) for name in _UNLESS_GIVEN], (
+            "SamplingParams.resolve() first"
+        )
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether anything besides temperature, top_k, top_p and min_p is asked for."""
+        params = self.params
+        return bool(
+            params.repetition_penalty != 1
+            or params.presence_penalty
+            or params.frequency_penalty
+            or params.logit_bias
+            or params.logits_processors
+            or self.banned
+        )
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The outcome of a step; each list has one entry a row.
+
+    A row is not `finite` when its largest logit is not a finite number: the model gave NaN or infinity, every
+    token is masked, or its own processor failed. It gets token -1, and no other row is touched by it. A token
+    with a logit of -inf is masked, which is in order as long as another is not.
+    """
+
+    tokens: list[int]
+    finite: list[bool]
+    logprobs: list[float | None]  # the chosen tokens', for rows whose params.logprobs is not None
+    top: list[list[tuple[int, float]] | None]  # the params.logprobs best (id, logprob), best first
+    errors: dict[int, Exception]  # row -> what its own logits processor raised
+
+
+def uniform(*key: int) -> float:
+    """A number in [0, 1), a pure function of the key's integers (64 bits of each count).
+
+    Each integer picks an output of the SplitMix64 generator (Steele, Lea, Flood, "Fast splittable pseudorandom
+    number generators", 2014) whose state is what the integers before it picked.
+    """
+    state, mask, golden = 0, 2**64 - 1, 0x9E3779B97F4A7C15
+    for word in key:
+        state = (state + (word + 1) * golden) & mask
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & mask
+        state ^= state >> 31
+    return (state >> 11) * 2.0**-53
+
+
+def outside_nucleus(ranked: Tensor, limit: Tensor | float) -> Tensor:
+    """What top-p drops: entries that are preceded by more than `limit` in sum.
+
+    ranked: (..., n) probabilities, or whole-number weights, best first. -> (..., n) bool. A limit of 0 keeps the
+    first; an entry that exactly the limit precedes is kept.
+    """
+    return ranked.cumsum(dim=-1) - ranked > limit
+
+
+def sample_top_p(probs: Tensor, p: float) -> Tensor:
+    """Draw from the nucleus by torch's global generator, token for token as the reference's function does.
+
+    probs: (..., vocab), not changed. -> (..., 1) int64.
+    """
+    ranked, ids = probs.sort(dim=-1, descending=True)
+    ranked = ranked.masked_fill(outside_nucleus(ranked, p), 0.0)
+    ranked /= ranked.sum(dim=-1, keepdim=True)
+    picks = torch.multinomial(ranked.reshape(-1, ranked.shape[-1]), num_samples=1)
+    return ids.gather(-1, picks.reshape(*probs.shape[:-1], 1))
+
+
+def logprobs_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Each row's log-softmax at one token: (rows, vocab) float32, (rows,) int64 -> (rows,) float32.
+
+    Temperature and truncation have no part in it, as in the reference.
+    """
+    blocks = zip(_in_blocks(logits, logits.shape[-1]), _in_blocks(tokens, logits.shape[-1]), strict=True)
+    return torch.cat([part.log_softmax(-1).gather(-1, ids[:, None]).squeeze(-1) for part, ids in blocks])
+
+
+def top_logprobs(logits: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Each row's `num` best tokens (at most the vocabulary), best first, of equals the lower id first.
+
+    logits: (rows, vocab) float32. -> ids (rows, num) int64, log-softmax there (rows, num) float32.
+    """
+    ids, logprobs = [], []
+    for part in _in_blocks(logits, logits.shape[-1]):
+        values, leading = _leading(part, 2 * num)  # some more: equals at the very end are there by chance
+        order = values.sort(dim=-1, descending=True, stable=True).indices[:, :num]
+        ids.append(leading.gather(-1, order))
+        logprobs.append(part.log_softmax(-1).gather(-1, ids[-1]))
+    return torch.cat(ids), torch.cat(logprobs)
+
+
+_BLOCK = 1 << 22  # logits worked on at once: bounds a large batch's scratch memory, and keeps it near caches
+
+
+def _in_blocks(rows: Tensor | Sequence, vocab_size: int) -> Iterator:
+    """Slices of as many rows as make _BLOCK logits; of no rows, one empty slice."""
+    size = max(1, _BLOCK // vocab_size)
+    return (rows[start : start + size] for start in range(0, max(1, len(rows)), size))
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
+    """Choose a token for each row of logits (rows, vocab) float32, which are not changed.
+
+    Tokens leave the device together: once for rows whose logits are drawn from as they are, once for those with
+    penalties and the like, and again for rows with an uncommonly wide nucleus and for logprobs.
+    """
+    assert logits.shape[0] == len(rows), (logits.shape, len(rows))
+    if logits.device.type not in ("cpu", "cuda"):
+        logits = logits.cpu()  # float64 is needed, which others may lack
+    plain = [i for i, row in enumerate(rows) if not row.changes_logits]
+    changing = [i for i, row in enumerate(rows) if row.changes_logits]
+    changed = logits[changing]
+    errors = _change(changed, [rows[i] for i in changing]) if changing else {}
+    chosen = _choose(logits, [(i, rows[i]) for i in plain])
+    chosen += _choose(changed, [(place, rows[i]) for place, i in enumerate(changing)])
+    tokens = [token for _, token in sorted(zip(plain + changing, chosen, strict=True))]
+    logprobs, top = _logprobs_asked_for(logits, rows, tokens)
+    return Sampled(
+        tokens=tokens,
+        finite=[token != _NOT_FINITE for token in tokens],
+        logprobs=logprobs,
+        top=top,
+        errors={changing[place]: error for place, error in errors.items()},
+    )
+
+
+def _logprobs_asked_for(logits: Tensor, rows: Sequence[SampleRow], tokens: list[int]) -> tuple[list, list]:
+    logprobs, top = [None] * len(rows), [None] * len(rows)
+    asking = [i for i, row in enumerate(rows) if row.params.logprobs is not None and tokens[i] != _NOT_FINITE]
+    if asking:
+        chosen = torch.tensor([tokens[i] for i in asking], device=logits.device)
+        for i, logprob in zip(asking, logprobs_of(logits[asking], chosen).tolist(), strict=True):
+            logprobs[i], top[i] = logprob, []
+    ranking = [i for i in asking if rows[i].params.logprobs]
+    if ranking:
+        ids, values = top_logprobs(logits[ranking], max(rows[i].params.logprobs for i in ranking))
+        for i, of_row in zip(
+            ranking, torch.stack([ids.double(), values.double()], dim=-1).tolist(), strict=True
+        ):
+            top[i] = [(int(token), logprob) for token, logprob in of_row[: rows[i].params.logprobs]]
+    return logprobs, top
+
+
+def _change(logits: Tensor, rows: Sequence[SampleRow]) -> dict[int, Exception]:
+    """Penalties, bias, processors and bans, in place on (rows, vocab); -> what processors raised, by row."""
+    _penalise_repetition(logits, rows)
+    _add(logits, [_answer_penalties(row) for row in rows])
+    _add(logits, [row.params.logit_bias for row in rows])
+    errors = _process(logits, rows)
+    logits[_places([set(row.banned) for row in rows], logits.device)] = -math.inf  # last: nothing lifts a ban
+    return errors
+
+
+def _places(ids: Sequence[Collection[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Row and column of every id, where ids[i] are of row i."""
+    lengths = torch.tensor([len(of_row) for of_row in ids])
+    columns = torch.tensor(list(chain.from_iterable(ids)), dtype=torch.int64)
+    return torch.arange(len(ids)).repeat_interleave(lengths).to(device), columns.to(device)
+
+
+def _penalise_repetition(logits: Tensor, rows: Sequence[SampleRow]) -> None:
+    """Weaken each token seen by a factor (CTRL, Keskar et al. 2019; negative logits as Hugging Face does)."""
+    penalties = [row.params.repetition_penalty for row in rows]
+    places = _places(
+        [set(row.tokens) if row.params.repetition_penalty != 1 else () for row in rows], logits.device
+    )
+    factors = torch.tensor(penalties, dtype=torch.float32, device=logits.device)[places[0]]
+    scores = logits[places]
+    logits[places] = torch.where(scores < 0, scores * factors, scores / factors)
+
+
+def _answer_penalties(row: SampleRow) -> dict[int, float]:
+    """What OpenAI's presence and frequency penalties add to the answer's tokens."""
+    presence, frequency = row.params.presence_penalty, row.params.frequency_penalty
+    if not presence and not frequency:
+        return {}
+    counts = Counter(row.tokens[row.num_prompt_tokens :])
+    return {token: -(presence + frequency * count) for token, count in counts.items()}
+
+
+def _add(logits: Tensor, additions: Sequence[Mapping[int, float]]) -> None:
+    values = list(chain.from_iterable(of_row.values() for of_row in additions))
+    logits[_places(additions, logits.device)] += torch.tensor(
+        values, dtype=logits.dtype, device=logits.device
+    )
+
+
+def _process(logits: Tensor, rows: Sequence[SampleRow]) -> dict[int, Exception]:
+    errors = {}
+    for i, row in enumerate(rows):
+        try:
+            for processor in row.params.logits_processors:
+                result = processor(list(row.tokens), logits[i])
+                if not isinstance(result, Tensor) or result.shape != logits[i].shape:
+                    given = tuple(result.shape) if isinstance(result, Tensor) else result
+                    allowed = f"functions that return a tensor of shape {tuple(logits[i].shape)}"
+                    raise SamplingError("logits_processors", allowed, given)
+                logits[i] = result
+        except Exception as error:  # the caller's code may end its own request, never the others' step
+            errors[i] = error
+            logits[i] = math.nan
+    return errors
+
+
+_NOT_FINITE, _TOO_NARROW = -1, -2  # in a token's place: there is none; more tokens must be ranked to know
+_LEADING = 256  # so many tokens are ranked at first: most nuclei of a language model end among them
+_WIDER = 16  # so many times more where that was too narrow
+
+
+def _choose(logits: Tensor, rows: Sequence[tuple[int, SampleRow]]) -> list[int]:
+    """A token for each (place in logits, row), or _NOT_FINITE."""
+    tokens, waiting, width = [_TOO_NARROW] * len(rows), list(range(len(rows))), _LEADING
+    draws = [_draw_for(row.params) for _, row in rows]
+    while waiting:
+        order, found = [], []
+        for draw in (_draw_best, _draw_from_all, _draw_from_leading):
+            members = [i for i in waiting if draws[i] is draw]
+            for block in _in_blocks(members, logits.shape[-1]) if members else ():
+                part = _rows_at(logits, [rows[i][0] for i in block])
+                found.append(draw(part, [rows[i][1] for i in block], width))
+                order += block
+        for i, token in zip(order, torch.cat(found).tolist(), strict=True):
+            tokens[i] = token
+        waiting, width = [i for i in waiting if tokens[i] == _TOO_NARROW], width * _WIDER
+    return tokens
+
+
+def _rows_at(logits: Tensor, places: list[int]) -> Tensor:
+    """These rows (ascending): a view where they are neighbours, else a copy."""
+    first, end = places[0], places[-1] + 1
+    return logits[first:end] if end - first == len(places) else logits[places]
+
+
+def _draw_for(params: SamplingParams) -> Callable[[Tensor, Sequence[SampleRow], int], Tensor]:
+    if params.temperature <= 0:
+        return _draw_best
+    return _draw_from_leading if params.top_k or params.top_p < 1 else _draw_from_all
+
+
+def _draw_best(logits: Tensor, rows: Sequence[SampleRow], width: int) -> Tensor:
+    peaks, ids = logits.max(dim=-1)
+    return ids.where(peaks.isfinite(), _NOT_FINITE)
+
+
+def _draw_from_all(logits: Tensor, rows: Sequence[SampleRow], width: int) -> Tensor:
+    """Without top_k and top_p nothing is ranked: min_p only compares with the best."""
+    draw, temperature, _, _, min_p = _columns(rows, logits.device)
+    probs, finite = _probabilities(logits, temperature)
+    weights = _weights(probs)
+    if any(row.params.min_p for row in rows):
+        weights.masked_fill_(weights < min_p * weights.amax(dim=-1, keepdim=True), 0)
+    return _inverse(weights, draw).squeeze(-1).where(finite, _NOT_FINITE)
+
+
+def _draw_from_leading(logits: Tensor, rows: Sequence[SampleRow], width: int) -> Tensor:
+    """Rank the `width` best tokens only, and draw where it is certain that no other would be kept."""
+    draw, temperature, top_k, top_p, min_p = _columns(rows, logits.device)
+    probs, finite = _probabilities(logits, temperature)
+    values, ids = _leading(logits, width)
+    values, order = values.sort(dim=-1, descending=True, stable=True)  # equals: the lower id first
+    ranked = _weights(probs.gather(-1, ids)).gather(-1, order)
+    num, vocab_size = ranked.shape[-1], logits.shape[-1]
+
+    ranked.masked_fill_(torch.arange(num, device=ranked.device) >= top_k, 0)
+    total = ranked.sum(dim=-1, keepdim=True)
+    if num < vocab_size and not all(row.params.top_k for row in rows):
+        total = total.where(top_k < math.inf, _weights(probs).sum(dim=-1, keepdim=True))
+    ranked.masked_fill_(outside_nucleus(ranked, top_p * total), 0)
+    ranked.masked_fill_(ranked < min_p * ranked[:, :1], 0)
+
+    kept = torch.zeros_like(ranked).scatter(-1, order, ranked)  # by id again, the order of every draw
+    tokens = ids.gather(-1, _inverse(kept, draw)).squeeze(-1)
+    if num < vocab_size:
+        doubtful = values == values[:, -1:]  # others of this value may have been left out
+        too_narrow = ((ranked > 0) & doubtful).any(dim=-1) | ((num < top_k) & (top_k < math.inf)).squeeze(-1)
+        tokens = tokens.where(~too_narrow, _TOO_NARROW)
+    return tokens.where(finite, _NOT_FINITE)
+
+
+def _columns(rows: Sequence[SampleRow], device: torch.device) -> tuple[Tensor, ...]:
+    """Each row's random number, temperature, top_k (off: inf), top_p and min_p, as (rows, 1) float64 each."""
+    table = []
+    for row in rows:
+        params = row.params
+        top_k = params.top_k or math.inf
+        table.append((uniform(*row.key), params.temperature, top_k, params.top_p, params.min_p))
+    return torch.tensor(table, dtype=torch.float64, device=device).unsqueeze(-1).unbind(1)
+
+
+def _probabilities(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax at each row's temperature (rows, vocab), and whether there is one (rows,)."""
+    peaks = logits.amax(dim=-1, keepdim=True)
+    divisors = temperature.clamp(1e-30, 1e30).float()  # normal in float32: 0 / 0 and inf / inf cannot arise
+    return (logits - peaks).div_(divisors).softmax(dim=-1), peaks.isfinite().squeeze(-1)
+
+
+def _weights(probs: Tensor) -> Tensor:
+    """Probabilities in units of 2**-52, int64: every sum of a row's is exact, here and as float64."""
+    return (probs * 2.0**52).to(torch.int64)
+
+
+def _leading(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Each row's `width` largest logits and their ids, by id; or all of them, where selecting saves little.
+
+    Of several equal to the smallest, some may be left out.
+    """
+    vocab_size = logits.shape[-1]
+    if 4 * width >= vocab_size:
+        return logits, torch.arange(vocab_size, device=logits.device).expand_as(logits)
+    values, ids = logits.topk(width, dim=-1, sorted=False)
+    ids, order = ids.sort(dim=-1)
+    return values.gather(-1, order), ids
+
+
+def _inverse(weights: Tensor, draw: Tensor) -> Tensor:
+    """The column (rows, 1) where the share `draw` (rows, 1) of a row's sum falls; its weight is never 0."""
+    sums = weights.cumsum(dim=-1)
+    total = sums[:, -1:]
+    target = torch.minimum((draw * total).to(torch.int64), total - 1)
+    found = torch.searchsorted(sums, target, right=True)
+    return found.clamp_(max=weights.shape[-1] - 1)  # past the end in rows of NaN only

@@ -1,0 +1,562 @@
+"""Who runs next, and where its keys and values live. Plain Python: no tensor and no model in sight.
+
+There are no phases. A request is a list of tokens of which the first `num_computed_tokens` have their keys
+and values in the cache; the rest still has to run. A step gives each of some requests a slice of its rest.
+Decoding is a slice of one token, a long prompt takes several slices (chunked prefill), and a prefix found
+in the cache, or a preemption, only moves `num_computed_tokens`. With max_step_tokens = 8:
+
+    request  tokens  computed      step                      computed after it
+    A            41        40      A[40:41], which samples                  41
+    B            30        16      B[16:22]                                 22
+    C             9         0      C[0:1]                                    1
+
+The cache is a pool of equal blocks: token p of a request lives in slot p % block_size of its block number
+p // block_size. Blocks are handed out as a request grows, shared by count, copied before a shared one is
+written, and kept after their last user for requests that begin with the same tokens (paged attention: Kwon
+et al. 2023, arXiv:2309.06180; one budget for prompts and decoding: Agrawal et al. 2024, arXiv:2403.02310).
+
+The life of a step: schedule() -> the runner copies blocks and runs the slices -> advance(step) -> for every
+slice that samples: append(request, token) or finish(request). The same calls give the same steps.
+"""
+
+from __future__ import annotations
+
+import enum
+import re
+from array import array
+from bisect import insort
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from operator import attrgetter
+
+
+class RequestTooLarge(ValueError):
+    """The request could not finish even if it had the whole cache to itself."""
+
+
+class Status(enum.Enum):
+    NEW = "new"
+    WAITING = "waiting"  # without blocks
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence of tokens to be continued. `tokens` changes only through Scheduler.append."""
+
+    id: int
+    tokens: list[int]  # the prompt, then what was generated
+    max_total_tokens: int  # prompt + the most that it may generate
+    salt: bytes = b""  # prefixes are shared only under the same salt
+    reuse_prefix: bool = True  # False: every prompt token is computed (prompt logprobs need them all)
+    params: object = None  # the caller's own; never looked at here
+
+    # filled by the scheduler
+    status: Status = field(default=Status.NEW, init=False)
+    arrival: int = field(default=0, init=False)  # its place in the order of service
+    num_prompt_tokens: int = field(default=0, init=False)
+    num_computed_tokens: int = field(default=0, init=False)
+    num_cached_tokens: int = field(default=0, init=False)  # those its first admission found in the cache
+    num_preemptions: int = field(default=0, init=False)
+    blocks: list[int] = field(default_factory=list, init=False)
+    extents: list[tuple[int, int]] = field(default_factory=list, init=False)  # of its blocks
+    digests: list[bytes] = field(default_factory=list, init=False)  # of its full blocks, each hashed once
+    prefix: list[CachedBlock] = field(default_factory=list, init=False)  # its full blocks, or their twins
+
+    def __post_init__(self) -> None:
+        self.num_prompt_tokens = len(self.tokens)
+
+    @property
+    def num_pending_tokens(self) -> int:
+        return len(self.tokens) - self.num_computed_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Run request.tokens[start : start + count]."""
+
+    request: Request
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """It ends with the request's last token, whose logits choose the next. Ask before appending that."""
+        return self.start + self.count == len(self.request.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What to run: first every block copy (source, destination), in order; then all slices at once."""
+
+    slices: tuple[Slice, ...]
+    copies: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class SchedulerStats:
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_referenced_blocks: int  # held by running requests
+    num_cached_blocks: int  # held by nobody, kept for a later request; all other blocks are empty
+    num_preemptions: int
+
+
+def extents(blocks: Sequence[int]) -> list[tuple[int, int]]:
+    """Runs of consecutive blocks as (first block, number of blocks): [7, 8, 9, 4] -> [(7, 3), (4, 1)]."""
+    starts = [i for i, block in enumerate(blocks) if not i or block != blocks[i - 1] + 1]
+    return [(blocks[i], j - i) for i, j in zip(starts, [*starts[1:], len(blocks)], strict=True)]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class CachedBlock:
+    """What the keys and values in a full block were computed from: its tokens, behind all of its parent."""
+
+    block: int
+    digest: bytes
+    parent: CachedBlock | bytes  # the first block of a sequence hangs on its salt
+    tokens: bytes
+
+
+class PrefixCache:
+    """Full blocks by a sha256 chain over the salt and every token up to their end.
+
+    A digest only proposes: tokens and parent are compared before a block is reused, so that a collision
+    costs a miss and never a wrong answer. Tests force collisions with a small `digest_size` (bytes).
+    """
+
+    def __init__(self, block_size: int, digest_size: int = 32):
+        self.block_size = block_size
+        self.digest_size = digest_size
+        self._by_digest: dict[bytes, CachedBlock] = {}
+        self._by_block: dict[int, CachedBlock] = {}
+
+    def __contains__(self, block: object) -> bool:
+        return block in self._by_block
+
+    def match(self, request: Request) -> list[CachedBlock]:
+        """The longest cached beginning, in full blocks, that leaves at least the last token to compute."""
+        found: list[CachedBlock] = []
+        while len(found) < (len(request.tokens) - 1) // self.block_size:
+            key = self._key(request, found)
+            entry = self._by_digest.get(key[0])
+            if entry is None or key != (entry.digest, entry.parent, entry.tokens):
+                break
+            found.append(entry)
+        return found
+
+    def publish(self, request: Request) -> None:
+        """Let others find the full blocks that the request has computed. Extends request.prefix."""
+        while len(request.prefix) < request.num_computed_tokens // self.block_size:
+            key = self._key(request, request.prefix)
+            entry = self._by_digest.get(key[0])
+            if entry is None:
+                entry = CachedBlock(request.blocks[len(request.prefix)], *key)
+                self._by_digest[entry.digest] = self._by_block[entry.block] = entry
+            elif key != (entry.digest, entry.parent, entry.tokens):
+                break  # a collision: nobody could find what lies behind it
+            request.prefix.append(entry)
+
+    def forget(self, block: int) -> None:
+        del self._by_digest[self._by_block.pop(block).digest]
+
+    def _key(self, request: Request, prefix: list[CachedBlock]) -> tuple[bytes, CachedBlock | bytes, bytes]:
+        """(digest, parent, tokens) of the request's block behind `prefix`."""
+        index = len(prefix)
+        start = index * self.block_size
+        tokens = array("q", request.tokens[start : start + self.block_size]).tobytes()
+        if index == len(request.digests):
+            chain = request.digests[-1] if index else sha256(request.salt).digest()
+            request.digests.append(sha256(chain + tokens).digest()[: self.digest_size])
+        return request.digests[index], prefix[-1] if prefix else request.salt, tokens
+
+    def check(self) -> None:
+        """Assert that digests and blocks are one to one."""
+        assert len(self._by_digest) == len(self._by_block), "digests and cached blocks differ in number"
+        for block, entry in self._by_block.items():
+            assert entry.block == block, f"block {block} is cached as {entry.block}"
+            assert self._by_digest.get(entry.digest) is entry, f"block {block} is not under its digest"
+
+
+# The state of a block, one byte each, so that bytearray.find finds a free run at the speed of memory.
+FREE, PROMISED, CACHED, USED = (bytes([state]) for state in range(4))
+PROMISED_RUN = re.compile(PROMISED + b"+")
+GROWTH = 16  # blocks that a new run should have to spare, if evicting as many gives it that
+
+
+class BlockAllocator:
+    """Hands out blocks in runs as long as it can: attention makes one call for each run of a request.
+
+    A block is USED while requests hold it; then CACHED, if `prefixes` knows it, until it is evicted (least
+    recently used first); else FREE. Free blocks behind a request's last one are PROMISED to its growth,
+    which keeps other requests away for as long as they find room elsewhere.
+    """
+
+    def __init__(self, num_blocks: int, prefixes: PrefixCache):
+        self.num_blocks = num_blocks
+        self.num_referenced = 0
+        self.prefixes = prefixes
+        self.references = [0] * num_blocks
+        self.evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self._states = bytearray(FREE * num_blocks)
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that can be allocated: all that no request holds."""
+        return self.num_blocks - self.num_referenced
+
+    def is_writable(self, block: int) -> bool:
+        """One request holds the block, and no other can find it."""
+        return self.references[block] == 1 and block not in self.prefixes
+
+    def allocate(self, blocks: list[int], count: int, room: int) -> None:
+        """Append `count` blocks to a request's `blocks`, each behind the last one where that is possible.
+
+        room: how many the request may come to need from here on, these included.
+        """
+        assert count <= self.num_available, f"{count} blocks wanted, {self.num_available} available"
+        for taken in range(count):
+            block = blocks[-1] + 1 if blocks else self.num_blocks
+            if self._states[block : block + 1] not in (FREE, PROMISED):  # also past the end
+                block = self._start_run(count - taken, room - taken)
+            self._states[block] = USED[0]
+            self.references[block] = 1
+            blocks.append(block)
+        self.num_referenced += count
+        self._turn(blocks[-1] + 1, room - count, FREE + PROMISED, PROMISED)
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Hold cached or used blocks once more."""
+        for block in blocks:
+            if not self.references[block]:
+                del self.evictable[block]
+                self._states[block] = USED[0]
+                self.num_referenced += 1
+            self.references[block] += 1
+
+    def free(self, blocks: Sequence[int]) -> None:
+        """Let go of a request's blocks, the last first, so that prefixes are evicted from their ends."""
+        for block in reversed(blocks):
+            if not self.references[block]:
+                raise ValueError(f"block {block} is freed twice")
+            self.references[block] -= 1
+            if not self.references[block]:
+                self.num_referenced -= 1
+                self._states[block] = (CACHED if block in self.prefixes else FREE)[0]
+                if block in self.prefixes:
+                    self.evictable[block] = None
+        if blocks and not self.references[blocks[-1]]:
+            self._turn(blocks[-1] + 1, self.num_blocks, PROMISED, FREE)
+
+    def _start_run(self, need: int, room: int) -> int:
+        """The first block of a new run, with all its room behind it or what comes nearest to that."""
+        goal = min(room, need + GROWTH)
+        start, size = self._find_free(room)
+        if size < goal:
+            for _ in range(min(goal, len(self.evictable))):
+                block, _ = self.evictable.popitem(last=False)
+                self.prefixes.forget(block)
+                self._states[block] = FREE[0]
+            start, size = self._find_free(goal)
+        if size < goal:  # the far half of the longest promise may be longer
+            longest = max(PROMISED_RUN.findall(self._states), key=len, default=b"")
+            if len(longest) > 2 * size:
+                start = self._states.find(longest) + len(longest) // 2
+        return start
+
+    def _find_free(self, size: int) -> tuple[int, int]:
+        """(start, size) of the first free run of that size, or a half, a quarter, ... of it; size 0: none."""
+        start = -1
+        while size and (start := self._states.find(FREE * size)) < 0:
+            size //= 2
+        return start, size
+
+    def _turn(self, start: int, limit: int, old: bytes, new: bytes) -> None:
+        """Give the run of `old` states from start on, at most `limit` blocks, the `new` state."""
+        run = self._states[start : start + limit]
+        size = len(run) - len(run.lstrip(old))
+        self._states[start : start + size] = new * size
+
+    def check(self, holders: Counter[int]) -> None:
+        """Assert that each block is in the one state that its holders (tables with that block) call for."""
+        for block, count in enumerate(self.references):
+            assert count == holders[block], f"block {block}: {count} references, {holders[block]} holders"
+            state, before = self._states[block : block + 1], self._states[max(block - 1, 0) : block]
+            assert (state == USED) == (count > 0), f"block {block}: {count} references, state {state}"
+            assert (state == CACHED) == (block in self.prefixes and not count), f"block {block}: {state}"
+            assert (state == CACHED) == (block in self.evictable), f"block {block}: {state}"
+            assert state != PROMISED or before in (PROMISED, USED), f"block {block} is promised to nobody"
+        assert self.num_referenced == sum(count > 0 for count in self.references), (
+            "blocks in use: wrong count"
+        )
+
+
+class Scheduler:
+    """Decides each step: first come first served, under a budget of tokens.
+
+    Running requests come first, by arrival, each with as many of its pending tokens as the budget allows
+    once every decoding request behind it has its one; so prompts never hold up decoding. The rest of the
+    budget admits waiting requests, by arrival and none past another, each when all its tokens find blocks
+    and one more is left for every running request. When the pool is full, the youngest running request
+    gives up its blocks and waits again at its old place; what stayed cached it need not compute again. So
+    the first of the running requests moves at every step, and nobody waits for ever.
+
+    max_step_tokens: in all slices of a step; chunk: in one slice (None: no limit of its own).
+    """
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int = 16,
+        max_step_tokens: int = 512,
+        max_running: int = 256,
+        prefix_caching: bool = True,
+        *,
+        chunk: int | None = None,
+        digest_size: int = 32,
+    ):
+        chunk = max_step_tokens if chunk is None else chunk
+        sizes = {"num_blocks": num_blocks, "block_size": block_size, "max_step_tokens": max_step_tokens}
+        for name, size in {**sizes, "max_running": max_running, "chunk": chunk}.items():
+            if size < 1:
+                raise ValueError(f"{name} is {size}: it must be at least 1")
+        self.block_size = block_size
+        self.max_step_tokens = max_step_tokens
+        self.max_running = max_running
+        self.prefix_caching = prefix_caching
+        self.chunk = chunk
+        self.prefixes = PrefixCache(block_size, digest_size)
+        self.allocator = BlockAllocator(num_blocks, self.prefixes)
+        self.running: list[Request] = []  # by arrival, as are the waiting ones
+        self.waiting: list[Request] = []
+        self._num_arrivals = 0
+        self._num_preemptions = 0
+        self._step: Step | None = None  # scheduled and not yet advanced
+
+    # -- requests come and go
+
+    def add(self, request: Request) -> None:
+        """Queue a new request. RequestTooLarge if it could never fit, ValueError if it makes no sense."""
+        self._accept(request)
+        self._num_arrivals += 1
+        request.arrival = self._num_arrivals
+        self._enqueue(request, Status.WAITING)
+
+    def fork(self, parent: Request, child: Request) -> None:
+        """Add a request that begins with what the parent has computed, and shares the blocks of that.
+
+        It stands beside the parent in the order of service, and runs at once if max_running allows.
+        """
+        shared = parent.num_computed_tokens
+        if child.tokens[:shared] != parent.tokens[:shared] or child.salt != parent.salt:
+            raise ValueError(f"request {child.id} cannot share with {parent.id}: other tokens or salt")
+        self._accept(child)
+        child.arrival = parent.arrival
+        child.num_prompt_tokens = parent.num_prompt_tokens
+        if parent.status is not Status.RUNNING or not shared or len(self.running) >= self.max_running:
+            return self._enqueue(child, Status.WAITING)
+        child.num_computed_tokens = shared
+        child.num_cached_tokens = parent.num_cached_tokens
+        child.digests = parent.digests[: shared // self.block_size]
+        child.prefix = parent.prefix[: shared // self.block_size]
+        child.blocks = parent.blocks[: self._num_blocks_for(shared)]
+        child.extents = extents(child.blocks)
+        self.allocator.share(child.blocks)
+        self._enqueue(child, Status.RUNNING)
+
+    def append(self, request: Request, token: int) -> None:
+        """The token sampled after the request's last one; also if it was preempted meanwhile."""
+        assert request.status in (Status.WAITING, Status.RUNNING), f"request {request.id} is not under way"
+        assert len(request.tokens) < request.max_total_tokens, f"request {request.id} has all its tokens"
+        request.tokens.append(token)
+
+    def preempt(self, request: Request) -> None:
+        """Take a running request's blocks; it waits at its old place to compute its tokens again."""
+        if request.status is not Status.RUNNING:
+            raise ValueError(f"request {request.id} is {request.status.value}: there is nothing to preempt")
+        self._release(request)
+        request.num_computed_tokens = 0
+        request.num_preemptions += 1
+        self._num_preemptions += 1
+        self._enqueue(request, Status.WAITING)
+
+    def finish(self, request: Request) -> None:
+        """The request is done or given up, at any moment except while the runner reads its blocks."""
+        if request.status not in (Status.WAITING, Status.RUNNING):
+            raise ValueError(f"request {request.id} is {request.status.value}: there is nothing to finish")
+        self._release(request)
+        request.status = Status.FINISHED
+
+    # -- a step
+
+    def schedule(self) -> Step:
+        """The next step; it has no slices only if no request is waiting or running."""
+        assert self._step is None, "the last step has not been advanced"
+        slices: list[Slice] = []
+        copies: list[tuple[int, int]] = []
+        budget = self.max_step_tokens
+        num_decoding = sum(len(r.tokens) - r.num_computed_tokens == 1 for r in self.running)
+        for request in self.running:  # its last entries go when they are preempted for an earlier one
+            pending = request.num_pending_tokens
+            assert pending, f"request {request.id} has nothing to run: append its token or finish it"
+            num_decoding -= pending == 1
+            count = min(pending, self.chunk, max(1, budget - num_decoding))
+            count = self._find_slots(request, count, copies)
+            if count:
+                slices.append(Slice(request, request.num_computed_tokens, count))
+                budget -= count
+            if not budget:
+                break
+        while budget and self.waiting and self._admit(self.waiting[0]):
+            request = self.waiting.pop(0)
+            self._enqueue(request, Status.RUNNING)
+            count = min(request.num_pending_tokens, self.chunk, budget)
+            slices.append(Slice(request, request.num_computed_tokens, count))
+            budget -= count
+        self._step = Step(tuple(slices), tuple(copies))
+        return self._step
+
+    def advance(self, step: Step) -> None:
+        """The step has run: its tokens are computed, and only now can others find the blocks they filled.
+
+        A step that failed is advanced too, after its requests were finished or preempted.
+        """
+        assert step is self._step, "only the last scheduled step is advanced, and once"
+        self._step = None
+        for part in step.slices:
+            request = part.request
+            if request.status is Status.RUNNING:  # not finished or preempted since
+                request.num_computed_tokens = part.start + part.count
+                if self.prefix_caching:
+                    self.prefixes.publish(request)
+
+    def stats(self) -> SchedulerStats:
+        return SchedulerStats(
+            num_running=len(self.running),
+            num_waiting=len(self.waiting),
+            num_blocks=self.allocator.num_blocks,
+            num_referenced_blocks=self.allocator.num_referenced,
+            num_cached_blocks=len(self.allocator.evictable),
+            num_preemptions=self._num_preemptions,
+        )
+
+    # -- how
+
+    def _num_blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def _accept(self, request: Request) -> None:
+        name, num_tokens, most = f"request {request.id}", len(request.tokens), request.max_total_tokens
+        if request.status is not Status.NEW:
+            raise ValueError(f"{name} is {request.status.value}: a request is added once")
+        if not 0 < num_tokens <= most:
+            raise ValueError(f"{name} has {num_tokens} tokens: give it 1 to max_total_tokens = {most}")
+        size = self.allocator.num_blocks * self.block_size
+        if self._num_blocks_for(most) > self.allocator.num_blocks:
+            raise RequestTooLarge(
+                f"{name} may grow to {most} tokens, the cache holds {size}: shorten it or enlarge the cache"
+            )
+
+    def _enqueue(self, request: Request, status: Status) -> None:
+        request.status = status
+        queue = self.running if status is Status.RUNNING else self.waiting
+        insort(queue, request, key=attrgetter("arrival"))
+
+    def _release(self, request: Request) -> None:
+        (self.running if request.status is Status.RUNNING else self.waiting).remove(request)
+        self.allocator.free(request.blocks)
+        request.blocks, request.extents, request.prefix = [], [], []
+
+    def _admit(self, request: Request) -> bool:
+        """Give a waiting request blocks for all its tokens, if it may run and one block a head is left."""
+        if len(self.running) >= self.max_running:
+            return False
+        prefix = self.prefixes.match(request) if self.prefix_caching and request.reuse_prefix else []
+        blocks = [entry.block for entry in prefix]
+        num_revived = sum(not self.allocator.references[block] for block in blocks)
+        num_missing = self._num_blocks_for(len(request.tokens)) - len(blocks)
+        if num_revived + num_missing + len(self.running) > self.allocator.num_available:
+            return False
+        self.allocator.share(blocks)
+        room = self._num_blocks_for(request.max_total_tokens) - len(blocks)
+        self.allocator.allocate(blocks, num_missing, room)
+        request.prefix, request.blocks, request.extents = prefix, blocks, extents(blocks)
+        request.num_computed_tokens = len(prefix) * self.block_size
+        if not request.num_preemptions:
+            request.num_cached_tokens = request.num_computed_tokens
+        return True
+
+    def _find_slots(self, request: Request, count: int, copies: list[tuple[int, int]]) -> int:
+        """Slots for a running request's next `count` tokens, at the cost of younger requests.
+
+        How many got one: fewer than `count`, or none, only if there is no younger request left.
+        """
+        start, blocks = request.num_computed_tokens, request.blocks
+        index = start // self.block_size
+        while True:
+            copy = index < len(blocks) and not self.allocator.is_writable(blocks[index])
+            num_missing = max(0, self._num_blocks_for(start + count) - len(blocks))
+            if copy + num_missing <= self.allocator.num_available or self.running[-1] is request:
+                break
+            self.preempt(self.running[-1])
+        if not copy and not num_missing:
+            return count
+        if copy and not self.allocator.num_available:
+            return 0
+        if copy:
+            copies.append(self._copy_block(request, index))
+        num_missing = min(num_missing, self.allocator.num_available)
+        if num_missing:
+            room = self._num_blocks_for(request.max_total_tokens) - len(blocks)
+            self.allocator.allocate(blocks, num_missing, room)
+        request.extents = extents(blocks)
+        return min(count, len(blocks) * self.block_size - start)
+
+    def _copy_block(self, request: Request, index: int) -> tuple[int, int]:
+        """Put a fresh block in the place of one that others read: (source, destination) of the copy."""
+        source, fresh = request.blocks[index], []
+        is_last = index == len(request.blocks) - 1
+        room = self._num_blocks_for(request.max_total_tokens) - index if is_last else 1
+        self.allocator.allocate(fresh, 1, room)
+        self.allocator.free([source])
+        request.blocks[index] = fresh[0]
+        return source, fresh[0]
+
+    def check(self) -> None:
+        """Assert every invariant. It walks the whole pool: for tests and idle moments."""
+        self.prefixes.check()
+        self.allocator.check(Counter(block for request in self.running for block in request.blocks))
+        assert len(self.running) <= self.max_running, f"{len(self.running)} requests run"
+        for queue, status in ((self.running, Status.RUNNING), (self.waiting, Status.WAITING)):
+            assert all(r.status is status for r in queue), f"one is not {status.value}"
+            assert queue == sorted(queue, key=attrgetter("arrival")), f"{status.value}: out of order"
+        for request in self.waiting:
+            assert (request.blocks, request.num_computed_tokens) == ([], 0), f"{request.id} holds blocks"
+        for request in self.running:
+            self._check_table(request)
+        if self._step is not None:
+            self._check_step(self._step)
+
+    def _check_table(self, request: Request) -> None:
+        num_computed, num_blocks = request.num_computed_tokens, len(request.blocks)
+        assert num_computed <= len(request.tokens) <= request.max_total_tokens, f"{request.id}: too long"
+        assert self._num_blocks_for(num_computed) <= num_blocks, f"{request.id}: computed without blocks"
+        assert num_blocks <= self._num_blocks_for(request.max_total_tokens), f"{request.id}: too many blocks"
+        assert request.extents == extents(request.blocks), f"{request.id}: old extents"
+        for block in request.blocks[num_computed // self.block_size :]:
+            assert block not in self.prefixes, f"block {block} is advertised before it is computed"
+
+    def _check_step(self, step: Step) -> None:
+        assert sum(part.count for part in step.slices) <= self.max_step_tokens, "a step over its budget"
+        assert all(0 < part.count <= self.chunk for part in step.slices), "an empty or oversized slice"
+        for part in step.slices:
+            request, end = part.request, part.start + part.count
+            if request.status is Status.RUNNING:
+                assert part.start == request.num_computed_tokens, f"{request.id}: a slice from elsewhere"
+                assert end <= len(request.blocks) * self.block_size, f"{request.id}: tokens without slots"
+                for block in request.blocks[part.start // self.block_size : self._num_blocks_for(end)]:
+                    assert self.allocator.is_writable(block), f"block {block} is written while others read"

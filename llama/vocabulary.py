@@ -1,0 +1,471 @@
+"""What a vocabulary is, and how files keep one: sentencepiece models, GGUF metadata, Hugging Face's tokenizer.json.
+
+Nothing here tokenizes; `tokenizer` does. Files are not trusted: sizes and numbers are checked before they are used.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+
+class TokenizerError(ValueError):
+    """A file that holds no vocabulary, or one that is damaged or of an unknown kind."""
+
+
+class TokenType(IntEnum):
+    """What a token is: the numbers that sentencepiece's ModelProto and GGUF's `token_type` share."""
+
+    NORMAL = 1
+    UNKNOWN = 2  # stands for text that the vocabulary cannot express
+    CONTROL = 3
+    USER_DEFINED = 4  # added later, and shown as text
+    UNUSED = 5
+    BYTE = 6  # "<0x41>" in sentencepiece vocabularies
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens by id, with all that another file needs to tokenize alike.
+
+    kind "spm": `tokens` are sentencepiece pieces ("▁" is a space); neighbours that make a piece are joined, the one
+    with the highest of `scores` first.
+    kind "bpe": `tokens` are bytes in GPT-2's printable alphabet, joined by `merges` ("left right", best first) within
+    words that are cut by the rule of `PRE_TOKENIZERS` named `pre`.
+    """
+
+    kind: str
+    tokens: list[str]
+    types: list[int]
+    scores: list[float] = field(default_factory=list)
+    merges: list[str] = field(default_factory=list)
+    pre: str = "default"
+    add_space_prefix: bool = False
+    remove_extra_whitespaces: bool = False
+    charsmap: bytes = b""  # sentencepiece's compiled normalisation; empty in Meta's files
+
+    def special_tokens(self) -> dict[str, int]:
+        """Every token that text must not become: control tokens, and added ones.
+
+        An added token that is white space or a single character controls nothing (some vocabularies add runs of
+        spaces), and stays text.
+        """
+
+        def is_special(token: str, type: int) -> bool:
+            is_markup = len(token.strip("▁ \t\r\n")) > 1
+            return type == TokenType.CONTROL or (type == TokenType.USER_DEFINED and is_markup)
+
+        rows = enumerate(zip(self.tokens, self.types, strict=True))
+        return {token: id for id, (token, type) in rows if is_special(token, type)}
+
+    def to_gguf(self) -> dict[str, Any]:
+        """The GGUF metadata that keeps this vocabulary: key -> string, bool, or list of one type."""
+        fields = {
+            "tokenizer.ggml.model": {"spm": "llama", "bpe": "gpt2"}[self.kind],
+            "tokenizer.ggml.pre": self.pre,
+            "tokenizer.ggml.tokens": self.tokens,
+            "tokenizer.ggml.token_type": [int(type) for type in self.types],
+            "tokenizer.ggml.scores": self.scores,
+            "tokenizer.ggml.merges": self.merges,
+            "tokenizer.ggml.add_space_prefix": self.add_space_prefix,
+            "tokenizer.ggml.remove_extra_whitespaces": self.remove_extra_whitespaces,
+            "tokenizer.ggml.precompiled_charsmap": list(self.charsmap),
+        }
+        return {key: value for key, value in fields.items() if value != []}
+
+    @staticmethod
+    def from_gguf(fields: Mapping[str, Any]) -> Vocabulary:
+        """Read what `to_gguf` writes and what llama.cpp's converters write. Raises TokenizerError."""
+        model = fields.get("tokenizer.ggml.model")
+        kind = {"llama": "spm", "gpt2": "bpe"}.get(model)
+        if kind is None:
+            raise TokenizerError(f'its tokenizer.ggml.model is {model!r}; "llama" and "gpt2" are known')
+        tokens = [token or f"[EMPTY_{id}]" for id, token in enumerate(fields["tokenizer.ggml.tokens"])]
+        vocabulary = Vocabulary(
+            kind=kind,
+            tokens=tokens,
+            types=list(fields.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))),
+            scores=list(fields.get("tokenizer.ggml.scores", [0.0] * len(tokens))),
+            merges=list(fields.get("tokenizer.ggml.merges", [])),
+            pre=fields.get("tokenizer.ggml.pre", "default"),
+            add_space_prefix=fields.get("tokenizer.ggml.add_space_prefix", kind == "spm"),
+            remove_extra_whitespaces=fields.get("tokenizer.ggml.remove_extra_whitespaces", False),
+            charsmap=bytes(value & 0xFF for value in fields.get("tokenizer.ggml.precompiled_charsmap", ())),
+        )
+        if not len(tokens) == len(vocabulary.types) == len(vocabulary.scores):
+            raise TokenizerError("its lists of tokens, types and scores differ in length")
+        for values, kind in ((tokens, str), (vocabulary.types, int), (vocabulary.scores, (int, float))):
+            if not all(isinstance(value, kind) for value in values):
+                raise TokenizerError("its lists of tokens, types and scores hold values of a wrong type")
+        return vocabulary
+
+
+# --- byte-level vocabularies ------------------------------------------------------------------------------------
+
+
+class PreTokenizer(NamedTuple):
+    """How a byte-level vocabulary cuts text into words: patterns applied in turn, each to the pieces of the last."""
+
+    patterns: tuple[str, ...]
+    ignore_merges: bool = False  # a word that is a token is that token, whatever its merges say
+    add_bos: bool = False  # what a GGUF file means that does not say
+    cut_long_runs: bool = False  # as Meta's own tokenizer for Llama 3 does
+
+
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+TEKKEN_PATTERN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+DEEPSEEK_CODER_PATTERNS = (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[一-龥ࠀ-一가-\ud7ff]+", r"\p{N}")
+
+_RULES: tuple[tuple[tuple[str, ...], PreTokenizer], ...] = (
+    (("llama-bpe", "llama3", "llama-v3"), PreTokenizer((LLAMA3_PATTERN,), True, True, cut_long_runs=True)),
+    (("falcon3", "pixtral"), PreTokenizer((LLAMA3_PATTERN,), ignore_merges=True, add_bos=True)),
+    (("smaug-bpe", "dbrx"), PreTokenizer((LLAMA3_PATTERN,))),
+    (("smollm", "starcoder", "refact", "command-r", "exaone"), PreTokenizer((r"\p{N}", GPT2_PATTERN))),
+    (("gpt-2", "phi-2", "mpt", "olmo"), PreTokenizer((GPT2_PATTERN,))),
+    (("qwen2", "deepseek-r1-qwen", "stablelm2"), PreTokenizer((QWEN2_PATTERN,))),
+    (("tekken",), PreTokenizer((TEKKEN_PATTERN,), ignore_merges=True, add_bos=True)),
+    (("deepseek-coder",), PreTokenizer(DEEPSEEK_CODER_PATTERNS)),
+    (("falcon",), PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", GPT2_PATTERN, "[0-9][0-9][0-9]"))),
+    (("default",), PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", GPT2_PATTERN, r"\p{N}+", "[0-9][0-9][0-9]"))),
+)
+# By the name in a GGUF file's `tokenizer.ggml.pre` (names and rules: llama.cpp, src/llama-vocab.cpp).
+PRE_TOKENIZERS: dict[str, PreTokenizer] = {name: rule for names, rule in _RULES for name in names}
+
+
+def _printable_bytes() -> list[str]:
+    """GPT-2's alphabet: the character that stands for each byte (printable Latin-1, then U+0100 and on)."""
+    shown = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte if byte in shown else next(others)) for byte in range(256)]
+
+
+CHAR_OF_BYTE: list[str] = _printable_bytes()
+BYTE_OF_CHAR: dict[str, int] = {char: byte for byte, char in enumerate(CHAR_OF_BYTE)}
+
+
+# --- sentencepiece's ModelProto (field numbers: its sentencepiece_model.proto) ----------------------------------
+
+
+def proto_fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """The (number, value) fields of one protobuf message: int for varints, bytes for everything else."""
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while at < len(message):
+        tag = varint()
+        if tag & 7 == 0:
+            yield tag >> 3, varint()
+        else:
+            size = varint() if tag & 7 == 2 else {1: 8, 5: 4}[tag & 7]
+            yield tag >> 3, message[at : at + size]
+            at += size
+
+
+def proto_field(number: int, value: int | float | bytes) -> bytes:
+    """One protobuf field: an int as a varint, a float as 32 bits, bytes with their length."""
+
+    def varint(value: int) -> bytes:
+        value &= 2**64 - 1
+        groups = [(value >> shift) & 0x7F for shift in range(0, max(value.bit_length(), 1), 7)]
+        return bytes([*(group | 0x80 for group in groups[:-1]), groups[-1]])
+
+    if isinstance(value, bytes):
+        return varint(number << 3 | 2) + varint(len(value)) + value
+    if isinstance(value, float):
+        return varint(number << 3 | 5) + struct.pack("<f", value)
+    return varint(number << 3) + varint(value)
+
+
+def is_bpe_proto(proto: bytes) -> bool:
+    """Whether a ModelProto is BPE, as Meta's are; sentencepiece has other models, with no place in GGUF's "llama"."""
+    trainer = dict(proto_fields(dict(proto_fields(proto)).get(2, b"")))
+    return trainer.get(3, 1) == 2
+
+
+def vocabulary_from_proto(proto: bytes) -> Vocabulary:
+    """Read a ModelProto."""
+    fields = list(proto_fields(proto))
+    pieces = [dict(proto_fields(value)) for number, value in fields if number == 1]
+    normalizer = dict(proto_fields(dict(fields).get(3, b"")))
+    return Vocabulary(
+        kind="spm",
+        tokens=[piece[1].decode() for piece in pieces],
+        types=[piece.get(3, int(TokenType.NORMAL)) for piece in pieces],
+        scores=[struct.unpack("<f", piece.get(2, bytes(4)))[0] for piece in pieces],
+        add_space_prefix=bool(normalizer.get(3, 1)),
+        remove_extra_whitespaces=bool(normalizer.get(4, 1)),
+        charsmap=normalizer.get(2, b""),
+    )
+
+
+def proto_from_vocabulary(vocabulary: Vocabulary, ids: Mapping[str, int]) -> bytes:
+    """Write a ModelProto; `ids` are those of "unk", "bos", "eos" and "pad", -1 for one that there is not."""
+    rows = zip(vocabulary.tokens, vocabulary.scores, vocabulary.types, strict=True)
+    pieces = [
+        proto_field(1, token.encode()) + proto_field(2, float(score)) + proto_field(3, type)
+        for token, score, type in rows
+    ]
+    trainer = [proto_field(3, 2), proto_field(35, TokenType.BYTE in vocabulary.types)]  # BPE, byte_fallback
+    for number, name in enumerate(("unk", "bos", "eos", "pad")):
+        trainer.append(proto_field(40 + number, ids[name]))
+        if ids[name] >= 0:
+            trainer.append(proto_field(45 + number, vocabulary.tokens[ids[name]].encode()))
+    normalizer = [
+        proto_field(1, b"identity"),
+        proto_field(2, vocabulary.charsmap),
+        proto_field(3, vocabulary.add_space_prefix),
+        proto_field(4, vocabulary.remove_extra_whitespaces),
+    ]
+    parts = [proto_field(1, piece) for piece in pieces]
+    return b"".join([*parts, proto_field(2, b"".join(trainer)), proto_field(3, b"".join(normalizer))])
+
+
+def with_control_pieces(proto: bytes, ids: set[int]) -> bytes:
+    """The ModelProto with these pieces marked as control, which are never found in text."""
+    fields = list(proto_fields(proto))
+    pieces = [value for number, value in fields if number == 1]
+    control = proto_field(3, TokenType.CONTROL)  # a second value of a protobuf field overrides the first
+    parts = [proto_field(1, piece + control * (id in ids)) for id, piece in enumerate(pieces)]
+    return b"".join(parts + [proto_field(number, value) for number, value in fields if number != 1])
+
+
+# --- GGUF -------------------------------------------------------------------------------------------------------
+
+
+class _GGUFHeader:
+    """Walks the key-value part of a GGUF file. A length is compared with the file's before anything is read."""
+
+    _FORMATS = "BbHhIif?", "Qqd"  # struct formats of the value types 0 to 7 and 10 to 12
+    _STRING, _ARRAY = 8, 9
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._left = os.fstat(file.fileno()).st_size
+
+    def _read(self, size: int) -> bytes:
+        self._left -= size
+        if self._left < 0:
+            raise TokenizerError("the file ends inside its metadata")
+        return self._file.read(size)
+
+    def numbers(self, format: str, count: int = 1) -> tuple[Any, ...]:
+        return struct.unpack(f"<{count}{format}", self._read(struct.calcsize(f"<{format}") * count))
+
+    def magic(self) -> bytes:
+        return self._read(4)
+
+    def string(self) -> str:
+        return self._read(*self.numbers("Q")).decode()
+
+    def value(self, kind: int) -> Any:
+        if kind == self._STRING:
+            return self.string()
+        if kind != self._ARRAY:
+            return self.numbers(self._format(kind))[0]
+        kind, count = self.numbers("I")[0], self.numbers("Q")[0]
+        if kind == self._STRING:
+            return [self.string() for _ in range(count)]
+        return list(self.numbers(self._format(kind), count))
+
+    def _format(self, kind: int) -> str:
+        formats = dict(enumerate(self._FORMATS[0])) | dict(enumerate(self._FORMATS[1], start=10))
+        if kind not in formats:
+            raise TokenizerError(f"unknown type {kind} of a metadata value")
+        return formats[kind]
+
+
+def read_gguf_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata of a GGUF file (versions 2 and 3, little-endian), as Python values; the tensors are not touched.
+
+    Source: ggml's docs/gguf.md. Raises TokenizerError.
+    """
+    with open(path, "rb") as file:
+        header = _GGUFHeader(file)
+        magic, version, _, num_fields = header.magic(), *header.numbers("I"), *header.numbers("Q", 2)
+        if magic != b"GGUF" or version not in (2, 3):
+            raise TokenizerError(f"not a little-endian GGUF file of version 2 or 3 (magic {magic!r}, version {version})")
+        fields = {}
+        for _ in range(num_fields):
+            key, kind = header.string(), header.numbers("I")[0]
+            fields[key] = header.value(kind)
+        return fields
+
+
+# --- Hugging Face's tokenizer.json ------------------------------------------------------------------------------
+
+
+def _steps(node: dict[str, Any] | None, children: str) -> list[dict[str, Any]]:
+    """The steps of one part of a tokenizer.json, with its Sequences laid flat."""
+    if node is None:
+        return []
+    if node["type"] != "Sequence":
+        return [node]
+    return [step for child in node[children] for step in _steps(child, children)]
+
+
+class TokenizerJson:
+    """A tokenizer.json, as the dict `spec`: byte-level or sentencepiece-like, BPE or Unigram.
+
+    `is_byte_level` says which; `vocabulary` holds its tokens (but neither `merges` nor `scores`: see
+    `full_vocabulary`). Raises TokenizerError, or whatever Python raises for a dict that is no tokenizer.json.
+    """
+
+    def __init__(self, spec: dict[str, Any], vocabulary: Vocabulary | None = None) -> None:
+        self.spec = spec
+        decoders = _steps(spec.get("decoder"), "decoders")
+        kinds = {step["type"] for step in decoders}
+        self.is_byte_level = kinds == {"ByteLevel"}
+        if not self.is_byte_level and not (kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}):
+            raise TokenizerError(f"decoders {sorted(kinds)} are not known; byte-level and sentencepiece-like ones are")
+        # A decoder that takes a space away in front belongs to an encoder that puts one there.
+        strips = any(
+            step["type"] == "Strip" or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")
+            for step in decoders
+        )
+        self.vocabulary = vocabulary or self._read_tokens(add_space_prefix=strips)
+
+    def _read_tokens(self, add_space_prefix: bool) -> Vocabulary:
+        """Tokens and types by id. Ids that nothing uses become tokens of type UNUSED."""
+        model, added = self.spec["model"], self.spec.get("added_tokens") or []
+        vocab = model["vocab"]
+        known = vocab if isinstance(vocab, dict) else {piece: id for id, (piece, _) in enumerate(vocab)}
+        ids = [*known.values(), *(token["id"] for token in added)]
+        if not all(type(id) is int and 0 <= id < 2**22 for id in ids):
+            raise TokenizerError("a token's id is not a number from 0 to 4194303")
+        tokens = [f"[PAD{id}]" for id in range(max(ids, default=-1) + 1)]
+        types = [int(TokenType.UNUSED)] * len(tokens)
+        for token, id in known.items():
+            is_byte = not self.is_byte_level and re.fullmatch("<0x[0-9A-F]{2}>", token)
+            tokens[id], types[id] = token, int(TokenType.BYTE if is_byte else TokenType.NORMAL)
+        for token in added:
+            tokens[token["id"]] = token["content"]
+            types[token["id"]] = int(TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED)
+        unknown = known.get(model.get("unk_token")) if isinstance(vocab, dict) else model.get("unk_id")
+        if unknown is not None and not self.is_byte_level:
+            types[unknown] = int(TokenType.UNKNOWN)
+        return Vocabulary("bpe" if self.is_byte_level else "spm", tokens, types, add_space_prefix=add_space_prefix)
+
+    def plain(self) -> dict[str, Any]:
+        """A tokenizer.json that encodes text alike and has no way to make a special token of it.
+
+        Special tokens go from its added tokens, vocabulary and merges; its own BOS, EOS, truncation and padding too.
+        """
+        special = self.vocabulary.special_tokens()
+        model = dict(self.spec["model"])
+        added = [token for token in self.spec.get("added_tokens") or [] if token["content"] not in special]
+        if isinstance(model["vocab"], dict):
+            vocab = {token: id for token, id in model["vocab"].items() if token not in special}
+            model["vocab"] = vocab | {token["content"]: token["id"] for token in added}  # so that ids cannot shift
+            pairs = (tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in model["merges"])
+            model["merges"] = [pair for pair in pairs if special.keys().isdisjoint((*pair, "".join(pair)))]
+        else:  # Unigram: an id is a place in a list, so the piece stays, under a name that nobody can type
+            ids = set(special.values())
+            rows = enumerate(model["vocab"])
+            model["vocab"] = [[secrets.token_hex(16) if id in ids else piece, score] for id, (piece, score) in rows]
+        if self.is_byte_level:
+            model["unk_token"] = None  # GPT-2's is also its end of text
+        removed = {"truncation": None, "padding": None, "post_processor": None}
+        return self.spec | removed | {"model": model, "added_tokens": added}
+
+    def adds_bos(self, bos: str) -> bool:
+        """Whether the file's own post-processor puts `bos` in front of a text."""
+        steps = _steps(self.spec.get("post_processor"), "processors")
+        firsts = [step["single"][0] for step in steps if step["type"] == "TemplateProcessing"]
+        return any(first.get("SpecialToken", {}).get("id") == bos for first in firsts)
+
+    def full_vocabulary(self) -> Vocabulary:
+        """The vocabulary with what GGUF needs to tokenize alike. Raises TokenizerError where it could not."""
+        merges = self.spec["model"].get("merges")
+        if merges is None:
+            raise TokenizerError("this tokenizer.json is not BPE: a GGUF vocabulary cannot tokenize like it")
+        pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+        if self.is_byte_level:
+            return replace(self.vocabulary, merges=[" ".join(pair) for pair in pairs], pre=self._find_pre())
+        order: dict[str, int] = {}  # a piece is as good as the first merge that makes it
+        for pair in pairs:
+            order.setdefault("".join(pair), len(order))
+        return replace(
+            self.vocabulary, scores=[-float(order.get(token, len(order))) for token in self.vocabulary.tokens]
+        )
+
+    def _find_pre(self) -> str:
+        """The name of the rule in `PRE_TOKENIZERS` that cuts words as this file does."""
+        patterns: list[str | None] = []
+        for step in _steps(self.spec.get("pre_tokenizer"), "pretokenizers"):
+            if step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]:
+                patterns.append(step["pattern"].get("Regex"))
+            elif step["type"] == "Digits" and step["individual_digits"]:
+                patterns.append(r"\p{N}")
+            elif step["type"] == "ByteLevel" and not step["add_prefix_space"]:
+                patterns += [GPT2_PATTERN] if step.get("use_regex", True) else []
+            else:
+                patterns.append(None)
+        rule = (tuple(patterns), bool(self.spec["model"].get("ignore_merges")))
+        for name, known in PRE_TOKENIZERS.items():
+            if rule == (known.patterns, known.ignore_merges):
+                return name
+        raise TokenizerError("this tokenizer.json cuts words by a rule that GGUF has no name for")
+
+    @staticmethod
+    def from_vocabulary(vocabulary: Vocabulary, rule: PreTokenizer) -> TokenizerJson:
+        """A byte-level vocabulary, as from a GGUF file, as a tokenizer.json."""
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+        split = {"type": "Split", "behavior": "Isolated", "invert": False}
+        steps = [*(split | {"pattern": {"Regex": pattern}} for pattern in rule.patterns), byte_level]
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        rows = list(zip(vocabulary.tokens, range(len(vocabulary.tokens)), vocabulary.types, strict=True))
+        spec = {
+            "version": "1.0",
+            "added_tokens": [
+                {"id": id, "content": token, "special": type == TokenType.CONTROL, **flags}
+                for token, id, type in rows
+                if type in (TokenType.CONTROL, TokenType.USER_DEFINED)
+            ],
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
+            "decoder": byte_level,
+            "model": {
+                "type": "BPE",
+                "vocab": {token: id for token, id, type in rows if type == TokenType.NORMAL},
+                "merges": vocabulary.merges,
+                "ignore_merges": rule.ignore_merges,
+            },
+        }
+        return TokenizerJson(spec, vocabulary)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises TokenizerError."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise TokenizerError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value

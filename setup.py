@@ -1,0 +1,29 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="llama-native",
+    version="0.1.0",
+    description="A native-PyTorch engine for Llama models: any device, any checkpoint, any number of ranks",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.11",
+    packages=find_packages(include=["llama", "llama.*"]),
+    install_requires=[
+        "torch>=2.11",
+        "sentencepiece>=0.2",
+        "fairscale>=0.4.13",
+        "fire>=0.7",
+        "tokenizers>=0.21",
+        "tiktoken>=0.9",
+        "gguf>=0.17",
+        "safetensors>=0.5",
+        "jinja2>=3.1.6",
+        "numpy>=2.0",
+        "typer>=0.15",
+        "rich>=13",
+    ],
+    extras_require={"hub": ["huggingface-hub>=1.0"]},
+    entry_points={"console_scripts": ["llama=llama.__main__:main"]},
+)

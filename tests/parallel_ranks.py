@@ -1,0 +1,35 @@
+"""Runs on every rank under torchrun: a model on all ranks, its answers as JSON on rank 0's standard output."""
+
+import json
+import sys
+
+from llama import Llama, SamplingParams
+from llama.generation import Completion
+
+
+def main(checkpoint: str, tokenizer: str) -> None:
+    llm = Llama.build(checkpoint, tokenizer, max_seq_len=64, device="cpu", dtype="fp32")
+    prompts = [[1, 5, 9, 11], [1, 7], [1, *range(20, 50)]]
+    greedy = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, logprobs=0, prompt_logprobs=0)
+    seeded = SamplingParams(temperature=1.0, max_tokens=16, ignore_eos=True, seed=4)
+    completions: list[Completion] = llm.complete(prompts, greedy) + llm.complete(prompts, seeded)
+    streamed = "".join(llm.stream_text(prompts[0], greedy))
+    assert streamed == completions[0].text, "what is streamed differs from what is returned"
+    try:
+        llm.complete([[1] * 65], greedy)
+        raise AssertionError("a prompt that is too long was taken")
+    except ValueError as error:
+        refusal = str(error)
+    second = Llama.build(checkpoint, tokenizer, max_seq_len=64, device="cpu", dtype="fp32")
+    assert second.complete(prompts[:1], greedy) == completions[:1], "a second build answers differently"
+    answers = {
+        "tokens": [completion.tokens for completion in completions],
+        "logprobs": [entry.logprob for completion in completions[:3] for entry in completion.logprobs],
+        "prompt_logprobs": [e.logprob for c in completions[:3] for e in c.prompt_logprobs[1:]],
+        "refusal": refusal,
+    }
+    print(f"rank {llm.rank}: {json.dumps(answers)}", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,243 @@
+import pytest
+import slow
+import torch
+from conftest import ByteTokenizer, tiny_args, tiny_model, tiny_weights
+
+from llama.engine import Engine, StopText
+from llama.generation import BLOCK_SIZE
+from llama.runner import Batch, Runner
+from llama.sampling import SamplingParams
+from llama.scheduler import Scheduler
+
+GREEDY = dict(temperature=0.0, ignore_eos=True)
+
+
+def make_engine(seed: int = 1, num_blocks: int = 64, weights_seed: int = 0, **scheduling) -> Engine:
+    model = tiny_model(tiny_args(), weights_seed)
+    return Engine(
+        Runner(model, num_blocks, BLOCK_SIZE, torch.float32),
+        Scheduler(num_blocks, BLOCK_SIZE, **scheduling),
+        ByteTokenizer(),
+        max_seq_len=256,
+        seed=seed,
+        stop_ids=ByteTokenizer.stop_ids,
+    )
+
+
+def params(**fields) -> SamplingParams:
+    return SamplingParams(**{"max_tokens": 12, **fields}).resolve()
+
+
+def run(engine: Engine, *requests: tuple[list[int], SamplingParams]) -> list[list[list[int]]]:
+    """For each request, each choice's tokens."""
+    ids = [engine.add(prompt, p) for prompt, p in requests]
+    tokens = [[[] for _ in range(p.n)] for _, p in requests]
+    for event in engine.events(ids):
+        if event.token is not None:
+            tokens[ids.index(event.request_id)][event.index].append(event.token)
+    return tokens
+
+
+def prompts(number: int) -> list[list[int]]:
+    return [[(31 * i + 7 * j * j) % 256 for j in range(3 + 11 * i % 60)] for i in range(number)]
+
+
+def test_greedy_tokens_equal_a_slow_implementation():
+    args = tiny_args()
+    weights = tiny_weights(args)
+    batch = prompts(6)
+    found = run(make_engine(), *[(prompt, params(**GREEDY)) for prompt in batch])
+    assert [choices[0] for choices in found] == [slow.greedy(weights, args, prompt, 12) for prompt in batch]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, dict(temperature=0.9, top_p=0.95, ignore_eos=True, seed=5)])
+def test_a_request_alone_gives_what_it_gives_among_others(sampling):
+    batch = prompts(8)
+    together = run(make_engine(), *[(prompt, params(**sampling)) for prompt in batch])
+    for prompt, choices in zip(batch, together, strict=True):
+        assert run(make_engine(), (prompt, params(**sampling))) == [choices]
+
+
+def test_chunks_of_a_prompt_give_what_the_whole_prompt_gives():
+    batch = prompts(8)
+    whole = run(make_engine(), *[(prompt, params(**GREEDY)) for prompt in batch])
+    chunked = run(make_engine(chunk=5), *[(prompt, params(**GREEDY)) for prompt in batch])
+    assert chunked == whole
+
+
+def test_a_pool_that_is_too_small_for_all_gives_the_same_tokens_one_after_the_other():
+    batch = prompts(8)
+    roomy = run(make_engine(), *[(prompt, params(**GREEDY)) for prompt in batch])
+    engine = make_engine(num_blocks=7)
+    assert run(engine, *[(prompt, params(**GREEDY)) for prompt in batch]) == roomy
+    assert engine.stats().num_preemptions > 0
+
+
+def test_unseeded_requests_draw_from_the_engines_seed_and_their_number():
+    request = ([1, 2, 3], params(temperature=1.0, ignore_eos=True))
+    first, second = run(make_engine(seed=1), request, request)
+    assert first != second
+    assert run(make_engine(seed=1), request, request) == [first, second]
+    assert run(make_engine(seed=2), request, request) != [first, second]
+
+
+def test_several_choices_share_the_prompt_and_differ():
+    engine = make_engine()
+    prompt = list(range(40))
+    [choices] = run(engine, (prompt, params(n=4, temperature=1.0, seed=3, ignore_eos=True)))
+    assert len({tuple(choice) for choice in choices}) == 4
+    assert engine.stats().num_prompt_tokens == 40
+    alone = run(make_engine(), (prompt, params(n=1, temperature=1.0, seed=3, ignore_eos=True)))
+    assert alone == [choices[:1]]
+
+
+def test_no_block_stays_referenced_after_finishes_and_aborts():
+    engine = make_engine()
+    ids = [engine.add(prompt, params(**GREEDY)) for prompt in prompts(6)]
+    events = engine.step() + engine.step()
+    engine.abort(ids[1])
+    engine.abort(ids[4])
+    while engine.has_work:
+        events += engine.step()
+    assert engine.stats().num_referenced_blocks == 0
+    assert [e.request_id for e in events if e.finish_reason == "abort"] == [ids[1], ids[4]]
+    assert sorted(e.request_id for e in events if e.finish_reason) == ids
+    engine.scheduler.check()
+
+
+def test_a_loop_over_events_that_is_left_early_aborts_its_requests():
+    engine = make_engine()
+    events = engine.events([engine.add([1, 2, 3], params(**GREEDY))])
+    next(events)
+    events.close()
+    engine.step()
+    assert engine.stats().num_referenced_blocks == 0
+    assert not engine.has_work
+
+
+def test_two_loops_that_take_turns_each_get_their_own_events():
+    engine = make_engine()
+    expected = run(make_engine(), ([1, 2, 3], params(**GREEDY)), ([9, 8], params(**GREEDY)))
+    loops = [engine.events([engine.add(prompt, params(**GREEDY))]) for prompt in ([1, 2, 3], [9, 8])]
+    tokens = [[], []]
+    for pair in zip(*loops, strict=True):
+        for kept, event in zip(tokens, pair, strict=True):
+            kept.append(event.token)
+    assert [[t] for t in tokens] == expected
+
+
+def test_prompt_logprobs_are_those_of_the_raw_logits_shifted_by_one():
+    args = tiny_args()
+    prompt = prompts(6)[5]
+    scores = slow.logits(tiny_weights(args), args, prompt).log_softmax(-1)
+    expected = [scores[i, token].item() for i, token in enumerate(prompt[1:])]
+    for scheduling in ({}, {"chunk": 4}):
+        engine = make_engine(**scheduling)
+        request = engine.add(prompt, params(prompt_logprobs=2, max_tokens=0))
+        [event] = engine.events([request])
+        assert event.finish_reason == "length"
+        assert event.prompt_logprobs[0] is None
+        assert [entry.logprob for entry in event.prompt_logprobs[1:]] == pytest.approx(expected, abs=1e-4)
+        assert all(len(entry.top) == 2 for entry in event.prompt_logprobs[1:])
+
+
+def test_prompt_logprobs_are_complete_though_the_prefix_is_cached():
+    engine = make_engine()
+    prompt = list(range(50))
+    run(engine, (prompt, params(**GREEDY)))
+    [event] = engine.events([engine.add(prompt, params(prompt_logprobs=0, max_tokens=0))])
+    assert None not in event.prompt_logprobs[1:]
+
+
+def test_logprobs_are_raw_whatever_the_temperature():
+    args = tiny_args()
+    engine = make_engine()
+    events = list(
+        engine.events([engine.add([5, 6, 7], params(temperature=0.3, logprobs=3, seed=1, max_tokens=1))])
+    )
+    scores = slow.logits(tiny_weights(args), args, [5, 6, 7])[-1].log_softmax(-1)
+    entry = events[0].logprob
+    assert entry.logprob == pytest.approx(scores[entry.token].item(), abs=1e-4)
+    assert [token for token, _ in entry.top] == scores.topk(3).indices.tolist()
+
+
+def test_a_token_that_is_not_finite_ends_its_own_request_alone():
+    engine = make_engine()
+    engine.runner.model.tok_embeddings.weight[200] = float("nan")
+    good = run(make_engine(), ([1, 2, 3], params(**GREEDY)))
+    ids = [engine.add([1, 2, 3], params(**GREEDY)), engine.add([1, 200, 3], params(**GREEDY))]
+    events = list(engine.events(ids))
+    bad = [event for event in events if event.request_id == ids[1]]
+    assert [event.finish_reason for event in bad] == ["error"]
+    assert "not finite" in bad[0].error
+    assert [event.token for event in events if event.request_id == ids[0]] == good[0][0]
+    assert engine.stats().num_referenced_blocks == 0
+
+
+def test_stop_ids_end_an_answer_and_are_not_part_of_it():
+    [[tokens]] = run(make_engine(), ([1, 2, 3], params(**GREEDY)))
+    engine = make_engine()
+    events = list(engine.events([engine.add([1, 2, 3], params(**GREEDY, stop_token_ids=(tokens[4],)))]))
+    assert [e.token for e in events if e.token is not None] == tokens[: tokens.index(tokens[4])]
+    assert events[-1].finish_reason == "stop"
+
+
+def test_min_tokens_holds_the_end_back():
+    [[tokens]] = run(make_engine(), ([1, 2, 3], params(**GREEDY)))
+    stops = params(**GREEDY, stop_token_ids=(tokens[0],), min_tokens=6)
+    [[later]] = run(make_engine(), ([1, 2, 3], stops))
+    assert len(later) >= 6
+    assert tokens[0] not in later[:6]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "the prompt is empty"),
+        ([1] * 257, "the prompt has 257 tokens, but max_seq_len is 256"),
+        ([1, 264], "the prompt holds token 264"),
+    ],
+)
+def test_a_prompt_that_cannot_run_is_refused_at_once(prompt, message):
+    engine = make_engine()
+    with pytest.raises(ValueError, match=message):
+        engine.add(prompt, params())
+    assert not engine.has_work
+
+
+def test_an_answer_ends_where_the_context_does():
+    engine = make_engine()
+    events = list(
+        engine.events([engine.add([1] * 250, params(temperature=0.0, ignore_eos=True, max_tokens=99))])
+    )
+    assert len(events) == 6
+    assert events[-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("size", range(1, 8))
+def test_text_in_pieces_of_any_size_stops_at_the_same_place(size):
+    text = "one two thr three four"
+    stop = StopText(("three", "fou"))
+    shown = ""
+    for start in range(0, len(text), size):
+        piece, stopped = stop.push(text[start : start + size])
+        shown += piece
+        if stopped:
+            break
+    assert stopped
+    assert shown == "one two thr "
+
+
+def test_what_only_looked_like_a_stop_string_is_shown_in_the_end():
+    stop = StopText(("three",))
+    assert stop.push("a thr") == ("a ", False)
+    assert stop.flush("") == "thr"
+
+
+def test_a_step_survives_its_journey_as_integers():
+    engine = make_engine()
+    engine.add(list(range(40)), params())
+    engine.add([1, 2, 3], params())
+    step = engine.scheduler.schedule()
+    batch = Batch.pack(step, [1, 1], BLOCK_SIZE)
+    assert Batch.from_ints(batch.to_ints()) == batch

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import click
 import typer
 
 from llama import terminal
@@ -45,6 +44,9 @@ Stop = Annotated[
     list[str] | None, typer.Option(help="End the answer at this text; may be given several times.")
 ]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
+
+
+USAGE_ERROR = typer.BadParameter.__base__  # click's, or that of the click inside typer, as the version has it
 
 
 class WrongCall(ValueError):
@@ -159,15 +161,15 @@ def main() -> None:
     """Runs the command line and exits: 0, 2 for a wrong call, 1 for whatever else a person can cause."""
     try:
         app(standalone_mode=False)
-    except click.UsageError as error:
+    except USAGE_ERROR as error:
         where = error.ctx.command_path if error.ctx else "llama"
-        fail(f"{error.format_message()} Try '{where} --help'.", 2)
+        fail(f"{error.format_message().rstrip('.')}; see '{where} --help'", 2)
     except WrongCall as error:
         fail(str(error), 2)
     except BrokenPipeError:  # the reader of our output left, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         fail("stopped", 130)
     except (ValueError, OSError, RuntimeError) as error:
         fail(str(error), 1)

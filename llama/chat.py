@@ -288,12 +288,13 @@ FORMATS: dict[str, type[ChatFormat]] = {
 class JinjaFormat(ChatFormat):
     """A Jinja chat template, rendered as transformers does, except that typed control strings stay text.
 
-    Those characters of content that occur in control strings are replaced, before rendering, by private code
-    points that occur nowhere else. However the template trims, joins or wraps content, a control string in
-    the result is then the template's own; the result is cut at these, and the characters are put back.
-    A template may also look into content (`content.split("</think>")`, `content | upper`). To let it see
-    content as it is, fewer characters are replaced wherever that gives the very same control tokens.
-    Whitespace is never replaced, for `trim` to find it.
+    First those characters of content that occur in control strings are hidden: replaced, before rendering, by
+    private code points that occur nowhere else. However the template trims, joins or wraps content, a control
+    string in the result is then the template's own. (Whitespace is not hidden, for `trim` to find it.)
+
+    Templates may look into content (`content.split("</think>")`, `content | upper`), so it is rendered again
+    as it is, but with a private code point before each control string in it. Where the control tokens without
+    that mark are the very same as before, this is the prompt; where they are not, the first one is.
     """
 
     name = "jinja"
@@ -308,7 +309,6 @@ class JinjaFormat(ChatFormat):
         controls = sorted((text for text in self.control if text.strip()), key=len, reverse=True)
         self._controls = re.compile(f"({'|'.join(map(re.escape, controls)) or '(?!)'})")
         self._characters = sorted(char for char in set("".join(controls)) if not char.isspace())
-        self._marks = [char for char in self._characters if not char.isalnum()]
         self._used = {*template, *self._characters}
         self._variables = {
             "add_generation_prompt": True,
@@ -322,33 +322,33 @@ class JinjaFormat(ChatFormat):
         self._template = self._guarded(self._sandbox.from_string, template)
 
     def write(self, dialog: Dialog) -> list[Piece]:
-        pieces = self._least_hidden(dialog)
+        hidden, marked = self._render(dialog, self._characters), self._render(dialog, [])
+        own, same = ([piece for piece in way if isinstance(piece, int)] for way in (hidden, marked))
+        pieces = marked if own == same else hidden
         return pieces if tuple(pieces[:1]) == self.bos else [*self.bos, *pieces]
 
-    def _least_hidden(self, dialog: Dialog) -> list[Piece]:
-        hidden = self._render(dialog, self._characters)
-        controls = [piece for piece in hidden if isinstance(piece, int)]
-        typed = any(self._controls.search(message["content"]) for message in dialog)
-        for characters in [self._marks] if typed else [[], self._marks]:
-            pieces = self._render(dialog, characters)
-            if [piece for piece in pieces if isinstance(piece, int)] == controls:
-                return pieces
-        return hidden
-
     def _render(self, dialog: Dialog, characters: list[str]) -> list[Piece]:
-        """The rendered prompt, cut at its control strings, with `characters` of content hidden from both."""
+        """The rendered prompt, cut at its control tokens, with these characters of content hidden."""
         used = self._used.union(*(message["content"] for message in dialog))
         free = (code for code in range(0xF0000, 0x10FFFE) if chr(code) not in used)
-        show = dict(zip(free, characters, strict=False))
-        if len(show) < len(characters):
+        show = dict(zip(free, ["", *characters], strict=False))
+        if len(show) <= len(characters):
             raise DialogError("the dialog uses up Unicode's private code points; take some out")
-        hide = {ord(character): code for code, character in show.items()}
-        messages = [{"role": m["role"], "content": m["content"].translate(hide)} for m in dialog]
+        mark = chr(next(iter(show)))
+        hide = {ord(character): code for code, character in show.items() if character}
+        messages = [
+            {"role": m["role"], "content": self._controls.sub(mark + r"\1", m["content"].translate(hide))}
+            for m in dialog
+        ]
         with self._lock:
             self._sandbox.allow(sum(len(message["content"]) for message in dialog))
             text = self._guarded(self._template.render, {"messages": messages, **self._variables})
-        parts = enumerate(self._controls.split(text))  # text and control strings by turns
-        return [self.control[part] if i % 2 else part.translate(show) for i, part in parts if part]
+        parts = self._controls.split(text)  # text and control strings by turns
+        return [
+            self.control[part] if i % 2 and not parts[i - 1].endswith(mark) else part.translate(show)
+            for i, part in enumerate(parts)
+            if part
+        ]
 
     def _guarded(self, function: Callable[..., Any], argument: Any) -> Any:
         try:
@@ -477,7 +477,7 @@ class Meter(NodeTransformer):
 class GenerationBlock(Extension):
     """`{% generation %}` to `{% endgeneration %}` marks answers for training; here it is only its body."""
 
-    tags = {"generation"}  # noqa: RUF012 (jinja2 asks for a set)
+    tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         """The body, in a scope of its own."""

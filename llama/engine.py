@@ -349,7 +349,8 @@ class Engine:
         self._num_generated_tokens += 1
         if token in choice.stop_ids:
             return self._end(choice, "stop")
-        text, stopped = choice.stop_text.push(choice.decoder.push(token))
+        known = token < self.tokenizer.n_words  # a model's table may be padded beyond its vocabulary
+        text, stopped = choice.stop_text.push(choice.decoder.push(token) if known else "")
         if stopped:
             return self._end(choice, "stop", token=token, text=text, logprob=logprob, flush=False)
         if len(choice.request.tokens) == choice.request.max_total_tokens:

@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import kernels
+from llama.kernels import lowbit
 from llama.kernels.layouts import LAYOUTS, Layout
 
 NF4_MIDDLES = (
@@ -96,9 +97,9 @@ def encode_q6_k(layout: Layout, x: Tensor) -> Tensor:
 
 def in_units(scales: Tensor, most: int) -> tuple[Tensor, Tensor]:
     """Scales (n, k) as whole multiples, float32 (n, k), of one float16 (n, 1); the largest becomes `most`."""
-    unit = signed_peak(scales) / most
-    steps = (scales * reciprocal(unit)).nan_to_num(0, 0, 0).round()
-    return steps.clamp(min(most, 0), abs(most) - (most < 0)), unit.half()
+    unit = (signed_peak(scales) / most).half()
+    steps = (scales * reciprocal(unit.float())).round()
+    return steps.clamp(min(most, 0), abs(most) - (most < 0)), unit
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,9 @@ class Format:
         for rows in row_chunks(*weight.shape):
             part = weight[rows].float()
             if not part.abs().amax() <= 65504:
-                raise LowBitError(f"{self.name} holds finite numbers up to 65504; the weight has others (NaN, infinity)")
+                raise LowBitError(
+                    f"{self.name} holds finite numbers up to 65504; the weight has others (NaN, infinity)"
+                )
             packed[rows] = self.encode(self.layout, part.reshape(-1, self.block)).view(part.shape[0], -1)
         return packed
 
@@ -164,7 +167,9 @@ class Format:
         if count % world_size:
             what = "rows" if dim == 0 else f"blocks of {self.block} columns"
             sizes = ", ".join(str(size) for size in range(1, 65) if count % size == 0)
-            raise LowBitError(f"{self.name}: {count} {what} do not divide among {world_size} ranks; use one of {sizes}")
+            raise LowBitError(
+                f"{self.name}: {count} {what} do not divide among {world_size} ranks; use one of {sizes}"
+            )
         share = packed.shape[dim] // world_size
         return packed.narrow(dim, rank * share, share)
 
@@ -191,10 +196,152 @@ FORMATS: dict[str, Format] = {
 
 def allowed_formats(in_features: int) -> str:
     """The formats whose blocks fill `in_features` columns, for an error's advice."""
-    return ", ".join(name for name, form in FORMATS.items() if in_features % form.block == 0) or "no low-bit format"
+    return (
+        ", ".join(name for name, form in FORMATS.items() if in_features % form.block == 0)
+        or "no low-bit format"
+    )
 
 
 def row_chunks(num_rows: int, columns: int) -> Iterator[slice]:
     """Slices of whole rows, about CHUNK weights each."""
     step = max(1, CHUNK // max(columns, 1))
     return (slice(start, start + step) for start in range(0, num_rows, step))
+
+
+def resolve_format(
+    quantization: str | None = None,
+    load_in_4bit: bool = False,
+    load_in_8bit: bool = False,
+    load_in_low_bit: str | None = None,
+) -> str | None:
+    """The format that a call asks for in any of its spellings; None for none.
+
+    load_in_4bit is sym_int4, load_in_8bit sym_int8. Raises LowBitError for unknown names and for contradictions.
+    """
+    asked = [name.lower() for name in (quantization, load_in_low_bit) if name is not None]
+    asked += ["sym_int4"] * load_in_4bit + ["sym_int8"] * load_in_8bit
+    for name in asked:
+        if name not in FORMATS:
+            raise LowBitError(f"unknown quantization {name!r}; choose one of {', '.join(FORMATS)}")
+    if len(set(asked)) > 1:
+        raise LowBitError(f"asked for {' and '.join(dict.fromkeys(asked))} at once; give one quantization")
+    return asked[0] if asked else None
+
+
+class LowBitLinear(nn.Module):
+    """A linear layer whose weight stays packed: `weight` uint8 (out_features, bytes) in the published layout.
+
+    `prepare` rearranges the weight for the compiled kernels, in place of the published layout; there is only ever one
+    of the two. `plain`, and with it `state_dict`, always gives the published one. Without compiled kernels, or away
+    from the CPU, the product unpacks some rows at a time and uses PyTorch's own. Inference only: no gradients.
+    """
+
+    def __init__(
+        self,
+        format: str,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.format = FORMATS[format]
+        self.in_features, self.out_features = in_features, out_features
+        shape = (out_features, self.format.packed_columns(in_features))
+        self.weight: Tensor
+        self.bias: Tensor | None
+        self.register_buffer("weight", torch.empty(shape, dtype=torch.uint8, device=device))
+        self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
+        self.prepared = False
+        self.variant = "auto"  # one of kernels.lowbit.variants(), to have every product computed in that way
+
+    @classmethod
+    def from_packed(cls, format: str, weight: Tensor, bias: Tensor | None = None) -> LowBitLinear:
+        """Around a packed weight uint8 (rows, bytes), not copied. Raises LowBitError where its shape is impossible."""
+        form = FORMATS[format]
+        if weight.dim() != 2 or weight.dtype != torch.uint8 or weight.shape[1] % form.block_bytes:
+            raise LowBitError(
+                f"{format} needs uint8 (rows, a multiple of {form.block_bytes} bytes), "
+                f"not {weight.dtype} {tuple(weight.shape)}"
+            )
+        linear = cls(format, weight.shape[1] // form.block_bytes * form.block, weight.shape[0], device="meta")
+        linear.weight = weight
+        linear.bias = None if bias is None else bias.float()
+        return linear
+
+    @classmethod
+    def from_weight(cls, format: str, weight: Tensor, bias: Tensor | None = None) -> LowBitLinear:
+        """Quantize a float weight (out_features, in_features)."""
+        return cls.from_packed(format, FORMATS[format].quantize(weight), bias)
+
+    def prepare(self) -> LowBitLinear:
+        """Make the kernel layout the only one, where kernels can use it; returns self. Costs one copy of the weight."""
+        if lowbit.AVAILABLE and not self.prepared and self.weight.device.type == "cpu":
+            self.weight = lowbit.interleave(self.weight, self.format.layout)
+            self.prepared = True
+        return self
+
+    def plain(self) -> Tensor:
+        """The weight in the published layout, uint8 (out_features, bytes): a copy if prepared, else itself."""
+        if not self.prepared:
+            return self.weight
+        return lowbit.deinterleave(self.weight, self.format.layout, self.out_features, self.in_features)
+
+    def dequantize(self) -> Tensor:
+        """The weight as float32 (out_features, in_features)."""
+        return self.format.dequantize(self.plain())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features) in x's dtype."""
+        rows = x.reshape(-1, self.in_features)
+        if not self.prepared:
+            y = self.product_in_chunks(rows)
+        elif x.dtype in (torch.bfloat16, torch.float32):
+            y = self.product(rows)
+        else:
+            y = self.product(rows.float()).to(x.dtype)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def product(self, rows: Tensor) -> Tensor:
+        """(rows, in_features) bfloat16 or float32 -> (rows, out_features), by the compiled kernels."""
+        name = self.format.name
+        return lowbit.lowbit_linear(
+            rows.contiguous(), self.weight, self.bias, name, self.out_features, self.variant
+        )
+
+    def product_in_chunks(self, rows: Tensor) -> Tensor:
+        """The same by PyTorch's operators, from the published layout; rounds the weight to x's dtype."""
+        y = rows.new_empty((rows.shape[0], self.out_features))
+        for part in row_chunks(self.out_features, self.in_features):
+            weight = self.format.layout.dequantize(self.weight[part]).to(rows.dtype)
+            y[:, part] = F.linear(rows, weight)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[prefix + "weight"] = self.plain()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+        if self.prepared and prefix + "weight" in state_dict:  # what arrives is in the published layout
+            shape = (self.out_features, self.format.packed_columns(self.in_features))
+            self.weight, self.prepared = self.weight.new_empty(shape), False
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        return f"{self.format.name}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+def join(linears: Sequence[LowBitLinear]) -> LowBitLinear:
+    """One linear whose output is the given ones' outputs side by side; a copy of their packed rows.
+
+    They share input width and format, and have all or none a bias; LowBitError otherwise.
+    """
+    kinds = {(linear.format.name, linear.in_features, linear.bias is None) for linear in linears}
+    if len(kinds) != 1:
+        raise LowBitError(
+            f"linears to join must agree in format, input width and having a bias; got {sorted(kinds)}"
+        )
+    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+    return LowBitLinear.from_packed(
+        linears[0].format.name, torch.cat([linear.plain() for linear in linears]), bias
+    )

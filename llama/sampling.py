@@ -270,9 +270,9 @@ def top_logprobs(logits: Tensor, num: int) -> tuple[Tensor, Tensor]:
     """
     ids, logprobs = [], []
     for part in _in_blocks(logits, logits.shape[-1]):
-        values, leading = _leading(part, 2 * num)  # some more: equals at the very end are there by chance
-        order = values.sort(dim=-1, descending=True, stable=True).indices[:, :num]
-        ids.append(leading.gather(-1, order))
+        distances, nearest = _nearest(-part, 2 * num)  # some more: equals at the very end are there by chance
+        order = distances.sort(dim=-1, stable=True).indices[:, :num]
+        ids.append(nearest.gather(-1, order))
         logprobs.append(part.log_softmax(-1).gather(-1, ids[-1]))
     return torch.cat(ids), torch.cat(logprobs)
 
@@ -298,7 +298,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
         logits = logits.cpu()  # float64 is needed, which others may lack
     plain = [i for i, row in enumerate(rows) if not row.changes_logits]
     changing = [i for i, row in enumerate(rows) if row.changes_logits]
-    changed = logits[changing]
+    changed = logits[changing] if changing else logits
     errors = _change(changed, [rows[i] for i in changing]) if changing else {}
     chosen = _choose(logits, [(i, rows[i]) for i in plain])
     chosen += _choose(changed, [(place, rows[i]) for place, i in enumerate(changing)])
@@ -391,27 +391,40 @@ def _process(logits: Tensor, rows: Sequence[SampleRow]) -> dict[int, Exception]:
     return errors
 
 
-_NOT_FINITE, _TOO_NARROW = -1, -2  # in a token's place: there is none; more tokens must be ranked to know
+Draw = Callable[[Tensor, Sequence[SampleRow]], Tensor]  # logits (n, vocab), their n rows -> tokens (n,) int64
+
+_NOT_FINITE, _UNDECIDED = -1, -2  # in a token's place: there is none; this way of drawing did not find it
 _LEADING = 256  # so many tokens are ranked at first: most nuclei of a language model end among them
-_WIDER = 16  # so many times more where that was too narrow
 
 
 def _choose(logits: Tensor, rows: Sequence[tuple[int, SampleRow]]) -> list[int]:
     """A token for each (place in logits, row), or _NOT_FINITE."""
-    tokens, waiting, width = [_TOO_NARROW] * len(rows), list(range(len(rows))), _LEADING
-    draws = [_draw_for(row.params) for _, row in rows]
-    while waiting:
-        order, found = [], []
-        for draw in (_draw_best, _draw_from_all, _draw_from_leading):
-            members = [i for i in waiting if draws[i] is draw]
-            for block in _in_blocks(members, logits.shape[-1]) if members else ():
-                part = _rows_at(logits, [rows[i][0] for i in block])
-                found.append(draw(part, [rows[i][1] for i in block], width))
-                order += block
-        for i, token in zip(order, torch.cat(found).tolist(), strict=True):
+    tokens, ways = [_UNDECIDED] * len(rows), [iter(_ways(row.params)) for _, row in rows]
+    while waiting := [i for i, token in enumerate(tokens) if token == _UNDECIDED]:
+        groups: dict[Draw, list[int]] = {}
+        for i in waiting:
+            groups.setdefault(next(ways[i]), []).append(i)
+        blocks = [
+            (draw, block) for draw, group in groups.items() for block in _in_blocks(group, logits.shape[-1])
+        ]
+        drawn = [
+            draw(_rows_at(logits, [rows[i][0] for i in block]), [rows[i][1] for i in block])
+            for draw, block in blocks
+        ]
+        order = chain.from_iterable(block for _, block in blocks)
+        for i, token in zip(order, torch.cat(drawn).tolist(), strict=True):
             tokens[i] = token
-        waiting, width = [i for i in waiting if tokens[i] == _TOO_NARROW], width * _WIDER
     return tokens
+
+
+def _ways(params: SamplingParams) -> tuple[Draw, ...]:
+    """How a row's token may be found, the quickest first; every way that decides comes to the same token.
+
+    The last always decides, and the first does where the row is not finite.
+    """
+    if params.temperature <= 0:
+        return (_draw_best,)
+    return (_draw_from_leading, _draw_from_all) if params.top_k or params.top_p < 1 else (_draw_from_all,)
 
 
 def _rows_at(logits: Tensor, places: list[int]) -> Tensor:
@@ -420,33 +433,55 @@ def _rows_at(logits: Tensor, places: list[int]) -> Tensor:
     return logits[first:end] if end - first == len(places) else logits[places]
 
 
-def _draw_for(params: SamplingParams) -> Callable[[Tensor, Sequence[SampleRow], int], Tensor]:
-    if params.temperature <= 0:
-        return _draw_best
-    return _draw_from_leading if params.top_k or params.top_p < 1 else _draw_from_all
+def _draw_best(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    ids = logits.argmax(dim=-1, keepdim=True)
+    return ids.where(logits.gather(-1, ids).isfinite(), _NOT_FINITE).squeeze(-1)
 
 
-def _draw_best(logits: Tensor, rows: Sequence[SampleRow], width: int) -> Tensor:
-    peaks, ids = logits.max(dim=-1)
-    return ids.where(peaks.isfinite(), _NOT_FINITE)
-
-
-def _draw_from_all(logits: Tensor, rows: Sequence[SampleRow], width: int) -> Tensor:
-    """Without top_k and top_p nothing is ranked: min_p only compares with the best."""
-    draw, temperature, _, _, min_p = _columns(rows, logits.device)
-    probs, finite = _probabilities(logits, temperature)
+def _draw_from_all(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Find by selection which tokens are kept; without top_k and top_p, there is nothing to select."""
+    draw, temperature, top_k, top_p, min_p = _columns(rows, logits.device)
+    distances, probs, finite = _probabilities(logits, temperature)
     weights = _weights(probs)
+    if any(row.params.top_k for row in rows):
+        limit = top_k.clamp(max=logits.shape[-1]).to(torch.int64) - 1
+        weights.masked_fill_(~_selected(distances, torch.ones_like(weights), limit), 0)
+    least = min_p * weights.amax(dim=-1, keepdim=True)
+    if any(row.params.top_p < 1 for row in rows):
+        limit = (top_p * weights.sum(dim=-1, keepdim=True)).to(torch.int64)
+        weights.masked_fill_(~_selected(distances, weights, limit), 0)
     if any(row.params.min_p for row in rows):
-        weights.masked_fill_(weights < min_p * weights.amax(dim=-1, keepdim=True), 0)
+        weights.masked_fill_(weights < least, 0)
     return _inverse(weights, draw).squeeze(-1).where(finite, _NOT_FINITE)
 
 
-def _draw_from_leading(logits: Tensor, rows: Sequence[SampleRow], width: int) -> Tensor:
-    """Rank the `width` best tokens only, and draw where it is certain that no other would be kept."""
+def _selected(distances: Tensor, amounts: Tensor, limit: Tensor) -> Tensor:
+    """The nearest tokens up to where more than `limit` (rows, 1) int64 of their amounts has been added up.
+
+    distances (rows, vocab) float32, 0 or more; amounts (rows, vocab) int64 -> (rows, vocab) bool, what sorting by
+    (distance, id) and `outside_nucleus` would keep. A radix selection: the bits of such a float rise with it, so
+    amounts are added up by the upper bits, then by the lower ones of those in whose midst the limit lies.
+    """
+    keys = distances.view(torch.int32)
+    selected = torch.zeros_like(keys, dtype=torch.bool)
+    at_limit = ~selected
+    for shift, num_bits in ((15, 16), (0, 15)):
+        digits = ((keys >> shift) & (2**num_bits - 1)).to(torch.int64)
+        amounts = amounts.where(at_limit, 0)
+        sums = amounts.new_zeros(len(keys), 2**num_bits).scatter_add_(-1, digits, amounts)
+        last = (~outside_nucleus(sums, limit)).sum(dim=-1, keepdim=True) - 1
+        selected |= at_limit & (digits < last)
+        at_limit &= digits == last
+        limit = limit - (sums.cumsum(dim=-1) - sums).gather(-1, last)
+    return selected | (at_limit & ~outside_nucleus(amounts.where(at_limit, 0), limit))
+
+
+def _draw_from_leading(logits: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+    """Rank a few of the best tokens, and draw where it is certain that no other would be kept."""
     draw, temperature, top_k, top_p, min_p = _columns(rows, logits.device)
-    probs, finite = _probabilities(logits, temperature)
-    values, ids = _leading(logits, width)
-    values, order = values.sort(dim=-1, descending=True, stable=True)  # equals: the lower id first
+    distances, probs, finite = _probabilities(logits, temperature)
+    distances, ids = _nearest(distances, _LEADING)
+    distances, order = distances.sort(dim=-1, stable=True)  # equals: the lower id first
     ranked = _weights(probs.gather(-1, ids)).gather(-1, order)
     num, vocab_size = ranked.shape[-1], logits.shape[-1]
 
@@ -454,16 +489,29 @@ def _draw_from_leading(logits: Tensor, rows: Sequence[SampleRow], width: int) ->
     total = ranked.sum(dim=-1, keepdim=True)
     if num < vocab_size and not all(row.params.top_k for row in rows):
         total = total.where(top_k < math.inf, _weights(probs).sum(dim=-1, keepdim=True))
-    ranked.masked_fill_(outside_nucleus(ranked, top_p * total), 0)
+    ranked.masked_fill_(outside_nucleus(ranked, (top_p * total).to(torch.int64)), 0)
     ranked.masked_fill_(ranked < min_p * ranked[:, :1], 0)
 
     kept = torch.zeros_like(ranked).scatter(-1, order, ranked)  # by id again, the order of every draw
     tokens = ids.gather(-1, _inverse(kept, draw)).squeeze(-1)
     if num < vocab_size:
-        doubtful = values == values[:, -1:]  # others of this value may have been left out
-        too_narrow = ((ranked > 0) & doubtful).any(dim=-1) | ((num < top_k) & (top_k < math.inf)).squeeze(-1)
-        tokens = tokens.where(~too_narrow, _TOO_NARROW)
+        doubtful = distances == distances[:, -1:]  # others as far away may have been left out
+        undecided = ((ranked > 0) & doubtful).any(dim=-1) | ((num < top_k) & (top_k < math.inf)).squeeze(-1)
+        tokens = tokens.where(~undecided, _UNDECIDED)
     return tokens.where(finite, _NOT_FINITE)
+
+
+def _nearest(distances: Tensor, num: int) -> tuple[Tensor, Tensor]:
+    """Each row's `num` smallest distances and their ids, by id; or all of them, where leaving out saves little.
+
+    Of several equal to the largest, some may be left out.
+    """
+    vocab_size = distances.shape[-1]
+    if 4 * num >= vocab_size:
+        return distances, torch.arange(vocab_size, device=distances.device).expand_as(distances)
+    values, ids = distances.topk(num, dim=-1, largest=False, sorted=False)
+    ids, order = ids.sort(dim=-1)
+    return values.gather(-1, order), ids
 
 
 def _columns(rows: Sequence[SampleRow], device: torch.device) -> tuple[Tensor, ...]:
@@ -476,29 +524,18 @@ def _columns(rows: Sequence[SampleRow], device: torch.device) -> tuple[Tensor, .
     return torch.tensor(table, dtype=torch.float64, device=device).unsqueeze(-1).unbind(1)
 
 
-def _probabilities(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """The softmax at each row's temperature (rows, vocab), and whether there is one (rows,)."""
+def _probabilities(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How far each logit is below its row's largest, the softmax at each row's temperature, both (rows, vocab)
+    float32, and whether the row has one (rows,)."""
     peaks = logits.amax(dim=-1, keepdim=True)
-    divisors = temperature.clamp(1e-30, 1e30).float()  # normal in float32: 0 / 0 and inf / inf cannot arise
-    return (logits - peaks).div_(divisors).softmax(dim=-1), peaks.isfinite().squeeze(-1)
+    distances = peaks - logits
+    divisors = -temperature.clamp(1e-30, 1e30).float()  # normal in float32: 0 / 0 and inf / inf cannot arise
+    return distances, (distances / divisors).softmax(dim=-1), peaks.isfinite().squeeze(-1)
 
 
 def _weights(probs: Tensor) -> Tensor:
     """Probabilities in units of 2**-52, int64: every sum of a row's is exact, here and as float64."""
     return (probs * 2.0**52).to(torch.int64)
-
-
-def _leading(logits: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Each row's `width` largest logits and their ids, by id; or all of them, where selecting saves little.
-
-    Of several equal to the smallest, some may be left out.
-    """
-    vocab_size = logits.shape[-1]
-    if 4 * width >= vocab_size:
-        return logits, torch.arange(vocab_size, device=logits.device).expand_as(logits)
-    values, ids = logits.topk(width, dim=-1, sorted=False)
-    ids, order = ids.sort(dim=-1)
-    return values.gather(-1, order), ids
 
 
 def _inverse(weights: Tensor, draw: Tensor) -> Tensor:

@@ -133,10 +133,10 @@ class PrefixCache:
         self.block_size = block_size
         self.digest_size = digest_size
         self._by_digest: dict[bytes, CachedBlock] = {}
-        self._by_block: dict[int, CachedBlock] = {}
+        self.blocks: dict[int, CachedBlock] = {}
 
     def __contains__(self, block: object) -> bool:
-        return block in self._by_block
+        return block in self.blocks
 
     def match(self, request: Request) -> list[CachedBlock]:
         """The longest cached beginning, in full blocks, that leaves at least the last token to compute."""
@@ -156,13 +156,13 @@ class PrefixCache:
             entry = self._by_digest.get(key[0])
             if entry is None:
                 entry = CachedBlock(request.blocks[len(request.prefix)], *key)
-                self._by_digest[entry.digest] = self._by_block[entry.block] = entry
+                self._by_digest[entry.digest] = self.blocks[entry.block] = entry
             elif key != (entry.digest, entry.parent, entry.tokens):
                 break  # a collision: nobody could find what lies behind it
             request.prefix.append(entry)
 
     def forget(self, block: int) -> None:
-        del self._by_digest[self._by_block.pop(block).digest]
+        del self._by_digest[self.blocks.pop(block).digest]
 
     def _key(self, request: Request, prefix: list[CachedBlock]) -> tuple[bytes, CachedBlock | bytes, bytes]:
         """(digest, parent, tokens) of the request's block behind `prefix`."""
@@ -176,8 +176,8 @@ class PrefixCache:
 
     def check(self) -> None:
         """Assert that digests and blocks are one to one."""
-        assert len(self._by_digest) == len(self._by_block), "digests and cached blocks differ in number"
-        for block, entry in self._by_block.items():
+        assert len(self._by_digest) == len(self.blocks), "digests and cached blocks differ in number"
+        for block, entry in self.blocks.items():
             assert entry.block == block, f"block {block} is cached as {entry.block}"
             assert self._by_digest.get(entry.digest) is entry, f"block {block} is not under its digest"
 
@@ -266,6 +266,7 @@ class BlockAllocator:
             longest = max(PROMISED_RUN.findall(self._states), key=len, default=b"")
             if len(longest) > 2 * size:
                 start = self._states.find(longest) + len(longest) // 2
+                self._turn(start, self.num_blocks, PROMISED, FREE)
         return start
 
     def _find_free(self, size: int) -> tuple[int, int]:

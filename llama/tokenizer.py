@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import codecs
+import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -31,11 +32,11 @@ from llama.vocabulary import (
     CHAR_OF_BYTE,
     LLAMA3_PATTERN,
     PRE_TOKENIZERS,
-    PreTokenizer,
     TokenizerError,
     TokenizerJson,
     TokenType,
     Vocabulary,
+    gguf_token_id,
     is_bpe_proto,
     proto_from_vocabulary,
     read_gguf_metadata,
@@ -130,7 +131,9 @@ class StreamDecoder:
     def push(self, id: int) -> str:
         """The text that `id` makes certain; often "". Raises ValueError for an id outside the vocabulary."""
         if not 0 <= id < self._n_words:
-            raise ValueError(f"token id {id} is outside the vocabulary of {self._n_words} tokens (0 to {self._n_words - 1})")
+            raise ValueError(
+                f"token id {id} is outside the vocabulary of {self._n_words} tokens (0 to {self._n_words - 1})"
+            )
         return self._stream.push(id)
 
     def flush(self) -> str:
@@ -164,10 +167,13 @@ class _SentencePiece:
         self.sp_model = SentencePieceProcessor(model_proto=proto)
         self._vocabulary = vocabulary_from_proto(proto)
         self._is_bpe = is_bpe_proto(proto)
+        self._unknown = self.sp_model.decode([self.sp_model.unk_id()])
         self.n_words = len(self._vocabulary.tokens)
         self.special_tokens = self._vocabulary.special_tokens()
         added = {id for id in self.special_tokens.values() if self._vocabulary.types[id] != TokenType.CONTROL}
-        self._encoder = SentencePieceProcessor(model_proto=with_control_pieces(proto, added)) if added else self.sp_model
+        self._encoder = (
+            SentencePieceProcessor(model_proto=with_control_pieces(proto, added)) if added else self.sp_model
+        )
 
     def encode(self, text: str) -> list[int]:
         return self._encoder.encode(text)
@@ -181,11 +187,13 @@ class _SentencePiece:
         return token.replace("▁", " ").encode()
 
     def text(self) -> _PieceStream:
-        return _PieceStream(self._vocabulary, unknown=self.sp_model.decode([self.sp_model.unk_id()]))
+        return _PieceStream(self._vocabulary, unknown=self._unknown)
 
     def vocabulary(self) -> Vocabulary:
         if not self._is_bpe:
-            raise TokenizerError("this sentencepiece model is not BPE: a GGUF vocabulary cannot tokenize like it")
+            raise TokenizerError(
+                "this sentencepiece model is not BPE: a GGUF vocabulary cannot tokenize like it"
+            )
         return self._vocabulary
 
 
@@ -215,7 +223,12 @@ class _Tiktoken:
 
     def __init__(self, ranks: dict[bytes, int]) -> None:
         special = [
-            *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
+            *(
+                "<|begin_of_text|>",
+                "<|end_of_text|>",
+                "<|reserved_special_token_0|>",
+                "<|reserved_special_token_1|>",
+            ),
             *("<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>"),
             *("<|eom_id|>", "<|eot_id|>", "<|python_tag|>", "<|image|>"),
         ]
@@ -268,20 +281,27 @@ class _Tokenizers:
         self._cut: Callable[[str], Iterable[str]] = _cut_long_runs if cut_long_runs else lambda text: (text,)
         self.n_words = len(self._tokens)
         self.special_tokens = source.vocabulary.special_tokens()
-        self._model = source.build()
+        self._model = tokenizers.Tokenizer.from_str(json.dumps(source.plain()))
 
     def encode(self, text: str) -> list[int]:
-        return [id for part in self._cut(text) for id in self._model.encode(part, add_special_tokens=False).ids]
+        return [
+            id for part in self._cut(text) for id in self._model.encode(part, add_special_tokens=False).ids
+        ]
 
     def token_bytes(self, id: int) -> bytes:
         token, type = self._tokens[id], self._types[id]
         if type in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.UNUSED):
             return b""
         if not self._source.is_byte_level:
-            return bytes([int(token[3:5], 16)]) if type == TokenType.BYTE else token.replace("▁", " ").encode()
-        if type == TokenType.USER_DEFINED or not BYTE_OF_CHAR.keys() >= set(token):
+            return (
+                bytes([int(token[3:5], 16)]) if type == TokenType.BYTE else token.replace("▁", " ").encode()
+            )
+        if type == TokenType.USER_DEFINED:
             return token.encode()
-        return bytes(BYTE_OF_CHAR[char] for char in token)
+        try:
+            return bytes(BYTE_OF_CHAR[char] for char in token)
+        except KeyError:  # a token that is not written in the alphabet of bytes is text as it is
+            return token.encode()
 
     def text(self) -> _ByteStream | _PieceStream:
         if self._source.is_byte_level:
@@ -290,3 +310,253 @@ class _Tokenizers:
 
     def vocabulary(self) -> Vocabulary:
         return self._source.full_vocabulary()
+
+
+# --- the kinds of files -----------------------------------------------------------------------------------------
+
+# How published vocabularies name the token that begins a text, and those that end a turn.
+_STARTS = ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "<｜begin▁of▁sentence｜>")
+_TURN_ENDS = (
+    *("</s>", "<|end_of_text|>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "<eos>"),
+    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>", "▁<EOT>"),
+)
+
+
+@dataclass(frozen=True)
+class _Controls:
+    """What a file says about the use of its tokens. An id of -1: there is no such token."""
+
+    bos_id: int = -1
+    eos_id: int = -1
+    pad_id: int = -1
+    add_bos: bool = False
+    ends: tuple[int, ...] = ()  # further ids that end a turn
+    chat_template: str | None = None
+
+
+def _with_config(controls: _Controls, folder: Path, codec: Codec) -> _Controls:
+    """`controls`, overruled by the Hugging Face files that lie beside the vocabulary, if there are any."""
+    config: dict[str, Any] = {}
+    for name in (
+        "generation_config.json",
+        "special_tokens_map.json",
+        "tokenizer_config.json",
+    ):  # the last one wins
+        if (folder / name).is_file():
+            config |= {key: value for key, value in read_json(folder / name).items() if value is not None}
+    changes: dict[str, Any] = {}
+    for name in ("bos", "eos", "pad"):
+        token = config.get(f"{name}_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        if token in codec.special_tokens:
+            changes[f"{name}_id"] = codec.special_tokens[token]
+    ends = config.get("eos_token_id", [])
+    changes["ends"] = tuple(ends if isinstance(ends, list) else [ends])
+    if isinstance(config.get("add_bos_token"), bool):
+        changes["add_bos"] = config["add_bos_token"]
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several, by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text("utf-8")
+    return replace(controls, **changes, chat_template=template)
+
+
+def _open_sentencepiece(path: Path) -> tuple[Codec, _Controls]:
+    codec = _SentencePiece(path.read_bytes())
+    model = codec.sp_model
+    controls = _Controls(model.bos_id(), model.eos_id(), model.pad_id(), add_bos=True)
+    return codec, _with_config(controls, path.parent, codec)
+
+
+def _open_tiktoken(path: Path) -> tuple[Codec, _Controls]:
+    lines = (line.split() for line in path.read_bytes().splitlines() if line)
+    ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+    ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
+    if list(ranks.values()) != list(range(len(ranks))) or not all(
+        bytes([byte]) in ranks for byte in range(256)
+    ):
+        raise TokenizerError("its ranks are not 0, 1, 2, ... once each, or a single byte has none")
+    codec = _Tiktoken(ranks)
+    names = ("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>")
+    controls = _Controls(*(codec.special_tokens[name] for name in names), add_bos=True)
+    return codec, _with_config(controls, path.parent, codec)
+
+
+def _open_tokenizer_json(path: Path) -> tuple[Codec, _Controls]:
+    spec = read_json(path)
+    if not isinstance(spec.get("model"), dict) or "vocab" not in spec["model"]:
+        raise TokenizerError("it is JSON, but no tokenizer.json: it has no model with a vocabulary")
+    source = TokenizerJson(spec)
+    codec = _Tokenizers(source)
+    first = source.first_token()
+    bos_id = _first_known((first, *_STARTS), codec)
+    controls = _Controls(bos_id, _first_known(_TURN_ENDS, codec), add_bos=first is not None)
+    return codec, _with_config(controls, path.parent, codec)
+
+
+def _first_known(names: Iterable[str | None], codec: Codec) -> int:
+    return next((codec.special_tokens[name] for name in names if name in codec.special_tokens), -1)
+
+
+def _open_gguf(path: Path) -> tuple[Codec, _Controls]:
+    fields = read_gguf_metadata(path)
+    vocabulary = Vocabulary.from_gguf(fields)
+    names = ("unknown", "bos", "eos", "padding", "eot", "eom")
+    ids = {name: gguf_token_id(fields, name) for name in names}
+    codec, add_bos = _spm_codec(vocabulary, ids) if vocabulary.kind == "spm" else _bpe_codec(vocabulary)
+    return codec, _Controls(
+        *(ids["bos"], ids["eos"], ids["padding"]),
+        add_bos=bool(fields.get("tokenizer.ggml.add_bos_token", add_bos)),
+        ends=(ids["eot"], ids["eom"]),
+        chat_template=fields.get("tokenizer.chat_template"),
+    )
+
+
+def _spm_codec(vocabulary: Vocabulary, ids: dict[str, int]) -> tuple[Codec, bool]:
+    """The codec, and whether BOS goes in front in a file that does not say."""
+    unknown = vocabulary.types.index(TokenType.UNKNOWN)
+    roles = {"unk": unknown, "bos": ids["bos"], "eos": ids["eos"], "pad": ids["padding"]}
+    return _SentencePiece(proto_from_vocabulary(vocabulary, roles)), True
+
+
+def _bpe_codec(vocabulary: Vocabulary) -> tuple[Codec, bool]:
+    """The codec, and whether BOS goes in front in a file that does not say."""
+    rule = PRE_TOKENIZERS.get(vocabulary.pre)
+    if rule is None:
+        known = ", ".join(PRE_TOKENIZERS)
+        raise TokenizerError(f"its pre-tokenizer {vocabulary.pre!r} is not known; known are {known}")
+    return _Tokenizers(TokenizerJson.from_vocabulary(vocabulary, rule), rule.cut_long_runs), rule.add_bos
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of file: whether one begins like it (`matches` sees its first 256 bytes), and how it is opened."""
+
+    matches: Callable[[bytes], Any]
+    open: Callable[[Path], tuple[Codec, _Controls]]
+
+
+KINDS: dict[str, Kind] = {
+    "gguf": Kind(re.compile(rb"GGUF").match, _open_gguf),
+    "tokenizer.json": Kind(re.compile(rb"\s*\{").match, _open_tokenizer_json),
+    "tiktoken": Kind(re.compile(rb"[A-Za-z0-9+/]+=* \d+\s").match, _open_tiktoken),
+    "sentencepiece": Kind(re.compile(rb"\n.\n", re.DOTALL).match, _open_sentencepiece),
+}
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Whatever a damaged file makes the readers and their libraries raise becomes one line with the file's name."""
+    try:
+        yield
+    except OSError:
+        raise
+    except BaseException as error:
+        # Rust's panics reach Python as a BaseException whose class cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:300]
+        reason = (
+            reason
+            if isinstance(error, TokenizerError)
+            else f"it is damaged ({type(error).__name__}: {reason})"
+        )
+        raise TokenizerError(f"cannot read a vocabulary from {path}: {reason}") from error
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    Attributes:
+        kind: the row of `KINDS` that the file is of.
+        n_words: the size of the vocabulary; ids run from 0 to n_words - 1.
+        bos_id, eos_id, pad_id: -1 where the vocabulary has no such token.
+        add_bos: whether the vocabulary's own configuration puts BOS in front of a text (Meta's files: always).
+        special_tokens: every control or added token that text never becomes, by its string.
+        stop_ids: the tokens that end a turn or a text.
+        chat_template: the model's own Jinja template, if it came with one.
+        sp_model: the SentencePieceProcessor, for sentencepiece vocabularies.
+    """
+
+    def __init__(self, model_path: str | os.PathLike[str]) -> None:
+        """Open a vocabulary. Raises FileNotFoundError, or TokenizerError (a ValueError) for what is not one."""
+        self._path = Path(model_path)
+        if not self._path.exists():
+            raise FileNotFoundError(
+                f"no tokenizer at {model_path}: give a tokenizer.model, tokenizer.json or .gguf file"
+            )
+        if self._path.is_dir():
+            raise TokenizerError(
+                f"{model_path} is a directory: give the tokenizer.model, tokenizer.json or .gguf file in it"
+            )
+        with _naming(self._path):
+            self.kind, kind = self._find_kind()
+            self.codec, controls = kind.open(self._path)
+            self.n_words: int = self.codec.n_words
+            self.sp_model = self.codec.sp_model
+            self.special_tokens: dict[str, int] = self.codec.special_tokens
+            self.bos_id, self.eos_id, self.pad_id = controls.bos_id, controls.eos_id, controls.pad_id
+            self.add_bos: bool = controls.add_bos and controls.bos_id >= 0
+            self.chat_template: str | None = controls.chat_template
+            named = (self.special_tokens.get(name, -1) for name in _TURN_ENDS)
+            ends = {controls.eos_id, *controls.ends, *named}
+            self.stop_ids: frozenset[int] = frozenset(id for id in ends if 0 <= id < self.n_words)
+        self._special_ids = frozenset(self.special_tokens.values())
+
+    def _find_kind(self) -> tuple[str, Kind]:
+        with self._path.open("rb") as file:
+            head = file.read(256)
+        for name, kind in KINDS.items():
+            if kind.matches(head):
+                return name, kind
+        raise TokenizerError(f"it is none of {', '.join(KINDS)} (it begins with {head[:8]!r})")
+
+    def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
+        """The ids of `s` as ordinary text, with BOS in front and EOS behind where asked.
+
+        Half of a surrogate pair, which is no character, counts as U+FFFD. Raises ValueError if BOS or EOS is asked
+        for and the vocabulary has none.
+        """
+        if not isinstance(s, str):
+            raise TypeError(f"encode takes a str, not {type(s).__name__}")
+        for name, asked, id in (("bos", bos, self.bos_id), ("eos", eos, self.eos_id)):
+            if asked and id == -1:
+                raise ValueError(f"{self._path} has no {name.upper()} token: encode with {name}=False")
+        text = s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        tokens = self.codec.encode(text)
+        assert self._special_ids.isdisjoint(tokens), "text became a control token"
+        return [self.bos_id] * bool(bos) + tokens + [self.eos_id] * bool(eos)
+
+    def decode(self, t: list[int] | int) -> str:
+        """The text of ids (or of one id). Raises ValueError for an id outside the vocabulary."""
+        stream = StreamDecoder(self)
+        ids = [t] if isinstance(t, int) else t
+        return "".join(map(stream.push, ids)) + stream.flush()
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes of one token; b"" for control tokens. A sentencepiece piece keeps its leading space."""
+        if not 0 <= id < self.n_words:
+            raise ValueError(
+                f"token id {id} is outside the vocabulary of {self.n_words} tokens (0 to {self.n_words - 1})"
+            )
+        return self.codec.token_bytes(id)
+
+    def vocabulary(self) -> Vocabulary:
+        """All that another file needs to tokenize alike. Raises TokenizerError where GGUF has no means to say it."""
+        with _naming(self._path):
+            return self.codec.vocabulary()
+
+    def gguf_metadata(self) -> dict[str, Any]:
+        """The `tokenizer.*` metadata of a GGUF file with this vocabulary: what `vocabulary` says, and the controls.
+
+        Values are strings, bools, ids (to be written as uint32), or lists of one type (as int32, float32, string).
+        """
+        ids = {"bos": self.bos_id, "eos": self.eos_id, "padding": self.pad_id}
+        controls: dict[str, Any] = {
+            f"tokenizer.ggml.{name}_token_id": id for name, id in ids.items() if id >= 0
+        }
+        controls["tokenizer.ggml.add_bos_token"] = self.add_bos
+        if self.chat_template is not None:
+            controls["tokenizer.chat_template"] = self.chat_template
+        return self.vocabulary().to_gguf() | controls

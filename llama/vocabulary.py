@@ -85,27 +85,55 @@ class Vocabulary:
     def from_gguf(fields: Mapping[str, Any]) -> Vocabulary:
         """Read what `to_gguf` writes and what llama.cpp's converters write. Raises TokenizerError."""
         model = fields.get("tokenizer.ggml.model")
-        kind = {"llama": "spm", "gpt2": "bpe"}.get(model)
-        if kind is None:
+        if model not in ("llama", "gpt2"):
             raise TokenizerError(f'its tokenizer.ggml.model is {model!r}; "llama" and "gpt2" are known')
+        is_spm = model == "llama"
         tokens = [token or f"[EMPTY_{id}]" for id, token in enumerate(fields["tokenizer.ggml.tokens"])]
-        vocabulary = Vocabulary(
-            kind=kind,
+        types = fields.get("tokenizer.ggml.token_type", [int(TokenType.NORMAL)] * len(tokens))
+        scores = fields.get("tokenizer.ggml.scores", [0.0] * len(tokens))
+        if not len(tokens) == len(types) == len(scores):
+            raise TokenizerError("its lists of tokens, types and scores differ in length")
+        for values, kind in ((tokens, str), (types, int), (scores, (int, float))):
+            if not all(isinstance(value, kind) for value in values):
+                raise TokenizerError("its lists of tokens, types and scores hold values of a wrong type")
+        return Vocabulary(
+            kind="spm" if is_spm else "bpe",
             tokens=tokens,
-            types=list(fields.get("tokenizer.ggml.token_type", [TokenType.NORMAL] * len(tokens))),
-            scores=list(fields.get("tokenizer.ggml.scores", [0.0] * len(tokens))),
-            merges=list(fields.get("tokenizer.ggml.merges", [])),
+            types=_mended_types(types, fields, is_spm),
+            scores=scores,
+            merges=fields.get("tokenizer.ggml.merges", []),
             pre=fields.get("tokenizer.ggml.pre", "default"),
-            add_space_prefix=fields.get("tokenizer.ggml.add_space_prefix", kind == "spm"),
+            add_space_prefix=fields.get("tokenizer.ggml.add_space_prefix", is_spm),
             remove_extra_whitespaces=fields.get("tokenizer.ggml.remove_extra_whitespaces", False),
             charsmap=bytes(value & 0xFF for value in fields.get("tokenizer.ggml.precompiled_charsmap", ())),
         )
-        if not len(tokens) == len(vocabulary.types) == len(vocabulary.scores):
-            raise TokenizerError("its lists of tokens, types and scores differ in length")
-        for values, kind in ((tokens, str), (vocabulary.types, int), (vocabulary.scores, (int, float))):
-            if not all(isinstance(value, kind) for value in values):
-                raise TokenizerError("its lists of tokens, types and scores hold values of a wrong type")
-        return vocabulary
+
+
+def gguf_token_id(fields: Mapping[str, Any], name: str) -> int:
+    """The id of the "bos", "eos", "eot", "eom", "padding" or "unknown" token in GGUF metadata, -1 for none.
+
+    As in llama.cpp, an id outside the vocabulary is none, and a sentencepiece vocabulary has three by default.
+    """
+    defaults = {"unknown": 0, "bos": 1, "eos": 2} if fields["tokenizer.ggml.model"] == "llama" else {}
+    id = fields.get(f"tokenizer.ggml.{name}_token_id", defaults.get(name, -1))
+    return id if isinstance(id, int) and 0 <= id < len(fields["tokenizer.ggml.tokens"]) else -1
+
+
+def _mended_types(types: Sequence[int], fields: Mapping[str, Any], is_spm: bool) -> list[int]:
+    """Files leave control tokens typed as NORMAL, and several as UNKNOWN where sentencepiece wants exactly one."""
+    types = list(types)
+    for name in ("bos", "eos", "eot", "eom"):
+        id = gguf_token_id(fields, name)
+        if id >= 0 and types[id] == TokenType.NORMAL:
+            types[id] = int(TokenType.CONTROL)
+    if is_spm:
+        unknown, *others = [id for id, type in enumerate(types) if type == TokenType.UNKNOWN] or [
+            gguf_token_id(fields, "unknown")
+        ]
+        types[unknown] = int(TokenType.UNKNOWN)
+        for id in others:
+            types[id] = int(TokenType.UNUSED)
+    return types
 
 
 # --- byte-level vocabularies ------------------------------------------------------------------------------------
@@ -310,7 +338,9 @@ def read_gguf_metadata(path: str | Path) -> dict[str, Any]:
         header = _GGUFHeader(file)
         magic, version, _, num_fields = header.magic(), *header.numbers("I"), *header.numbers("Q", 2)
         if magic != b"GGUF" or version not in (2, 3):
-            raise TokenizerError(f"not a little-endian GGUF file of version 2 or 3 (magic {magic!r}, version {version})")
+            raise TokenizerError(
+                f"not a little-endian GGUF file of version 2 or 3 (magic {magic!r}, version {version})"
+            )
         fields = {}
         for _ in range(num_fields):
             key, kind = header.string(), header.numbers("I")[0]
@@ -330,11 +360,14 @@ def _steps(node: dict[str, Any] | None, children: str) -> list[dict[str, Any]]:
     return [step for child in node[children] for step in _steps(child, children)]
 
 
+_PIECE_STEPS = ("Replace", "Prepend", "Metaspace")  # how sentencepiece-like files turn spaces into "▁"
+
+
 class TokenizerJson:
     """A tokenizer.json, as the dict `spec`: byte-level or sentencepiece-like, BPE or Unigram.
 
-    `is_byte_level` says which; `vocabulary` holds its tokens (but neither `merges` nor `scores`: see
-    `full_vocabulary`). Raises TokenizerError, or whatever Python raises for a dict that is no tokenizer.json.
+    `is_byte_level` says which; `vocabulary` holds its tokens, and is without merges and scores until
+    `full_vocabulary` derives them. Raises TokenizerError, or what Python raises for a dict that is no tokenizer.json.
     """
 
     def __init__(self, spec: dict[str, Any], vocabulary: Vocabulary | None = None) -> None:
@@ -342,8 +375,12 @@ class TokenizerJson:
         decoders = _steps(spec.get("decoder"), "decoders")
         kinds = {step["type"] for step in decoders}
         self.is_byte_level = kinds == {"ByteLevel"}
-        if not self.is_byte_level and not (kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}):
-            raise TokenizerError(f"decoders {sorted(kinds)} are not known; byte-level and sentencepiece-like ones are")
+        if not self.is_byte_level and not (
+            kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
+        ):
+            raise TokenizerError(
+                f"decoders {sorted(kinds)} are not known; byte-level and sentencepiece-like ones are"
+            )
         # A decoder that takes a space away in front belongs to an encoder that puts one there.
         strips = any(
             step["type"] == "Strip" or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")
@@ -370,7 +407,9 @@ class TokenizerJson:
         unknown = known.get(model.get("unk_token")) if isinstance(vocab, dict) else model.get("unk_id")
         if unknown is not None and not self.is_byte_level:
             types[unknown] = int(TokenType.UNKNOWN)
-        return Vocabulary("bpe" if self.is_byte_level else "spm", tokens, types, add_space_prefix=add_space_prefix)
+        return Vocabulary(
+            "bpe" if self.is_byte_level else "spm", tokens, types, add_space_prefix=add_space_prefix
+        )
 
     def plain(self) -> dict[str, Any]:
         """A tokenizer.json that encodes text alike and has no way to make a special token of it.
@@ -382,38 +421,51 @@ class TokenizerJson:
         added = [token for token in self.spec.get("added_tokens") or [] if token["content"] not in special]
         if isinstance(model["vocab"], dict):
             vocab = {token: id for token, id in model["vocab"].items() if token not in special}
-            model["vocab"] = vocab | {token["content"]: token["id"] for token in added}  # so that ids cannot shift
-            pairs = (tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in model["merges"])
+            model["vocab"] = vocab | {
+                token["content"]: token["id"] for token in added
+            }  # so that ids cannot shift
+            pairs = (
+                tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in model["merges"]
+            )
             model["merges"] = [pair for pair in pairs if special.keys().isdisjoint((*pair, "".join(pair)))]
         else:  # Unigram: an id is a place in a list, so the piece stays, under a name that nobody can type
             ids = set(special.values())
             rows = enumerate(model["vocab"])
-            model["vocab"] = [[secrets.token_hex(16) if id in ids else piece, score] for id, (piece, score) in rows]
+            model["vocab"] = [
+                [secrets.token_hex(16) if id in ids else piece, score] for id, (piece, score) in rows
+            ]
         if self.is_byte_level:
             model["unk_token"] = None  # GPT-2's is also its end of text
         removed = {"truncation": None, "padding": None, "post_processor": None}
         return self.spec | removed | {"model": model, "added_tokens": added}
 
-    def adds_bos(self, bos: str) -> bool:
-        """Whether the file's own post-processor puts `bos` in front of a text."""
-        steps = _steps(self.spec.get("post_processor"), "processors")
-        firsts = [step["single"][0] for step in steps if step["type"] == "TemplateProcessing"]
-        return any(first.get("SpecialToken", {}).get("id") == bos for first in firsts)
+    def first_token(self) -> str | None:
+        """The token that the file's own post-processor puts in front of a text, if any."""
+        for step in _steps(self.spec.get("post_processor"), "processors"):
+            if step["type"] == "TemplateProcessing" and "SpecialToken" in step["single"][0]:
+                return step["single"][0]["SpecialToken"]["id"]
+        return None
 
     def full_vocabulary(self) -> Vocabulary:
         """The vocabulary with what GGUF needs to tokenize alike. Raises TokenizerError where it could not."""
+        if self.vocabulary.merges:
+            return self.vocabulary
         merges = self.spec["model"].get("merges")
-        if merges is None:
-            raise TokenizerError("this tokenizer.json is not BPE: a GGUF vocabulary cannot tokenize like it")
+        normalizers = {step["type"] for step in _steps(self.spec.get("normalizer"), "normalizers")}
+        splitters = {step["type"] for step in _steps(self.spec.get("pre_tokenizer"), "pretokenizers")}
+        known = normalizers <= {"NFC"} if self.is_byte_level else (normalizers | splitters) <= {*_PIECE_STEPS}
+        if merges is None or not known:
+            raise TokenizerError(
+                "GGUF cannot say how it tokenizes: it is not BPE, or it changes text in some other way"
+            )
         pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
         if self.is_byte_level:
             return replace(self.vocabulary, merges=[" ".join(pair) for pair in pairs], pre=self._find_pre())
         order: dict[str, int] = {}  # a piece is as good as the first merge that makes it
         for pair in pairs:
             order.setdefault("".join(pair), len(order))
-        return replace(
-            self.vocabulary, scores=[-float(order.get(token, len(order))) for token in self.vocabulary.tokens]
-        )
+        scores = [-float(order.get(token, len(order))) for token in self.vocabulary.tokens]
+        return replace(self.vocabulary, scores=scores)
 
     def _find_pre(self) -> str:
         """The name of the rule in `PRE_TOKENIZERS` that cuts words as this file does."""
@@ -431,12 +483,17 @@ class TokenizerJson:
         for name, known in PRE_TOKENIZERS.items():
             if rule == (known.patterns, known.ignore_merges):
                 return name
-        raise TokenizerError("this tokenizer.json cuts words by a rule that GGUF has no name for")
+        raise TokenizerError("GGUF cannot say how it tokenizes: it cuts words by a rule that has no name")
 
     @staticmethod
     def from_vocabulary(vocabulary: Vocabulary, rule: PreTokenizer) -> TokenizerJson:
         """A byte-level vocabulary, as from a GGUF file, as a tokenizer.json."""
-        byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+        byte_level = {
+            "type": "ByteLevel",
+            "add_prefix_space": False,
+            "trim_offsets": False,
+            "use_regex": False,
+        }
         split = {"type": "Split", "behavior": "Isolated", "invert": False}
         steps = [*(split | {"pattern": {"Regex": pattern}} for pattern in rule.patterns), byte_level]
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
@@ -465,7 +522,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        raise TokenizerError(f"{path} is not JSON: {error}") from error
+        raise TokenizerError(f"{path.name} is not JSON: {error}") from error
     if not isinstance(value, dict):
-        raise TokenizerError(f"{path} holds a JSON {type(value).__name__}, not an object")
+        raise TokenizerError(f"{path.name} is not a JSON object")
     return value

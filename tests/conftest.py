@@ -1,18 +1,37 @@
 """Tiny random models and a byte tokenizer: nothing here needs weights or a vocabulary."""
 
+import codecs
+
 import pytest
 import torch
 
 from llama.model import ModelArgs, Transformer
+from llama.tokenizer import StreamDecoder
 
 torch.set_num_threads(1)
 
 
+class ByteStream:
+    def __init__(self) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, id: int) -> str:
+        return self._decoder.decode(bytes([id]) if id < 256 else b"")
+
+    def flush(self) -> str:
+        return self._decoder.decode(b"", final=True)
+
+
+class ByteCodec:
+    text = ByteStream
+
+
 class ByteTokenizer:
-    """Token b is byte b; then come three control tokens."""
+    """Token b is byte b; then come three control tokens, and some that nobody uses."""
 
     kind = "bytes"
-    n_words = 259
+    codec = ByteCodec()
+    n_words = 264
     bos_id, eos_id, pad_id = 256, 257, 258
     stop_ids = frozenset({257})
     special_tokens = {"<s>": 256, "</s>": 257, "<pad>": 258}
@@ -23,12 +42,8 @@ class ByteTokenizer:
         return [self.bos_id] * bos + list(s.encode()) + [self.eos_id] * eos
 
     def decode(self, t: list[int] | int) -> str:
-        return b"".join(self.token_bytes(i) for i in ([t] if isinstance(t, int) else t)).decode(
-            errors="replace"
-        )
-
-    def token_bytes(self, token: int) -> bytes:
-        return bytes([token]) if token < 256 else b""
+        stream = StreamDecoder(self)
+        return "".join(stream.push(i) for i in ([t] if isinstance(t, int) else t)) + stream.flush()
 
 
 def tiny_args(**changes) -> ModelArgs:

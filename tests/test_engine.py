@@ -66,10 +66,10 @@ def test_chunks_of_a_prompt_give_what_the_whole_prompt_gives():
 
 
 def test_a_pool_that_is_too_small_for_all_gives_the_same_tokens_one_after_the_other():
-    batch = prompts(8)
-    roomy = run(make_engine(), *[(prompt, params(**GREEDY)) for prompt in batch])
-    engine = make_engine(num_blocks=7)
-    assert run(engine, *[(prompt, params(**GREEDY)) for prompt in batch]) == roomy
+    requests = [(prompt, params(**GREEDY, max_tokens=40)) for prompt in prompts(8)]
+    roomy = run(make_engine(), *requests)
+    engine = make_engine(num_blocks=9)
+    assert run(engine, *requests) == roomy
     assert engine.stats().num_preemptions > 0
 
 

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "llama"
 
 ROWS = [
-    {"parallel", "scheduler", "tokenizer", "kernels", "linear", "cache"},
+    {"parallel", "scheduler", "tokenizer", "vocabulary", "kernels", "linear", "cache"},
     {"model", "sampling", "quantization", "chat"},
     {"checkpoint", "runner"},
     {"engine"},
@@ -19,6 +19,7 @@ ROWS = [
 ]
 NEIGHBOURS = {
     ("cache", "kernels"),
+    ("tokenizer", "vocabulary"),
     ("__main__", "terminal"),
     ("checkpoint", "checkpoint"),
     ("kernels", "kernels"),

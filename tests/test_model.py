@@ -12,7 +12,7 @@ SHAPES = {
     "linear rope scaling": dict(rope_scaling=RopeScaling("linear", 4.0)),
     "llama3 rope scaling": dict(rope_scaling=RopeScaling("llama3", 8.0, original_max_seq_len=64)),
     "tied embeddings": dict(tie_word_embeddings=True),
-    "odd hidden size": dict(hidden_dim=37, dim=40),
+    "odd hidden size": dict(hidden_dim=37, dim=48),
     "head size of its own": dict(head_dim=10),
     "biases": dict(attention_bias=True, attention_output_bias=True, mlp_bias=True),
     "sliding window": dict(sliding_window=6),

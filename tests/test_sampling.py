@@ -24,6 +24,7 @@ from llama.sampling import (
     uniform,
 )
 
+NAN, INF = math.nan, math.inf
 ALMOST_ONE = 1 - 2.0**-53
 
 
@@ -59,8 +60,8 @@ def twin_changed(logits, row):
 
 def twin_ranking(logits):
     """Ids from the best to the worst logit, the lower id first among equals."""
-    values = logits.tolist()
-    return sorted(range(len(values)), key=lambda token: (-values[token], token))
+    distances = (max(logits) - logits).tolist()  # in float32, in which tokens much alike may be equal
+    return sorted(range(len(distances)), key=lambda token: (distances[token], token))
 
 
 def twin_kept(logits, params):
@@ -123,7 +124,7 @@ def batches(draw):
             repetition_penalty=draw(st.sampled_from([1.0, 1.3, 0.7])),
             presence_penalty=draw(st.sampled_from([0.0, 0.5, -1.0])),
             frequency_penalty=draw(st.sampled_from([0.0, 0.25, -0.5])),
-            logit_bias=draw(st.dictionaries(ids, st.sampled_from([-math.inf, -5.0, 2.5]), max_size=3)),
+            logit_bias=draw(st.dictionaries(ids, st.sampled_from([-INF, -5.0, 2.5]), max_size=3)),
         )
         banned = draw(st.lists(ids, max_size=2))
         logits.append(draw(st.lists(logit, min_size=vocab, max_size=vocab)))
@@ -136,7 +137,7 @@ def batches(draw):
 @given(batches(), st.sampled_from([1, 2, 256]))
 def test_every_row_of_a_batch_gets_the_token_of_the_slow_twin(batch, leading):
     logits, rows, numbers = batch
-    with drawing(*numbers), patch.object(sampling, "_LEADING", leading), patch.object(sampling, "_WIDER", 2):
+    with drawing(*numbers), patch.object(sampling, "_LEADING", leading):
         sampled = sample(logits, rows)
     for i, token in enumerate(sampled.tokens):
         assert (token if sampled.finite[i] else None) in twin_tokens(logits[i].numpy(), rows[i], numbers[i])
@@ -165,7 +166,7 @@ def test_a_batch_equals_its_rows_alone_and_any_amount_of_ranking(batch):
     together = sample(logits, rows)
     for i, r in enumerate(rows):
         for leading in (1, 3):
-            with patch.object(sampling, "_LEADING", leading), patch.object(sampling, "_WIDER", 2):
+            with patch.object(sampling, "_LEADING", leading):
                 alone = sample(logits[i : i + 1], [r])
             assert (alone.tokens, alone.finite) == ([together.tokens[i]], [together.finite[i]])
 
@@ -184,7 +185,7 @@ def varied_rows(vocab, num):
         {"temperature": 1.0, "top_p": 1.0, "min_p": 0.02},
         {"repetition_penalty": 1.3, "top_k": 700},
         {"presence_penalty": 1.0, "frequency_penalty": 0.5, "temperature": 0},
-        {"logit_bias": {3: 5.0, 5: -math.inf}, "temperature": 2.0, "top_p": 0.7},
+        {"logit_bias": {3: 5.0, 5: -INF}, "temperature": 2.0, "top_p": 0.7},
         {"logits_processors": (lambda tokens, x: x * 0.5,)},
         {"temperature": 1.0, "top_p": 1.0, "top_k": vocab},
     ]
@@ -217,7 +218,7 @@ def test_a_row_alone_and_among_32_gets_the_same_token_and_logprob_to_the_bit(
     logits = torch.randn(32, vocab, generator=generator) * 3
     if low_precision:
         logits = logits.bfloat16().float()  # many equals
-    logits[4, 17] = math.nan
+    logits[4, 17] = NAN
     rows = varied_rows(vocab, 32)
     together = sample(logits, rows)
     assert together.finite == [i != 4 for i in range(32)]
@@ -253,20 +254,37 @@ def test_ranking_a_few_tokens_chooses_as_ranking_all_does(spread):
             assert sample(logits, rows).tokens == expected
 
 
-def test_only_rows_with_a_wide_nucleus_are_ranked_again():
+def test_only_rows_with_a_wide_nucleus_are_looked_at_again():
     logits = torch.zeros(3, 9000)
     logits[0, 5] = logits[2, 7] = 30.0
-    widths = []
+    seen = []
 
-    def leading(logits, width):
-        widths.append((len(logits), width))
-        return ranked(logits, width)
+    def noting(logits, rows):
+        seen.extend(row.key for row in rows)
+        return draw(logits, rows)
 
-    ranked = sampling._leading
-    with patch.object(sampling, "_leading", leading):
+    draw = sampling._draw_from_all
+    with patch.object(sampling, "_draw_from_all", noting):
         tokens = sample(logits, [row(key=(i,)) for i in range(3)]).tokens
     assert (tokens[0], tokens[2]) == (5, 7)
-    assert widths == [(3, 256), (1, 4096)]
+    assert seen == [(1,)]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.one_of(st.sampled_from([0.0, 1.0, 2.5, INF]), st.floats(0, 2.0**100, width=32)), min_size=1),
+    st.data(),
+)
+def test_selecting_keeps_what_sorting_would(distances, data):
+    amounts = data.draw(st.lists(st.integers(0, 9), min_size=len(distances), max_size=len(distances)))
+    limit = data.draw(st.integers(0, sum(amounts) + 1))
+    kept, before = set(), 0
+    for i in sorted(range(len(distances)), key=lambda i: (distances[i], i)):
+        if before <= limit:
+            kept.add(i)
+        before += amounts[i]
+    selected = sampling._selected(torch.tensor([distances]), torch.tensor([amounts]), torch.tensor([[limit]]))
+    assert set(selected[0].nonzero().flatten().tolist()) == kept
 
 
 def test_an_empty_batch_gives_empty_lists():
@@ -361,7 +379,7 @@ def test_the_global_generator_is_neither_read_nor_moved():
 )
 @pytest.mark.parametrize("number", [0.0, ALMOST_ONE])
 def test_the_ends_of_the_random_numbers_never_choose_a_masked_token(given, number):
-    logits = torch.full((1, 4000), -math.inf)
+    logits = torch.full((1, 4000), -INF)
     logits[0, [7, 8, 3000]] = torch.tensor([1.0, 2.0, 1.5])
     with drawing(number):
         assert sample(logits, [row(temperature=1.0, **given)]).tokens == [7 if number == 0 else 3000]
@@ -375,12 +393,12 @@ def test_a_share_that_ends_at_a_token_belongs_to_the_next():
 
 @pytest.mark.parametrize("temperature", [1e-320, 1e-30, 0.0, -3.0])
 def test_a_vanishing_temperature_is_greedy(temperature):
-    logits = torch.tensor([[3e38, -3e38, 1.0, -math.inf]])
+    logits = torch.tensor([[3e38, -3e38, 1.0, -INF]])
     assert sample(logits, [row(temperature=temperature, top_p=1.0)]).tokens == [0]
 
 
 def test_an_enormous_temperature_makes_all_but_masked_tokens_alike():
-    logits = torch.tensor([[9.0, -9.0, -math.inf, 1.0]])
+    logits = torch.tensor([[9.0, -9.0, -INF, 1.0]])
     with drawing(0.1, 0.4, 0.9):
         rows = [row(temperature=1e300, top_p=1.0, key=(i,)) for i in range(3)]
         assert sample(logits.expand(3, -1), rows).tokens == [0, 1, 3]
@@ -512,7 +530,7 @@ def test_the_sampler_and_sample_top_p_share_one_mask_function():
 
 
 @pytest.mark.parametrize("given", [{"temperature": 0}, {}, {"temperature": 1.0, "top_p": 1.0, "min_p": 0.1}])
-@pytest.mark.parametrize("spoilt", [math.nan, math.inf])
+@pytest.mark.parametrize("spoilt", [NAN, INF])
 def test_a_non_finite_row_is_reported_and_no_other_row_is_touched(given, spoilt):
     logits = torch.randn(5, 3000, generator=torch.Generator().manual_seed(8)) * 5
     rows = [row(key=(i,), logprobs=2, **given) for i in range(5)]
@@ -530,7 +548,7 @@ def test_a_non_finite_row_is_reported_and_no_other_row_is_touched(given, spoilt)
 @pytest.mark.parametrize("given", [{"temperature": 0}, {}, {"top_p": 1.0}])
 def test_a_row_whose_every_token_is_masked_is_not_finite(given):
     logits = torch.zeros(2, 6)
-    rows = [row(logit_bias=dict.fromkeys(range(6), -math.inf), **given), row(banned=range(5), **given)]
+    rows = [row(logit_bias=dict.fromkeys(range(6), -INF), **given), row(banned=range(5), **given)]
     sampled = sample(logits, rows)
     assert (sampled.tokens, sampled.finite) == ([-1, 5], [False, True])
 
@@ -552,7 +570,7 @@ def test_a_processor_sees_the_tokens_so_far_and_what_the_one_before_it_gave_once
         return logits + 1
 
     params = SamplingParams(logits_processors=(note, note), logit_bias={1: 2.0}, temperature=1.0)
-    sample(torch.zeros(1, 9000), [row(params, tokens=[4, 5])])  # so flat that it is ranked three times
+    sample(torch.zeros(1, 9000), [row(params, tokens=[4, 5])])  # so flat that it is looked at twice
     assert calls == [([4, 5], [0.0, 2.0]), ([4, 5], [1.0, 3.0])]
 
 
@@ -676,7 +694,6 @@ def test_parameters_take_the_usual_forms_and_cannot_be_changed():
         params.n = 2
 
 
-NAN, INF = math.nan, math.inf
 BAD = [
     ("temperature", [NAN, INF, -INF, True, "hot", 10**400], "a finite number (0 or less: greedy) or None"),
     ("top_p", [NAN, INF, -0.1, 1.0001, True, "1"], "a number from 0 to 1 or None"),

@@ -2,52 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from . import gguf, huggingface, meta
+from .conversion import convert, legacy_source
 from .default import default_model
+from .hub import resolve
+from .inspection import Estimate, Inspection, estimate, inspect
 from .load import load_weights
+from .opening import open_checkpoint
 from .shapes import expected_shapes
+from .verification import Finding, verify
 from .weight import Checkpoint, CheckpointError, Weight
 
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "Estimate",
+    "Finding",
+    "Inspection",
     "Weight",
+    "convert",
     "default_model",
+    "estimate",
     "expected_shapes",
+    "inspect",
+    "legacy_source",
     "load_weights",
     "open_checkpoint",
+    "resolve",
+    "verify",
 ]
-
-READERS = (
-    # what recognises a path by its content, what opens it
-    (meta.recognises, meta.open_meta),
-    (huggingface.recognises, huggingface.open_huggingface),
-    (gguf.recognises, gguf.open_gguf),
-)
-
-
-def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a checkpoint of any format: its settings are parsed, its weights stay on disk until they are read.
-
-    Raises FileNotFoundError where nothing is at `path`, CheckpointError for what is no checkpoint or a damaged one.
-    """
-    path = Path(path).expanduser()
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: no such file or directory; give a checkpoint's directory or a .gguf file"
-        )
-    for recognises, open_path in READERS:
-        if recognises(path):
-            return open_path(path)
-    raise CheckpointError(f"{path}: no checkpoint found; {_expectation(path)}")
-
-
-def _expectation(path: Path) -> str:
-    if path.is_file():
-        return "a file must be GGUF; for .pth and .safetensors give their directory"
-    return (
-        "a directory must hold params.json with consolidated.NN.pth, config.json with .safetensors or .bin files, "
-        "or a .gguf file"
-    )

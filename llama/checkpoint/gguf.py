@@ -14,12 +14,19 @@ from torch import Tensor
 from ..model import ModelArgs, RopeScaling
 from .gguf_file import BLOCKS, GGUFFile, TensorHeader
 from .names import FROM_GGUF, rename
-from .settings import REQUIRED, Settings, check_args
+from .settings import REQUIRED, Settings, check_args, generation_settings
 from .shapes import is_tied
 from .weight import Array, Checkpoint, CheckpointError, Mapped, Weight, dominant_dtype
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 ROPE_FACTORS = "rope_freqs.weight"
+SAMPLING = {  # keys of general.sampling, and the names they have here
+    "temp": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "penalty_repeat": "repetition_penalty",
+}
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -99,6 +106,7 @@ def open_gguf(path: Path) -> Checkpoint:
         weights=lambda: iter(by_name.values()),
         dtype=dominant_dtype(iter(by_name.values())),
         tokenizer_path=first.path if first.length("tokenizer.ggml.tokens") else None,
+        generation_defaults=_generation_defaults(settings),
         stop_ids=_stop_ids(settings),
         unknown_keys=settings.unknown,
         settings=settings.values,
@@ -248,6 +256,12 @@ def llama3_from_factors(
             f"{file}: {ROPE_FACTORS}: not Llama 3's rope scaling; other kinds are not supported"
         )
     return scaling
+
+
+def _generation_defaults(settings: Settings) -> dict[str, float]:
+    stored = {name: settings.values.get(f"general.sampling.{key}") for key, name in SAMPLING.items()}
+    renamed = {name: value for name, value in stored.items() if value is not None}
+    return generation_settings(Settings(renamed, settings.file, "general.sampling."))[0]
 
 
 def _stop_ids(settings: Settings) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from .output import Output, Progress
 from .weight import CheckpointError
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-STRING, ARRAY = 8, 9
+UINT8, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 0, 4, 5, 6, 7, 8, 9
 MAX_DIMS = 4
 
 BLOCKS: dict[int, tuple[str, int, int]] = {
@@ -149,7 +149,9 @@ def shortest(value: float) -> float:
     """The shortest decimal number that float32 rounds to `value`: 1e-05, not 9.999999747378752e-06."""
     if value != value or value in (float("inf"), float("-inf")):
         return value
-    return next(short for digits in range(6, 10) if as_float32(short := float(f"{value:.{digits}g}")) == value)
+    return next(
+        short for digits in range(6, 10) if as_float32(short := float(f"{value:.{digits}g}")) == value
+    )
 
 
 def as_float32(value: float) -> float:
@@ -247,7 +249,7 @@ def _string(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def write_gguf(path: Path, metadata: dict[str, Value], outputs: Sequence[Output], progress: Progress) -> None:
+def write_gguf(metadata: dict[str, Value], path: Path, outputs: Sequence[Output], progress: Progress) -> None:
     """Writes a version 3 file, one tensor at a time."""
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(outputs), len(metadata))]
     parts += [_string(key) + value.encode() for key, value in metadata.items()]

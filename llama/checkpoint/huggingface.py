@@ -13,7 +13,7 @@ from .names import FROM_HF, interleave, is_rotary, rename
 from .settings import REQUIRED, Settings, check_args, generation_settings, rope_scaling, shown
 from .shapes import is_tied
 from .tensor_file import TensorFile, read_tensor_file
-from .tokenizer_file import find_tokenizer
+from .tokenizer_files import find_tokenizer
 from .weight import Array, Checkpoint, CheckpointError, Reordered, Weight, dominant_dtype
 
 MODEL_TYPES = ("llama", "mistral")

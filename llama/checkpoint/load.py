@@ -28,7 +28,9 @@ def load_weights(
     """Replaces every parameter of `model` (usually on the meta device) by the checkpoint's, cut for `rank`.
 
     On the CPU, where `dtype` is the stored type (or None), parameters are the mapped file itself, without a copy;
-    otherwise at most one weight at a time is in memory twice. A module with a method
+    otherwise at most one weight at a time is in memory twice.
+
+    A module with the methods `weight_shapes() -> {name: shape as this rank holds it, in numbers}` and
     `load_weight(name, weight, device, dtype)` takes its weights itself: it gets this rank's part, unread, and may
     keep the stored blocks of it (`weight.read_packed`).
 
@@ -36,7 +38,7 @@ def load_weights(
     that names every missing, unexpected, duplicate and misshapen weight; ValueError for an uneven world size.
     """
     check_divides(checkpoint.args, world_size)
-    weights = match(model, checkpoint, world_size)
+    weights = match(model, checkpoint, rank, world_size)
     total = sum(weight.nbytes for weight in weights)
     done = 0
     for weight in split(weights, rank, world_size):
@@ -50,14 +52,19 @@ def split_dim(name: str) -> int | None:
     """The dimension along which this weight or bias is cut over ranks; None: every rank has it whole."""
     dim = SPLIT.get(module_name(name))
     if name.endswith(".bias"):
-        return 0 if dim == 0 else None  # after a cut along columns, the model adds the bias once
+        return 0 if dim == 0 else None
     return dim
 
 
-def match(model: nn.Module, checkpoint: Checkpoint, world_size: int = 1) -> list[Weight]:
-    """The checkpoint's weights in its own order, if they are exactly those that the model wants."""
-    wanted = {name: _whole(name, tuple(tensor.shape), world_size) for name, tensor in _slots(model)}
-    weights = list(checkpoint.weights())
+def is_held(name: str, rank: int) -> bool:
+    """Whether this rank has any of this weight: a bias after a cut along columns is rank 0's alone to add."""
+    return rank == 0 or not (name.endswith(".bias") and SPLIT.get(module_name(name)) == 1)
+
+
+def match(model: nn.Module, checkpoint: Checkpoint, rank: int, world_size: int) -> list[Weight]:
+    """The checkpoint's weights in its own order, if they are exactly those that this rank's model wants."""
+    wanted = {name: _whole(name, shape, world_size) for name, shape in _slots(model)}
+    weights = [weight for weight in checkpoint.weights() if is_held(weight.name, rank)]
     problems = list(_problems(wanted, weights))
     if problems:
         named = "; ".join(problems[:MAX_NAMED])
@@ -88,8 +95,15 @@ def cast(weight: Weight, device: torch.device, dtype: torch.dtype | None) -> Ten
     return weight.read().to(device=device, dtype=dtype).contiguous()
 
 
-def _slots(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
+def _slots(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of everything that is to be filled, as this rank holds it."""
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        if hasattr(module, "load_weight"):
+            shapes = module.weight_shapes()
+        else:
+            shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)}
+        yield from ((prefix + name, shape) for name, shape in shapes.items())
 
 
 def _whole(name: str, shape: tuple[int, ...], world_size: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from .names import module_name
 from .settings import REQUIRED, Settings, check_args, generation_settings, rope_scaling
 from .shapes import is_tied
 from .tensor_file import TensorFile, read_tensor_file
-from .tokenizer_file import find_tokenizer
+from .tokenizer_files import find_tokenizer
 from .weight import Checkpoint, CheckpointError, Joined, Mapped, Weight, dominant_dtype
 
 IGNORED = ("rope.freqs",)
@@ -47,7 +47,7 @@ def open_meta(path: Path) -> Checkpoint:
     if args.tie_word_embeddings:
         weights = [weight for weight in weights if weight.name != "output.weight"]
     defaults, stop_ids, length = _generation_config(path)
-    args.max_seq_len = settings.integer("max_seq_len") or length or _context(args)
+    args.max_seq_len = settings.integer("max_seq_len") or length or context(args)
     return Checkpoint(
         path=path,
         format="meta",
@@ -176,7 +176,7 @@ def _generation_config(path: Path) -> tuple[dict[str, float], tuple[int, ...], i
     return generation_settings(Settings(read_json(file), file)) if file.is_file() else ({}, (), None)
 
 
-def _context(args: ModelArgs) -> int:
+def context(args: ModelArgs) -> int:
     """The context of the family that has this rotary base, since Meta's params.json does not say it."""
     if args.rope_scaling is not None:
         return 131072 if args.rope_scaling.kind == "llama3" else int(4096 * args.rope_scaling.factor)

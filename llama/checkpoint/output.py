@@ -43,13 +43,14 @@ class Output:
         if tuple(tensor.shape) != self.shape:
             raise CheckpointError(f"{self.name}: has shape {list(tensor.shape)}, expected {list(self.shape)}")
         converted = tensor.to(self.dtype)
-        if self.dtype == torch.float16 and tensor.dtype != torch.float16:
-            if (converted.isinf() & ~tensor.isinf()).any():
-                raise CheckpointError(f"{self.name}: holds values beyond float16's 65504; choose bf16 or fp32")
+        if self.dtype == torch.float16 and bool((converted.isinf() & ~tensor.isinf()).any()):
+            raise CheckpointError(f"{self.name}: holds values beyond float16's 65504; choose bf16 or fp32")
         file.write(converted.contiguous().flatten().view(torch.uint8).numpy())
 
 
-def output(weight: Weight, name: str, dtype: torch.dtype, change: Callable[[Tensor], Tensor] | None = None) -> Output:
+def output(
+    weight: Weight, name: str, dtype: torch.dtype, change: Callable[[Tensor], Tensor] | None = None
+) -> Output:
     """`weight` under another name and type; `change` keeps its shape."""
     read = weight.read if change is None else lambda: change(weight.read())
     return Output(name, weight.shape, dtype, read)
@@ -63,14 +64,21 @@ def staged(destination: Path, needed: int, is_directory: bool) -> Iterator[Path]
     bytes must be free. Raises CheckpointError in one line for a full or unwritable disk.
     """
     if destination.exists() and destination.is_dir() != is_directory:
-        raise CheckpointError(f"{destination}: is {'no' if is_directory else 'a'} directory; name another destination")
+        raise CheckpointError(
+            f"{destination}: is {'no' if is_directory else 'a'} directory; name another destination"
+        )
     parent = destination.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(parent).free
         if free < needed:
-            raise CheckpointError(f"{destination}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free")
-        with tempfile.TemporaryDirectory(prefix=_prefix(destination), dir=parent) as folder, _locked(Path(folder)):
+            raise CheckpointError(
+                f"{destination}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
+            )
+        with (
+            tempfile.TemporaryDirectory(prefix=_prefix(destination), dir=parent) as folder,
+            _locked(Path(folder)),
+        ):
             staging = Path(folder) / destination.name
             if is_directory:
                 staging.mkdir()

@@ -133,7 +133,14 @@ class _Reference:
         strides = [1]
         for size in reversed(self.shape[1:]):
             strides.insert(0, strides[0] * size)
-        return torch._utils._rebuild_tensor_v2, (self.storage, 0, self.shape, tuple(strides), False, OrderedDict())
+        return torch._utils._rebuild_tensor_v2, (
+            self.storage,
+            0,
+            self.shape,
+            tuple(strides),
+            False,
+            OrderedDict(),
+        )
 
 
 class _Storage:

@@ -27,7 +27,7 @@ class Array(Protocol):
     nbytes: int
 
     def read(self, dim: int, start: int, stop: int) -> Tensor:
-        """The part `start:stop` along `dim`, of shape `shape` elsewhere; mapped memory itself where that is possible."""
+        """The part `start:stop` along `dim`; the mapped memory itself where that is possible."""
         ...
 
 
@@ -125,7 +125,7 @@ class Reordered:
 
 @dataclass(frozen=True)
 class Weight:
-    """One weight, or one rank's part of it, under its canonical name (Meta's) and in Meta's rotary order; read lazily."""
+    """One weight, or one rank's part of it, with Meta's name and in Meta's rotary order; read lazily."""
 
     name: str
     array: Array
@@ -152,6 +152,11 @@ class Weight:
         """Bytes in the file."""
         whole = prod(self.array.shape)
         return self.array.nbytes * prod(self.shape) // whole if whole else 0
+
+    @property
+    def numel(self) -> int:
+        """How many numbers it holds."""
+        return prod(self.shape)
 
     @property
     def is_packed(self) -> bool:

@@ -165,11 +165,17 @@ class NormalFloat(Layout):
 class Q4K(Layout):
     """Eight groups of 32 columns; each has a six-bit scale and a six-bit minimum, in units of two halves."""
 
-    def pack(self, codes: Tensor, scale: Tensor, unit: Tensor, minimum: Tensor, minimum_unit: Tensor) -> Tensor:
+    def pack(
+        self, codes: Tensor, scale: Tensor, unit: Tensor, minimum: Tensor, minimum_unit: Tensor
+    ) -> Tensor:
         """Codes (n, 8, 32), scale and minimum uint8 (n, 8) below 64, their units float16 (n, 1)."""
         first, last = scale.chunk(2, dim=-1)
         minimum_first, minimum_last = minimum.chunk(2, dim=-1)
-        scales = [first | last >> 4 << 6, minimum_first | minimum_last >> 4 << 6, last & 15 | minimum_last << 4]
+        scales = [
+            first | last >> 4 << 6,
+            minimum_first | minimum_last >> 4 << 6,
+            last & 15 | minimum_last << 4,
+        ]
         packed = pack_nibbles(codes.view(-1, 4, 64)).flatten(1)
         return self.join(unit=unit, minimum_unit=minimum_unit, scales=torch.cat(scales, dim=-1), codes=packed)
 
@@ -220,7 +226,12 @@ LAYOUTS: dict[str, Layout] = {
         Affine.of("q8_0", 32, 8),
         Q4K(
             *("q4_k", 256, 32, 4, 0),
-            (Field("unit", 2, 2), Field("minimum_unit", 2, 2), Field("scales", 12, 1), Field("codes", 128, 4)),
+            (
+                Field("unit", 2, 2),
+                Field("minimum_unit", 2, 2),
+                Field("scales", 12, 1),
+                Field("codes", 128, 4),
+            ),
         ),
         Q6K(
             *("q6_k", 256, 16, 6, 32),

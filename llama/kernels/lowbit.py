@@ -27,7 +27,7 @@ def load_library() -> bool:
             torch.ops.load_library(path)
             return True
         except OSError as error:
-            warnings.warn(f"{path.name} does not load ({error}); low-bit weights run on PyTorch operators", stacklevel=2)
+            warnings.warn(f"{path.name} does not load, PyTorch operators do its work: {error}", stacklevel=2)
     return False
 
 
@@ -123,7 +123,9 @@ def regions(layout: Layout, flat: Tensor, tiles: int, blocks: int) -> Iterator[t
     position = 0
     for field in sorted(layout.fields, key=lambda field: -field.size):
         size = tiles * blocks * TILE * field.size
-        region = flat[position : position + size].view(tiles, blocks, field.size // field.unit, TILE, field.unit)
+        region = flat[position : position + size].view(
+            tiles, blocks, field.size // field.unit, TILE, field.unit
+        )
         yield field, starts[field.name], region
         position += size
 

@@ -204,6 +204,8 @@ Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::string f
   STD_TORCH_CHECK(s.columns % kernel->block == 0, "lowbit_linear: columns are not whole blocks");
   const int64_t blocks = s.tiles * kTile * (s.columns / kernel->block);
   STD_TORCH_CHECK(blocks * kernel->block_bytes == packed.numel(), "lowbit_linear: the weight has the wrong size");
+  STD_TORCH_CHECK(!bias || (bias->numel() == outputs && bias->scalar_type() == ScalarType::Float),
+                  "lowbit_linear: the bias is not one float32 per output");
   Tensor out = torch::stable::new_empty(x, {s.rows, outputs});
   if (s.rows == 0 || outputs == 0) return out;
 

@@ -1,0 +1,134 @@
+"""Writing a checkpoint in another format, one tensor at a time, so that it appears complete or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from .opening import open_checkpoint
+from .output import clean_leftovers, staged
+from .plan import Plan
+from .to_gguf import plan_gguf
+from .to_huggingface import plan_huggingface
+from .to_meta import plan_meta
+from .tokenizer_files import TokenizerFiles
+from .weight import Checkpoint, CheckpointError
+
+FORMATS = ("meta", "hf", "gguf")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
+OURS = (".pth", ".json", ".safetensors", ".bin", ".model", ".chk", ".jinja", ".txt", ".md")
+MARGIN = 16 << 20  # bytes that must stay free besides the tensors: tokenizer, headers, file system
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    to: str,
+    *,
+    shards: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    max_shard_size: int | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Writes the checkpoint `src` to `dst` in the format `to` ("meta", "hf" or "gguf"), tokenizer and config included.
+
+    `shards`: how many weight files (meta, hf). `max_shard_size`: bytes, or "5GB" (hf). `dtype`: "bf16", "fp16",
+    "fp32" or a torch dtype; None keeps the type that most weights have, and float32 for low-bit ones. `progress` gets
+    the bytes written and the bytes in all. Gives warnings, one line each: what was cleaned up, and what the programs
+    that own the format will not understand. An older `dst` stays until the new one is complete. Raises
+    CheckpointError or ValueError, in one line, and leaves nothing behind.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"cannot convert to {to!r}; {', '.join(FORMATS)} are possible")
+    source, destination = Path(src).expanduser(), Path(dst).expanduser()
+    warnings = [f"removed {path.name}, left by an interrupted run" for path in clean_leftovers(destination)]
+    checkpoint = open_checkpoint(source)
+    _check_destination(source, destination)
+    plan = _plan(checkpoint, to, _dtype(checkpoint, dtype), shards, max_shard_size)
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress:
+            progress(done, plan.nbytes)
+
+    needed = plan.nbytes + sum(map(len, plan.small_files.values())) + MARGIN
+    with staged(destination, needed, plan.is_directory) as staging:
+        plan.write(staging, count)
+    return warnings + plan.warnings
+
+
+def legacy_source(input_dir: str | Path, model_size: str) -> Path:
+    """The directory that the old converter's `--input_dir` and `--model_size` ("7B", "13Bf", ...) mean.
+
+    Raises FileNotFoundError that lists where it looked.
+    """
+    size = model_size.removesuffix("f")
+    names = [f"llama-2-{size.lower()}"]
+    if model_size.endswith("f"):
+        names = [f"llama-2-{size.lower()}-chat"]
+    folder = Path(input_dir).expanduser()
+    candidates = [folder / model_size, *(folder / name for name in names), folder / size, folder]
+    for candidate in candidates:
+        if (candidate / "params.json").is_file():
+            return candidate
+    looked = ", ".join(str(candidate) for candidate in candidates)
+    raise FileNotFoundError(f"no params.json for model size {model_size}; looked in {looked}")
+
+
+def _plan(
+    checkpoint: Checkpoint, to: str, dtype: torch.dtype, shards: int | None, max_shard_size: int | str | None
+) -> Plan:
+    tokenizer = None if checkpoint.tokenizer_path is None else TokenizerFiles(checkpoint.tokenizer_path)
+    if shards is not None and shards < 1:
+        raise ValueError(f"{shards} shards; at least 1 is possible")
+    if to == "gguf" and (shards or 1) > 1:
+        raise ValueError("a GGUF file is written whole; leave out the number of shards")
+    if to != "hf" and max_shard_size is not None:
+        raise ValueError(f"a maximal shard size is for hf; for {to} give the number of shards")
+    if to == "hf":
+        limit = None if max_shard_size is None else parse_size(max_shard_size)
+        plan = plan_huggingface(checkpoint, dtype, tokenizer, shards=shards, max_shard_size=limit)
+    elif to == "meta":
+        plan = plan_meta(checkpoint, dtype, tokenizer, shards=shards)
+    else:
+        plan = plan_gguf(checkpoint, dtype, tokenizer)
+    plan.warnings += [] if tokenizer is None else tokenizer.warnings
+    return plan
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of "5GB", "500MB", "2GiB" or a number; raises ValueError for anything else."""
+    text = str(size).strip().upper()
+    unit = next((unit for unit in SIZES if text.endswith(unit)), "")
+    number = text.removesuffix(unit).strip()
+    if not number.replace(".", "", 1).isdigit() or float(number) * SIZES.get(unit, 1) < 1:
+        raise ValueError(f"{size!r} is no size; write bytes, or 500MB, 5GB, 2GiB")
+    return int(float(number) * SIZES.get(unit, 1))
+
+
+def _dtype(checkpoint: Checkpoint, dtype: torch.dtype | str | None) -> torch.dtype:
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ValueError(f"cannot write dtype {dtype!r}; {', '.join(DTYPES)} are possible")
+        return DTYPES[dtype]
+    return dtype or checkpoint.dtype or torch.float32
+
+
+def _check_destination(source: Path, destination: Path) -> None:
+    """Refuses what would destroy the source, or files that no conversion has written."""
+    new, old = destination.resolve(), source.resolve()
+    if new == old or new in old.parents or (old.is_dir() and old in new.parents):
+        raise CheckpointError(
+            f"{destination}: is the source itself, inside it or around it; name another destination"
+        )
+    if destination.is_dir():
+        for path in sorted(destination.iterdir()):
+            if not path.is_file() or path.suffix not in OURS:
+                raise CheckpointError(
+                    f"{destination}: holds {path.name}, which is no checkpoint's; name another place"
+                )

@@ -1,0 +1,143 @@
+"""What a checkpoint is, and what it will take, from its headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+
+from ..cache import CacheShape, free_memory
+from ..model import ModelArgs, check_divides
+from ..quantization import FORMATS
+from .load import split_dim
+from .names import module_name
+from .opening import open_checkpoint
+from .shapes import expected_shapes
+from .weight import Checkpoint
+
+PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What is stored in one type: how many tensors, values and bytes."""
+
+    tensors: int
+    parameters: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `llama inspect` shows."""
+
+    path: Path
+    format: str
+    args: ModelArgs
+    parameters: int
+    nbytes: int
+    types: dict[str, Stored]
+    context: int
+    tokenizer: str | None
+    """The kind of tokenizer and the number of its tokens."""
+    chat_format: str | None
+    """Whose chat format will be used where none is asked for."""
+    unknown_keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on each rank if weights are held in `precision`, and whether that fits the memory that is free now."""
+
+    precision: str
+    weight_bytes: int
+    kv_bytes: int
+    free_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weight_bytes + self.kv_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.total_bytes <= self.free_bytes
+
+
+def inspect(path: str | Path) -> Inspection:
+    """Everything about a checkpoint that its headers say; no weight is read.
+
+    Raises what `open_checkpoint` and the tokenizer raise.
+    """
+    checkpoint = open_checkpoint(path)
+    types: dict[str, Stored] = {}
+    for weight in checkpoint.weights():
+        so_far = types.get(weight.stored, Stored(0, 0, 0))
+        types[weight.stored] = Stored(
+            so_far.tensors + 1, so_far.parameters + weight.numel, so_far.nbytes + weight.nbytes
+        )
+    tokenizer, chat_format = _tokenizer(checkpoint)
+    return Inspection(
+        path=checkpoint.path,
+        format=checkpoint.format,
+        args=checkpoint.args,
+        parameters=sum(stored.parameters for stored in types.values()),
+        nbytes=sum(stored.nbytes for stored in types.values()),
+        types=types,
+        context=checkpoint.args.max_seq_len,
+        tokenizer=tokenizer,
+        chat_format=chat_format,
+        unknown_keys=checkpoint.unknown_keys,
+    )
+
+
+def estimate(
+    args: ModelArgs,
+    *,
+    max_seq_len: int | None = None,
+    max_batch_size: int = 1,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> Iterator[Estimate]:
+    """For each precision, what every rank needs for its weights and for `max_batch_size` full contexts.
+
+    Keys and values are float32 beside float32 weights, else 16 bits; low-bit formats pack the linears and leave
+    embeddings and norms in 16 bits. Raises ValueError for a number of ranks that does not divide the model.
+    """
+    check_divides(args, world_size)
+    tokens = (max_seq_len or args.max_seq_len) * max_batch_size
+    shape = CacheShape(args.n_layers, args.n_kv_heads // world_size, args.head_dim, args.sliding_window)
+    free = free_memory(torch.device(device))
+    for precision in (*PLAIN, *FORMATS):
+        dtype = PLAIN.get(precision, torch.bfloat16)
+        weights = sum(
+            _weight_bytes(name, whole, precision, world_size) for name, whole in expected_shapes(args)
+        )
+        yield Estimate(precision, weights, tokens * shape.bytes_per_token(dtype), free)
+
+
+def _weight_bytes(name: str, shape: tuple[int, ...], precision: str, world_size: int) -> int:
+    """Bytes of one rank's part of a weight; a low-bit format takes linears whose rows are whole blocks."""
+    dim = split_dim(name)
+    local = [size // world_size if axis == dim else size for axis, size in enumerate(shape)]
+    if precision in PLAIN:
+        return prod(local) * PLAIN[precision].itemsize
+    form = FORMATS[precision]
+    if len(local) == 1 or module_name(name) == "tok_embeddings" or local[1] % form.block:
+        return prod(local) * torch.bfloat16.itemsize
+    return local[0] * (local[1] // form.block) * form.block_bytes
+
+
+def _tokenizer(checkpoint: Checkpoint) -> tuple[str | None, str | None]:
+    """The tokenizer's kind and size, and where its chat format comes from."""
+    if checkpoint.tokenizer_path is None:
+        return None, None
+    from ..chat import choose_format
+    from ..tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(str(checkpoint.tokenizer_path))
+    has_template = tokenizer.chat_template is not None
+    chat_format = "the model's own template" if has_template else choose_format(None, tokenizer).name
+    return f"{tokenizer.kind}, {tokenizer.n_words} tokens", chat_format

@@ -1,0 +1,208 @@
+"""Compiled low-bit products against their PyTorch twin and against the product with dequantized weights."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llama.kernels import lowbit
+from llama.kernels.layouts import LAYOUTS, TILE
+from llama.quantization import FORMATS, LowBitLinear
+
+VARIANTS = ["avx512_vnni", "avx2", "scalar", "tiles"]
+INTEGER_VARIANTS = VARIANTS[:3]
+compiled = pytest.mark.skipif(not lowbit.AVAILABLE, reason="the kernels were not compiled")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def needs(variant: str) -> None:
+    if variant not in lowbit.variants():
+        pytest.skip(f"this machine cannot run {variant}")
+
+
+def problem(name: str, rows: int, outputs: int = 37, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
+    """x (rows, columns), the plain and the kernel layout, a bias; columns are an odd number of blocks."""
+    form = FORMATS[name]
+    columns = form.block * (1 if form.block == 256 else 3)
+    generator = torch.Generator().manual_seed(rows)
+    x = torch.randn(rows, columns, generator=generator).to(dtype)
+    packed = form.quantize(torch.randn(outputs, columns, generator=generator))
+    return x, packed, lowbit.interleave(packed, form.layout), torch.randn(outputs, generator=generator)
+
+
+def rounding_bound(x: torch.Tensor, weight: torch.Tensor, group: int) -> torch.Tensor:
+    """How far rounding each activation by half a step can move each output."""
+    peaks = x.float().unflatten(-1, (-1, group)).abs().amax(dim=-1)
+    return (peaks / 254) @ weight.abs().unflatten(-1, (-1, group)).sum(dim=-1).T
+
+
+@compiled
+@pytest.mark.parametrize("rows", [1, 3, 17, 512])
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_product_is_the_dequantized_weights_within_the_activations_rounding(name, variant, rows):
+    needs(variant)
+    x, packed, interleaved, bias = problem(name, rows)
+    weight = FORMATS[name].dequantize(packed)
+    y = lowbit.lowbit_linear(x, interleaved, bias, name, 37, variant)
+    bound = rounding_bound(x, weight, LAYOUTS[name].group) + 2e-3
+    error = (y - F.linear(x, weight, bias)).abs()
+    assert (error <= (bound if variant != "tiles" else 2e-3)).all()
+
+
+@compiled
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_kernel_computes_what_its_twin_defines(name, variant):
+    needs(variant)
+    x, _, interleaved, bias = problem(name, 11)
+    y = lowbit.lowbit_linear(x, interleaved, bias, name, 37, variant)
+    twin = lowbit.lowbit_linear_twin(x, interleaved, bias, name, 37, variant)
+    # nf4's levels are integers of 15 bits in the kernels
+    torch.testing.assert_close(y, twin, rtol=1e-5, atol=2e-3 if name == "nf4" else 1e-4)
+
+
+@compiled
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("name", ["sym_int4", "q8_0"])
+def test_bfloat16_activations_give_bfloat16(name, variant):
+    needs(variant)
+    x, _, interleaved, bias = problem(name, 9, dtype=torch.bfloat16)
+    y = lowbit.lowbit_linear(x, interleaved, bias, name, 37, variant)
+    assert y.dtype == torch.bfloat16
+    twin = lowbit.lowbit_linear_twin(x.float(), interleaved, bias, name, 37, variant)
+    torch.testing.assert_close(y.float(), twin, rtol=0.02, atol=0.15)
+
+
+@compiled
+@pytest.mark.parametrize("variant", INTEGER_VARIANTS)
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_rows_result_depends_on_no_other_row(name, variant):
+    needs(variant)
+    x, _, interleaved, _ = problem(name, 15)
+    together = lowbit.lowbit_linear(x, interleaved, None, name, 37, variant)
+    alone = [lowbit.lowbit_linear(row[None], interleaved, None, name, 37, variant) for row in x]
+    assert torch.equal(together, torch.cat(alone))
+
+
+@compiled
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_several_threads_compute_what_one_does(variant):
+    needs(variant)
+    form = FORMATS["sym_int5"]
+    packed = form.quantize(torch.randn(1100, 256, generator=torch.Generator().manual_seed(0)))
+    interleaved = lowbit.interleave(packed, form.layout)
+    x = torch.randn(20, 256, generator=torch.Generator().manual_seed(1))
+    one = lowbit.lowbit_linear(x, interleaved, None, "sym_int5", 1100, variant)
+    torch.set_num_threads(2)
+    torch.testing.assert_close(lowbit.lowbit_linear(x, interleaved, None, "sym_int5", 1100, variant), one)
+
+
+@compiled
+@pytest.mark.parametrize("variant", INTEGER_VARIANTS)
+def test_extreme_codes_do_not_overflow(variant):
+    needs(variant)
+    for name in ("sym_int8", "q8_0", "q6_k", "nf4", "q5_1"):
+        layout = LAYOUTS[name]
+        blocks = torch.full((TILE, layout.block_bytes), 0x80 if "8" in name else 0xFF, dtype=torch.uint8)
+        for field, start in ((field, sum(f.size for f in layout.fields[:i])) for i, field in enumerate(layout.fields)):
+            if field.name in ("scale", "minimum", "unit"):
+                one = torch.ones(1, dtype=torch.float32 if field.size == 4 else torch.float16)
+                blocks[:, start : start + field.size] = one.view(torch.uint8)
+        interleaved = lowbit.interleave(blocks, layout)
+        for x in (torch.full((1, layout.block), 3.0), torch.full((1, layout.block), -3.0)):
+            y = lowbit.lowbit_linear(x, interleaved, None, name, TILE, variant)
+            torch.testing.assert_close(y, F.linear(x, layout.dequantize(blocks)), rtol=1e-4, atol=1e-2)
+
+
+@compiled
+@pytest.mark.parametrize("variant", INTEGER_VARIANTS)
+def test_zeros_stay_zero_and_what_is_not_a_number_stays_so(variant):
+    needs(variant)
+    x, _, interleaved, _ = problem("asym_int4", 3)
+    x[0], x[1] = 0, 1e-38
+    x[2, 5] = float("nan")
+    y = lowbit.lowbit_linear(x, interleaved, None, "asym_int4", 37, variant)
+    assert (y[:2] == 0).all()
+    assert y[2].isnan().all()
+
+
+@compiled
+def test_the_machines_best_kernel_is_the_default():
+    x, _, interleaved, _ = problem("sym_int4", 2)
+    default = lowbit.lowbit_linear(x, interleaved, None, "sym_int4", 37)
+    assert torch.equal(default, lowbit.lowbit_linear(x, interleaved, None, "sym_int4", 37, lowbit.variants()[0]))
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"x": torch.zeros(2, 192, dtype=torch.float64)}, "takes bfloat16 or float32"),
+        ({"x": torch.zeros(2, 192).t().contiguous().t()}, "takes contiguous rows"),
+        ({"x": torch.zeros(2, 190)}, "not whole blocks"),
+        ({"outputs": 49}, "wrong size"),
+        ({"bias": torch.zeros(36)}, "bias"),
+        ({"format": "int3"}, "no kernel 'scalar' for 'int3'"),
+        ({"variant": "sse9"}, "no kernel 'sse9'"),
+    ],
+)
+def test_a_call_that_would_read_beyond_its_memory_is_refused(change, message):
+    x, _, interleaved, bias = problem("sym_int4", 2)
+    call = {"x": x, "packed": interleaved, "bias": bias, "format": "sym_int4", "outputs": 37, "variant": "scalar"}
+    with pytest.raises(RuntimeError, match=message):
+        lowbit.lowbit_linear(**{**call, **change})
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_operator_keeps_torchs_rules(dtype):
+    x, _, interleaved, bias = problem("q4_1", 5, dtype=dtype)
+    torch.library.opcheck(torch.ops.llama.lowbit_linear.default, (x, interleaved, bias, "q4_1", 37, "auto"))
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_prepared_linear_agrees_with_the_unprepared_one(dtype):
+    generator = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(50, 256, generator=generator), torch.randn(50, generator=generator)
+    linear = LowBitLinear.from_weight("q4_k", weight, bias)
+    x = torch.randn(2, 3, 256, generator=generator).to(dtype)
+    plain = linear(x)
+    prepared = linear.prepare()(x)
+    assert prepared.shape == (2, 3, 50)
+    assert prepared.dtype == dtype
+    torch.testing.assert_close(prepared, plain, rtol=0.03, atol=0.3)
+
+
+@compiled
+def test_a_linear_computes_in_the_variant_it_is_told():
+    linear = LowBitLinear.from_weight("sym_int8", torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
+    linear.prepare().variant = "tiles"
+    torch.testing.assert_close(linear(x), F.linear(x, linear.dequantize()), rtol=1e-5, atol=1e-5)
+
+
+def test_without_a_compiled_library_weights_stay_plain(monkeypatch):
+    monkeypatch.setattr(lowbit, "AVAILABLE", False)
+    linear = LowBitLinear.from_weight("nf4", torch.randn(4, 64)).prepare()
+    assert lowbit.variants() == []
+    assert linear.weight.shape == (4, 34)
+
+
+def test_a_library_that_does_not_load_is_named_and_done_without(monkeypatch, tmp_path):
+    (tmp_path / "_lowbit_broken.so").write_bytes(b"not a library")
+    monkeypatch.setattr(lowbit, "__file__", str(tmp_path / "lowbit.py"))
+    with pytest.warns(UserWarning, match="_lowbit_broken.so does not load, PyTorch operators do its work"):
+        assert not lowbit.load_library()
+
+
+def test_the_twin_rounds_activations_to_255_steps():
+    x = torch.tensor([[127.0, 63.4, -63.6, 0.2], [0.0, 0.0, 0.0, 0.0]])
+    assert torch.equal(lowbit.round_activations(x, 4), torch.tensor([[127.0, 63, -64, 0], [0, 0, 0, 0]]))

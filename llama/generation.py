@@ -195,7 +195,7 @@ class Llama:
         logits, whatever the temperature. The token that ends an answer is left out.
         """
         params = self._reference_params(max_gen_len, temperature, top_p, logprobs, echo)
-        completions = self._complete(prompt_tokens, [params] * len(prompt_tokens))
+        completions = answered(self._complete(prompt_tokens, [params] * len(prompt_tokens)))
         tokens = [completion.tokens for completion in completions]
         return tokens, [flat_logprobs(c) for c in completions] if logprobs else None
 
@@ -210,7 +210,8 @@ class Llama:
     ) -> list[CompletionPrediction]:
         """Continues each text: [{"generation": text}], with "tokens" and "logprobs" if asked for."""
         params = self._reference_params(max_gen_len, temperature, top_p, logprobs, echo)
-        completions = self._complete([self._encode(prompt) for prompt in prompts], [params] * len(prompts))
+        tokens = [self._encode(prompt) for prompt in prompts]
+        completions = answered(self._complete(tokens, [params] * len(prompts)))
         return [{"generation": c.text, **self._details(c, logprobs)} for c in completions]
 
     def chat_completion(
@@ -223,10 +224,7 @@ class Llama:
     ) -> list[ChatPrediction]:
         """Answers each dialog: [{"generation": {"role": "assistant", "content": text}}], details as above."""
         params = self._reference_params(max_gen_len, temperature, top_p, logprobs, False)
-        completions = self._chat(dialogs, [params] * len(dialogs))
-        for completion in completions:
-            if completion.finish_reason == "error" and completion.text != UNSAFE_ERROR:
-                raise RuntimeError(completion.error)
+        completions = answered(self._chat(dialogs, [params] * len(dialogs)))
         return [
             {"generation": {"role": "assistant", "content": c.text}, **self._details(c, logprobs)}
             for c in completions
@@ -418,9 +416,17 @@ class Answer:
         )
 
 
+def answered(completions: list[Completion]) -> list[Completion]:
+    """The completions, if none of them failed; a refusal is an answer."""
+    for completion in completions:
+        if completion.finish_reason == "error" and completion.text != UNSAFE_ERROR:
+            raise RuntimeError(completion.error)
+    return completions
+
+
 def flat_logprobs(completion: Completion) -> list[float]:
     """One number a token, the reference's way: an echoed prompt's first token has 0.0."""
-    entries = [*(completion.prompt_logprobs or ()), *completion.logprobs]
+    entries = [*(completion.prompt_logprobs or ()), *(completion.logprobs or ())]
     return [0.0 if entry is None else entry.logprob for entry in entries]
 
 
@@ -486,8 +492,8 @@ def count_blocks(model: Transformer, kv_cache_memory: int | None) -> int:
     if num_blocks < for_one:
         longest = num_blocks * BLOCK_SIZE
         raise ValueError(
-            f"one sequence of max_seq_len {args.max_seq_len} needs {for_one * block_bytes / 2**20:.0f} MiB for keys "
-            f"and values, but {memory / 2**20:.0f} MiB are there: set max_seq_len to {longest} or less, "
+            f"one sequence of max_seq_len {args.max_seq_len} needs {for_one * block_bytes / 2**20:.2f} MiB for keys "
+            f"and values, but {memory / 2**20:.2f} MiB are there: set max_seq_len to {longest} or less, "
             "or give more kv_cache_memory"
         )
     return num_blocks

@@ -287,46 +287,46 @@ def with_control_pieces(proto: bytes, ids: set[int]) -> bytes:
 # --- GGUF -------------------------------------------------------------------------------------------------------
 
 
+_SCALARS = dict(enumerate("BbHhIif?")) | dict(
+    enumerate("Qqd", start=10)
+)  # struct's formats of the value types
+_STRING, _ARRAY = 8, 9
+
+
 class _GGUFHeader:
     """Walks the key-value part of a GGUF file. A length is compared with the file's before anything is read."""
-
-    _FORMATS = "BbHhIif?", "Qqd"  # struct formats of the value types 0 to 7 and 10 to 12
-    _STRING, _ARRAY = 8, 9
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._left = os.fstat(file.fileno()).st_size
 
-    def _read(self, size: int) -> bytes:
+    def bytes(self, size: int) -> bytes:
         self._left -= size
         if self._left < 0:
             raise TokenizerError("the file ends inside its metadata")
         return self._file.read(size)
 
     def numbers(self, format: str, count: int = 1) -> tuple[Any, ...]:
-        return struct.unpack(f"<{count}{format}", self._read(struct.calcsize(f"<{format}") * count))
-
-    def magic(self) -> bytes:
-        return self._read(4)
+        return struct.unpack(f"<{count}{format}", self.bytes(struct.calcsize(f"<{format}") * count))
 
     def string(self) -> str:
-        return self._read(*self.numbers("Q")).decode()
+        return self.bytes(int.from_bytes(self.bytes(8), "little")).decode()
 
-    def value(self, kind: int) -> Any:
-        if kind == self._STRING:
+    def value(self) -> Any:
+        kind = self.numbers("I")[0]
+        if kind == _STRING:
             return self.string()
-        if kind != self._ARRAY:
+        if kind != _ARRAY:
             return self.numbers(self._format(kind))[0]
         kind, count = self.numbers("I")[0], self.numbers("Q")[0]
-        if kind == self._STRING:
+        if kind == _STRING:
             return [self.string() for _ in range(count)]
         return list(self.numbers(self._format(kind), count))
 
     def _format(self, kind: int) -> str:
-        formats = dict(enumerate(self._FORMATS[0])) | dict(enumerate(self._FORMATS[1], start=10))
-        if kind not in formats:
+        if kind not in _SCALARS:
             raise TokenizerError(f"unknown type {kind} of a metadata value")
-        return formats[kind]
+        return _SCALARS[kind]
 
 
 def read_gguf_metadata(path: str | Path) -> dict[str, Any]:
@@ -336,15 +336,13 @@ def read_gguf_metadata(path: str | Path) -> dict[str, Any]:
     """
     with open(path, "rb") as file:
         header = _GGUFHeader(file)
-        magic, version, _, num_fields = header.magic(), *header.numbers("I"), *header.numbers("Q", 2)
+        magic, version, _, num_fields = header.bytes(4), *header.numbers("I"), *header.numbers("Q", 2)
         if magic != b"GGUF" or version not in (2, 3):
-            raise TokenizerError(
-                f"not a little-endian GGUF file of version 2 or 3 (magic {magic!r}, version {version})"
-            )
+            raise TokenizerError(f"not little-endian GGUF of version 2 or 3: {magic!r}, version {version}")
         fields = {}
         for _ in range(num_fields):
-            key, kind = header.string(), header.numbers("I")[0]
-            fields[key] = header.value(kind)
+            key = header.string()
+            fields[key] = header.value()
         return fields
 
 
@@ -414,25 +412,25 @@ class TokenizerJson:
     def plain(self) -> dict[str, Any]:
         """A tokenizer.json that encodes text alike and has no way to make a special token of it.
 
-        Special tokens go from its added tokens, vocabulary and merges; its own BOS, EOS, truncation and padding too.
+        Special tokens (and the unknown one, by its name) go from its added tokens, vocabulary and merges; its own
+        BOS, EOS, truncation and padding too.
         """
         special = self.vocabulary.special_tokens()
+        rows = enumerate(zip(self.vocabulary.tokens, self.vocabulary.types, strict=True))
+        hidden = special | {token: id for id, (token, type) in rows if type == TokenType.UNKNOWN}
         model = dict(self.spec["model"])
-        added = [token for token in self.spec.get("added_tokens") or [] if token["content"] not in special]
+        added = [token for token in self.spec.get("added_tokens") or [] if token["content"] not in hidden]
         if isinstance(model["vocab"], dict):
             vocab = {token: id for token, id in model["vocab"].items() if token not in special}
-            model["vocab"] = vocab | {
-                token["content"]: token["id"] for token in added
-            }  # so that ids cannot shift
-            pairs = (
-                tuple(merge.split(" ")) if isinstance(merge, str) else merge for merge in model["merges"]
-            )
-            model["merges"] = [pair for pair in pairs if special.keys().isdisjoint((*pair, "".join(pair)))]
+            # An added token takes its id from the model's vocabulary, if it is there, and else the next free one.
+            model["vocab"] = vocab | {token["content"]: token["id"] for token in added}
+            merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+            model["merges"] = [pair for pair in merges if hidden.keys().isdisjoint((*pair, "".join(pair)))]
         else:  # Unigram: an id is a place in a list, so the piece stays, under a name that nobody can type
-            ids = set(special.values())
-            rows = enumerate(model["vocab"])
+            ids = set(hidden.values())
             model["vocab"] = [
-                [secrets.token_hex(16) if id in ids else piece, score] for id, (piece, score) in rows
+                [secrets.token_hex(16) if id in ids else piece, score]
+                for id, (piece, score) in enumerate(model["vocab"])
             ]
         if self.is_byte_level:
             model["unk_token"] = None  # GPT-2's is also its end of text

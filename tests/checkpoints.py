@@ -59,7 +59,12 @@ def sample(dtype: torch.dtype = torch.float32, **changes) -> tuple[ModelArgs, di
 
 def params(args: ModelArgs) -> dict:
     """params.json as Meta writes it."""
-    values = {"dim": args.dim, "n_layers": args.n_layers, "n_heads": args.n_heads, "n_kv_heads": args.n_kv_heads}
+    values = {
+        "dim": args.dim,
+        "n_layers": args.n_layers,
+        "n_heads": args.n_heads,
+        "n_kv_heads": args.n_kv_heads,
+    }
     return values | {"multiple_of": args.multiple_of, "norm_eps": args.norm_eps, "vocab_size": -1}
 
 
@@ -184,7 +189,9 @@ def byte_vocabulary(size: int) -> Vocabulary:
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     types = [TokenType.UNKNOWN, *[TokenType.CONTROL] * 2, *[TokenType.BYTE] * 256]
     words = ["▁", "e", "l", "o", "lo", "el", "▁e"]
-    tokens += words[: size - len(tokens)] + [f"word{number}" for number in range(size - len(tokens) - len(words))]
+    tokens += words[: size - len(tokens)] + [
+        f"word{number}" for number in range(size - len(tokens) - len(words))
+    ]
     types += [TokenType.NORMAL] * (len(tokens) - len(types))
     scores = [0.0] * 259 + [-float(number) for number in range(len(tokens) - 259)]
     return Vocabulary("spm", tokens, [int(kind) for kind in types], scores, add_space_prefix=True)

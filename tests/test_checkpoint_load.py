@@ -5,11 +5,13 @@ import gguf
 import pytest
 import torch
 from checkpoints import assert_equal, loaded, sample, state, write_gguf, write_hf, write_meta
+from conftest import tiny_model
 from torch import nn
 
 from llama.checkpoint import CheckpointError, default_model, expected_shapes, load_weights, open_checkpoint
 from llama.checkpoint.default import INSTALL
-from llama.model import Transformer
+from llama.model import ModelArgs, Transformer
+from llama.parallel import ModelParallel
 
 
 def whole(parts: list[Transformer], name: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -18,8 +20,15 @@ def whole(parts: list[Transformer], name: str, shape: tuple[int, ...]) -> torch.
     if pieces[0].shape == shape:
         assert all(torch.equal(piece, pieces[0]) for piece in pieces)
         return pieces[0]
-    dim = next(axis for axis, (part, full) in enumerate(zip(pieces[0].shape, shape, strict=True)) if part != full)
+    dim = next(
+        axis for axis, (part, full) in enumerate(zip(pieces[0].shape, shape, strict=True)) if part != full
+    )
     return torch.cat(pieces, dim)
+
+
+def shape_of(args: ModelArgs) -> ModelArgs:
+    """Without how the hidden size was found, which only Meta's format keeps."""
+    return replace(args, multiple_of=256, ffn_dim_multiplier=None)
 
 
 @pytest.mark.parametrize("embedding_dim", [0, 1])
@@ -53,10 +62,13 @@ def test_one_set_of_weights_in_every_format_is_bitwise_equal(tmp_path):
     args, weights = sample()
     paths = [write_meta(tmp_path / f"meta{shards}", args, weights, shards) for shards in (1, 2, 4)]
     paths += [write_hf(tmp_path / f"hf{files}", args, weights, files) for files in (1, 3)]
-    paths += [write_hf(tmp_path / "bin", args, weights, binary=True), write_gguf(tmp_path / "f32.gguf", args, weights)]
+    paths += [
+        write_hf(tmp_path / "bin", args, weights, binary=True),
+        write_gguf(tmp_path / "f32.gguf", args, weights),
+    ]
     for path in paths:
         assert_equal(state(path), weights)
-        assert open_checkpoint(path).args == args
+        assert shape_of(open_checkpoint(path).args) == shape_of(args)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -101,16 +113,16 @@ def test_writing_into_a_loaded_parameter_leaves_the_file_as_it_is(tmp_path):
     assert_equal(state(path), weights)
 
 
-def test_progress_counts_the_bytes_of_every_weight(tmp_path):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_progress_counts_the_bytes_of_every_weight(tmp_path, world_size):
     args, weights = sample()
     path = write_meta(tmp_path, args, weights, 2)
     total = sum(weight.nbytes for weight in weights.values())
-    for world_size in (1, 2):
-        calls = []
-        loaded(path, world_size=world_size, progress=lambda *call: calls.append(call))
-        assert calls[-1] == (total, total)
-        assert len(calls) == len(weights)
-        assert sorted(calls) == calls
+    calls = []
+    loaded(path, world_size=world_size, progress=lambda *call: calls.append(call))
+    assert calls[-1] == (total, total)
+    assert len(calls) == len(weights)
+    assert sorted(calls) == calls
 
 
 def test_every_missing_unexpected_and_misshapen_weight_is_named_before_anything_is_read(tmp_path):
@@ -119,7 +131,7 @@ def test_every_missing_unexpected_and_misshapen_weight_is_named_before_anything_
     weights["layers.0.feed_forward.w2.weight"] = torch.zeros(3, 5)
     weights["layers.7.attention.wq.weight"] = torch.zeros(64, 64)
     weights["lora.weight"] = torch.zeros(1, 1)
-    model = Transformer(args)
+    model = tiny_model(args)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     with pytest.raises(CheckpointError) as error:
         load_weights(model, open_checkpoint(write_meta(tmp_path, args, weights)))
@@ -148,7 +160,7 @@ def test_a_weight_that_occurs_twice_is_named(tmp_path):
     args, weights = sample()
     checkpoint = open_checkpoint(write_meta(tmp_path, args, weights))
     twice = replace(checkpoint, weights=lambda: iter([*checkpoint.weights(), *checkpoint.weights()]))
-    with pytest.raises(CheckpointError, match=r"norm\.weight occurs twice"):
+    with pytest.raises(CheckpointError, match=r"layers\.0\.attention\.wq\.weight occurs twice"):
         load_weights(Transformer(args), twice)
 
 
@@ -170,26 +182,28 @@ def test_a_module_may_take_its_weight_itself(tmp_path):
             assert (name, weight.shape, dtype) == ("weight", (64, 32), torch.bfloat16)
             self.packed, self.kind = weight.read_packed()
 
-    args, weights = sample()
+    args, weights = sample(multiple_of=64)
     path = write_gguf(tmp_path / "model.gguf", args, weights, gguf.GGMLQuantizationType.Q4_0)
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
-        model = Transformer(args)
+        model = Transformer(replace(checkpoint.args), ModelParallel(rank=1, size=2))
     for layer in model.layers:
         layer.attention.wo = Packed()
-    model = model if model.parallel.size == 1 else None
-    assert model is not None
-    checkpoint = replace(checkpoint, args=args)
-    half = [weight.part(1, 1, 2) if weight.name.endswith("wo.weight") else weight for weight in checkpoint.weights()]
-    load_weights(model, replace(checkpoint, weights=lambda: iter(half)), dtype=torch.bfloat16)
-    reader = gguf.GGUFReader(path)
-    stored = next(tensor for tensor in reader.tensors if tensor.name == "blk.0.attn_output.weight")
+    load_weights(model, checkpoint, rank=1, world_size=2, dtype=torch.bfloat16)
+    stored = next(
+        tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.0.attn_output.weight"
+    )
     assert model.layers[0].attention.wo.kind == "Q4_0"
     assert torch.equal(model.layers[0].attention.wo.packed, torch.tensor(stored.data[:, 18:]))
 
 
 def test_the_expected_shapes_are_the_models_own():
-    for changes in ({}, {"tie_word_embeddings": True}, {"attention_bias": True, "mlp_bias": True}, {"head_dim": 16}):
+    for changes in (
+        {},
+        {"tie_word_embeddings": True},
+        {"attention_bias": True, "mlp_bias": True},
+        {"head_dim": 16},
+    ):
         args, _ = sample(**changes)
         own = {name: tuple(parameter.shape) for name, parameter in Transformer(args).named_parameters()}
         assert dict(expected_shapes(args)) == own
@@ -272,7 +286,14 @@ def test_settings_are_kept_and_unknown_ones_reported(tmp_path):
 def test_generation_defaults_and_stop_ids_come_from_the_generation_config(tmp_path):
     args, weights = sample()
     path = write_hf(tmp_path, args, weights, eos_token_id=2)
-    values = {"temperature": 0.7, "top_p": 0.8, "top_k": 20, "do_sample": True, "eos_token_id": [2, 5], "x": [1]}
+    values = {
+        "temperature": 0.7,
+        "top_p": 0.8,
+        "top_k": 20,
+        "do_sample": True,
+        "eos_token_id": [2, 5],
+        "x": [1],
+    }
     (path / "generation_config.json").write_text(json.dumps(values))
     checkpoint = open_checkpoint(path)
     assert checkpoint.generation_defaults == {"temperature": 0.7, "top_p": 0.8, "top_k": 20}

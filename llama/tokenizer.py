@@ -116,6 +116,11 @@ class _PieceStream:
         return "".join(shown)
 
 
+def _check_id(id: int, n_words: int) -> None:
+    if not 0 <= id < n_words:
+        raise ValueError(f"token id {id} is outside the vocabulary, whose ids are 0 to {n_words - 1}")
+
+
 class StreamDecoder:
     """Token ids to text, one at a time, never half a character.
 
@@ -130,10 +135,7 @@ class StreamDecoder:
 
     def push(self, id: int) -> str:
         """The text that `id` makes certain; often "". Raises ValueError for an id outside the vocabulary."""
-        if not 0 <= id < self._n_words:
-            raise ValueError(
-                f"token id {id} is outside the vocabulary of {self._n_words} tokens (0 to {self._n_words - 1})"
-            )
+        _check_id(id, self._n_words)
         return self._stream.push(id)
 
     def flush(self) -> str:
@@ -336,12 +338,8 @@ class _Controls:
 
 def _with_config(controls: _Controls, folder: Path, codec: Codec) -> _Controls:
     """`controls`, overruled by the Hugging Face files that lie beside the vocabulary, if there are any."""
-    config: dict[str, Any] = {}
-    for name in (
-        "generation_config.json",
-        "special_tokens_map.json",
-        "tokenizer_config.json",
-    ):  # the last one wins
+    config: dict[str, Any] = {}  # of two files that say something, the later one counts
+    for name in ("generation_config.json", "special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
             config |= {key: value for key, value in read_json(folder / name).items() if value is not None}
     changes: dict[str, Any] = {}
@@ -373,10 +371,9 @@ def _open_tiktoken(path: Path) -> tuple[Codec, _Controls]:
     lines = (line.split() for line in path.read_bytes().splitlines() if line)
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     ranks = dict(sorted(ranks.items(), key=lambda item: item[1]))
-    if list(ranks.values()) != list(range(len(ranks))) or not all(
-        bytes([byte]) in ranks for byte in range(256)
-    ):
-        raise TokenizerError("its ranks are not 0, 1, 2, ... once each, or a single byte has none")
+    has_bytes = all(bytes([byte]) in ranks for byte in range(256))
+    if list(ranks.values()) != list(range(len(ranks))) or not has_bytes:
+        raise TokenizerError("the ranks are not 0, 1, 2, ... once each, or a single byte has none")
     codec = _Tiktoken(ranks)
     names = ("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>")
     controls = _Controls(*(codec.special_tokens[name] for name in names), add_bos=True)
@@ -386,7 +383,7 @@ def _open_tiktoken(path: Path) -> tuple[Codec, _Controls]:
 def _open_tokenizer_json(path: Path) -> tuple[Codec, _Controls]:
     spec = read_json(path)
     if not isinstance(spec.get("model"), dict) or "vocab" not in spec["model"]:
-        raise TokenizerError("it is JSON, but no tokenizer.json: it has no model with a vocabulary")
+        raise TokenizerError("JSON, but no tokenizer.json: it has no model with a vocabulary")
     source = TokenizerJson(spec)
     codec = _Tokenizers(source)
     first = source.first_token()
@@ -425,7 +422,7 @@ def _bpe_codec(vocabulary: Vocabulary) -> tuple[Codec, bool]:
     rule = PRE_TOKENIZERS.get(vocabulary.pre)
     if rule is None:
         known = ", ".join(PRE_TOKENIZERS)
-        raise TokenizerError(f"its pre-tokenizer {vocabulary.pre!r} is not known; known are {known}")
+        raise TokenizerError(f"the pre-tokenizer {vocabulary.pre!r} is not known; known are {known}")
     return _Tokenizers(TokenizerJson.from_vocabulary(vocabulary, rule), rule.cut_long_runs), rule.add_bos
 
 
@@ -456,13 +453,10 @@ def _naming(path: Path) -> Iterator[None]:
         # Rust's panics reach Python as a BaseException whose class cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        reason = " ".join(str(error).split())[:300]
-        reason = (
-            reason
-            if isinstance(error, TokenizerError)
-            else f"it is damaged ({type(error).__name__}: {reason})"
-        )
-        raise TokenizerError(f"cannot read a vocabulary from {path}: {reason}") from error
+        reason = " ".join(str(error).split())
+        if not isinstance(error, TokenizerError):
+            reason = f"a damaged vocabulary ({type(error).__name__}: {reason[:200]})"
+        raise TokenizerError(f"{path}: {reason}") from error
 
 
 class Tokenizer:
@@ -510,7 +504,9 @@ class Tokenizer:
         for name, kind in KINDS.items():
             if kind.matches(head):
                 return name, kind
-        raise TokenizerError(f"it is none of {', '.join(KINDS)} (it begins with {head[:8]!r})")
+        raise TokenizerError(
+            f"no vocabulary of a known kind ({', '.join(KINDS)}): it begins with {head[:8]!r}"
+        )
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """The ids of `s` as ordinary text, with BOS in front and EOS behind where asked.
@@ -536,10 +532,7 @@ class Tokenizer:
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes of one token; b"" for control tokens. A sentencepiece piece keeps its leading space."""
-        if not 0 <= id < self.n_words:
-            raise ValueError(
-                f"token id {id} is outside the vocabulary of {self.n_words} tokens (0 to {self.n_words - 1})"
-            )
+        _check_id(id, self.n_words)
         return self.codec.token_bytes(id)
 
     def vocabulary(self) -> Vocabulary:

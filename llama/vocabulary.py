@@ -86,16 +86,16 @@ class Vocabulary:
         """Read what `to_gguf` writes and what llama.cpp's converters write. Raises TokenizerError."""
         model = fields.get("tokenizer.ggml.model")
         if model not in ("llama", "gpt2"):
-            raise TokenizerError(f'its tokenizer.ggml.model is {model!r}; "llama" and "gpt2" are known')
+            raise TokenizerError(f'tokenizer.ggml.model is {model!r}; "llama" and "gpt2" are known')
         is_spm = model == "llama"
         tokens = [token or f"[EMPTY_{id}]" for id, token in enumerate(fields["tokenizer.ggml.tokens"])]
         types = fields.get("tokenizer.ggml.token_type", [int(TokenType.NORMAL)] * len(tokens))
         scores = fields.get("tokenizer.ggml.scores", [0.0] * len(tokens))
         if not len(tokens) == len(types) == len(scores):
-            raise TokenizerError("its lists of tokens, types and scores differ in length")
+            raise TokenizerError("the lists of tokens, types and scores differ in length")
         for values, kind in ((tokens, str), (types, int), (scores, (int, float))):
             if not all(isinstance(value, kind) for value in values):
-                raise TokenizerError("its lists of tokens, types and scores hold values of a wrong type")
+                raise TokenizerError("the lists of tokens, types and scores hold values of a wrong type")
         return Vocabulary(
             kind="spm" if is_spm else "bpe",
             tokens=tokens,

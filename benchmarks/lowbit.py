@@ -1,0 +1,231 @@
+"""Low-bit matrix products side by side with llama.cpp's: all linear layers of a model, once through.
+
+    python benchmarks/lowbit.py --peer-python /path/to/venv-with-llama-cpp-python/bin/python
+
+Both sides hold random weights of the same shapes in the same number of bits (nf4 and the 4-bit formats against Q4_0
+or Q4_1, and so on), fused as each engine fuses them, and take turns in one run. Rows are the activation rows of a step:
+1 is decoding one stream, 32 a batch, 512 a prompt. Shares are of the machine's own limits, measured in the same turns:
+packed bytes over read bandwidth for one row, operations over the rate of a bfloat16 product for many.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from common import alternate, machine, median, report, seconds
+
+from llama.kernels import lowbit
+from llama.quantization import FORMATS, LowBitLinear
+
+PEERS = {
+    **{"sym_int4": "q4_0", "asym_int4": "q4_1", "sym_int5": "q5_0", "asym_int5": "q5_1", "sym_int8": "q8_0"},
+    **{"nf4": "q4_0", "q4_0": "q4_0", "q4_1": "q4_1", "q5_0": "q5_0", "q5_1": "q5_1", "q8_0": "q8_0"},
+    **{"q4_k": "q4_k", "q6_k": "q6_k"},
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's linear layers: how many layers, and their widths."""
+
+    layers: int
+    dim: int
+    kv_dim: int
+    hidden: int
+    vocab: int
+
+    def fused(self) -> list[tuple[int, int]]:
+        """(rows, columns) with wq, wk, wv in one product and w1, w3 in one, the output layer last."""
+        dim, hidden = self.dim, self.hidden
+        block = [(dim + 2 * self.kv_dim, dim), (dim, dim), (2 * hidden, dim), (dim, hidden)]
+        return block * self.layers + [(self.vocab, dim)]
+
+    def separate(self) -> list[tuple[int, int]]:
+        """(rows, columns) of the same layers, each by itself."""
+        dim, hidden = self.dim, self.hidden
+        qkv = [(dim, dim), (self.kv_dim, dim), (self.kv_dim, dim)]
+        block = [*qkv, (dim, dim), (hidden, dim), (hidden, dim), (dim, hidden)]
+        return block * self.layers + [(self.vocab, dim)]
+
+
+SHAPES = {
+    "tinyllama-1.1b": Shape(22, 2048, 256, 5632, 32000),
+    "smollm2-135m": Shape(30, 576, 192, 1536, 49152),
+}
+
+
+class Peer:
+    """llama.cpp in a child process of another interpreter; `ggml_peer.py` has the protocol."""
+
+    def __init__(self, python: str, threads: int) -> None:
+        script = Path(__file__).with_name("ggml_peer.py")
+        self.child = subprocess.Popen(
+            [python, str(script), str(threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def ask(self, **request: object) -> dict:
+        self.child.stdin.write(json.dumps(request) + "\n")
+        self.child.stdin.flush()
+        answer = self.child.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the peer ended with status {self.child.wait()} at {request}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.child.stdin.close()
+        self.child.wait()
+
+
+class Ours:
+    """Random packed weights of every fused shape, ready to run."""
+
+    def __init__(self, name: str, shape: Shape, variant: str) -> None:
+        form, generator = FORMATS[name], torch.Generator().manual_seed(0)
+        self.linears = []
+        for rows, columns in shape.fused():
+            size = (rows, form.packed_columns(columns))
+            # bytes below 60 keep every scale an ordinary number
+            packed = torch.randint(0, 60, size, dtype=torch.uint8, generator=generator)
+            linear = LowBitLinear.from_packed(name, packed).prepare()
+            linear.variant = variant
+            self.linears.append(linear)
+        self.num_bytes = sum(linear.weight.numel() for linear in self.linears)
+
+    def run(self, num_rows: int, dtype: torch.dtype) -> float:
+        widths = {linear.in_features for linear in self.linears}
+        inputs = {width: torch.randn(num_rows, width, dtype=dtype) for width in widths}
+        return seconds(lambda: [linear(inputs[linear.in_features]) for linear in self.linears])
+
+
+class PackedBfloat16:
+    """Our own bfloat16 linears at the same shapes, prepacked for the matrix library; one layer, counted per layer."""
+
+    def __init__(self, shape: Shape) -> None:
+        self.counts: dict[tuple[int, int], int] = {}
+        for size in shape.fused():
+            self.counts[size] = self.counts.get(size, 0) + 1
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        self.weights = {size: reorder(torch.randn(size).bfloat16(), 512) for size in self.counts}
+
+    def run(self, num_rows: int) -> float:
+        total = 0.0
+        for (rows, columns), count in self.counts.items():
+            x, weight = torch.randn(num_rows, columns).bfloat16(), self.weights[rows, columns]
+            call = (x, weight, None, "none", [], "")
+            total += count * seconds(lambda call=call: torch.ops.mkldnn._linear_pointwise(*call))
+        return total
+
+
+@dataclass(frozen=True)
+class Result:
+    """One comparison. Seconds are medians of one pass; ratios are of medians, above 1 where ours is faster."""
+
+    model: str
+    format: str
+    peer: str
+    peer_layouts: list[str]
+    num_rows: int
+    seconds: float
+    peer_seconds: float
+    ratio: float
+    share_of_limit: float
+    ratio_to_bf16: float | None
+
+
+def read_rate(buffer: torch.Tensor) -> float:
+    """Bytes a second of one pass over a buffer."""
+    return buffer.numel() * buffer.element_size() / seconds(buffer.sum)
+
+
+def matrix_rate(x: torch.Tensor, weight: torch.Tensor) -> float:
+    """Operations a second of one product."""
+    return 2 * x.numel() * weight.shape[0] / seconds(lambda: torch.nn.functional.linear(x, weight))
+
+
+def compare(model: str, name: str, num_rows: int, ours: Ours, peer: Peer, layouts: list[str], rounds: int) -> Result:
+    """Ours, the peer and the machine's limit in turns; for prompts also our own bfloat16."""
+    weights = sum(linear.in_features * linear.out_features for linear in ours.linears)
+    passes = max(1, min(20, 50_000_000_000 // (ours.num_bytes * num_rows * 40)))
+    sides: dict[str, Callable[[], float]] = {
+        "ours": lambda: median([ours.run(num_rows, torch.bfloat16) for _ in range(passes)]),
+        "peer": lambda: median([peer.ask(run=num_rows)["seconds"] for _ in range(passes)]),
+    }
+    if num_rows == 1:
+        buffer, work = torch.ones(1 << 27), ours.num_bytes
+        sides["limit"] = lambda: read_rate(buffer)
+    else:
+        x, weight = torch.randn(512, 5632).bfloat16(), torch.randn(2048, 5632).bfloat16()
+        work = 2 * weights * num_rows
+        sides["limit"] = lambda: matrix_rate(x, weight)
+    if num_rows >= 512:
+        wide = PackedBfloat16(SHAPES[model])
+        sides["bf16"] = lambda: wide.run(num_rows)
+    figures = {side: median(found) for side, found in alternate(rounds, **sides).items()}
+    return Result(
+        model=model,
+        format=name,
+        peer=PEERS[name],
+        peer_layouts=layouts,
+        num_rows=num_rows,
+        seconds=figures["ours"],
+        peer_seconds=figures["peer"],
+        ratio=round(figures["peer"] / figures["ours"], 3),
+        share_of_limit=round(work / figures["ours"] / figures["limit"], 3),
+        ratio_to_bf16=round(figures["bf16"] / figures["ours"], 3) if "bf16" in figures else None,
+    )
+
+
+def show(result: Result) -> None:
+    limit = "read bandwidth" if result.num_rows == 1 else "bf16 matrix rate"
+    bf16 = f", {result.ratio_to_bf16:.2f}x our bf16" if result.ratio_to_bf16 else ""
+    print(
+        f"{result.model} {result.format:9} {result.num_rows:4} rows  {1e3 * result.seconds:8.2f} ms  "
+        f"{result.peer} {1e3 * result.peer_seconds:8.2f} ms ({', '.join(result.peer_layouts)})  "
+        f"{result.ratio:.2f}x, {100 * result.share_of_limit:.0f} % of {limit}{bf16}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--peer-python", required=True, help="an interpreter that has llama-cpp-python")
+    parser.add_argument("--models", default=",".join(SHAPES))
+    parser.add_argument("--formats", default=",".join(FORMATS))
+    parser.add_argument("--rows", default="1,32,512")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--variant", default="auto", help=f"auto, or one of {', '.join(lowbit.variants())}")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    limits = machine()
+    print(limits, flush=True)
+    results = []
+    peer = Peer(options.peer_python, options.threads)
+    for model in options.models.split(","):
+        shape = SHAPES[model]
+        for name in options.formats.split(","):
+            if any(columns % FORMATS[name].block for _, columns in shape.fused()):
+                print(f"{model} {name}: its columns are not whole blocks", file=sys.stderr)
+                continue
+            ours = Ours(name, shape, options.variant)
+            layouts = peer.ask(make={"type": PEERS[name], "shapes": shape.separate()})["layouts"]
+            for num_rows in map(int, options.rows.split(",")):
+                results.append(compare(model, name, num_rows, ours, peer, layouts, options.rounds))
+                show(results[-1])
+    peer.close()
+    report({"machine": limits, "results": [asdict(result) for result in results]})
+
+
+if __name__ == "__main__":
+    main()

@@ -378,8 +378,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, LoopControlExtension]
         )
         self.allow(0)
-        for name in ("format", "random"):  # a format's width makes text of any length
-            del self.filters[name]
+        del self.filters["format"], self.filters["random"]
         self.filters = {name: self._metered(function) for name, function in self.filters.items()}
         self.filters |= {"tojson": self._metered(to_json), "each": self._each}
         del self.globals["lipsum"]
@@ -408,7 +407,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Every operator in `intercepted_binops`."""
         if operator == "%" and isinstance(left, str):
-            raise SecurityError("text % values is not allowed; use ~")
+            check_widths(left)
         self._check(left, right)
         return self._pay(super().call_binop(context, operator, left, right))
 
@@ -416,10 +415,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         """Jinja would give an undefined value, which prints as nothing."""
         raise SecurityError(f"attribute {attribute!r} of a {type(obj).__name__} is not allowed")
 
-    def wrap_str_format(self, value: Any) -> None:
-        """`text.format` is refused like the filter."""
-        if super().wrap_str_format(value) is not None:
-            raise SecurityError("text.format is not allowed; use ~")
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        """What stands for `text.format`, if the attribute `value` is that."""
+        safe_format = super().wrap_str_format(value)
+        if safe_format is not None:
+            check_widths(value.__self__)
+        return safe_format
 
     def _metered(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(function)  # and with it jinja2's mark of what to pass first
@@ -485,6 +486,12 @@ class GenerationBlock(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
+def check_widths(form: str) -> None:
+    """Raises SecurityError for a format that could make a short value long."""
+    if re.search(r"[*]|[0-9]{4}", form):
+        raise SecurityError("a format may not have a width of more than three digits")
+
+
 def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
     """Plain JSON; jinja2's own filter escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
@@ -500,13 +507,15 @@ def one_line(message: object) -> str:
     return " ".join(str(message).split())[:200]
 
 
-def choose_format(chat_format: str | None, tokenizer: Tokenizer) -> ChatFormat:
+def choose_format(chat_format: str | ChatFormat | None, tokenizer: Tokenizer) -> ChatFormat:
     """The chat format for a tokenizer.
 
-    `chat_format` (a name in FORMATS, or the path of a Jinja file) comes first, then the model's own template,
-    then Llama 2 for sentencepiece files; for another vocabulary, the format whose control tokens it holds.
-    Raises ChatFormatError.
+    `chat_format` (a name in FORMATS, the path of a Jinja file, or one already chosen) comes first, then the
+    model's own template, then Llama 2 for sentencepiece files; for another vocabulary, the format whose control
+    tokens it holds. Raises ChatFormatError.
     """
+    if isinstance(chat_format, ChatFormat):
+        return chat_format
     if chat_format in FORMATS:
         return FORMATS[chat_format](tokenizer)
     if chat_format is not None:
@@ -533,17 +542,13 @@ def read_template(path: str) -> str:
 
 
 def check_messages(dialog: Dialog) -> None:
-    """Raises DialogError unless `dialog` is one message or more, whose content is Unicode text."""
+    """Raises DialogError unless `dialog` is one message or more, whose content is text."""
     if not dialog:
         raise DialogError("the dialog is empty; give at least one message, from the user")
     for number, message in enumerate(dialog, 1):
         content = message.get("content") if isinstance(message, dict) else None
         if not isinstance(content, str) or not isinstance(message.get("role"), str):
             raise DialogError(f"message {number} is not of the form {{'role': text, 'content': text}}")
-        if half := re.search("[\ud800-\udfff]", content):
-            raise DialogError(
-                f"message {number} holds U+{ord(half[0]):04X}, half of a character; decode the input as UTF-8"
-            )
 
 
 def split_system(dialog: Dialog) -> tuple[str | None, Dialog]:
@@ -567,14 +572,16 @@ class FormattedDialog:
     tokens: list[int]
 
 
-def format_dialog(dialog: Dialog, tokenizer: Tokenizer, chat_format: str | None = None) -> FormattedDialog:
+def format_dialog(
+    dialog: Dialog, tokenizer: Tokenizer, chat_format: str | ChatFormat | None = None
+) -> FormattedDialog:
     """What the model is given for a dialog, in the format that `choose_format` chooses. Raises DialogError."""
     chosen = choose_format(chat_format, tokenizer)
     return FormattedDialog(chosen.text(dialog), chosen.encode(dialog))
 
 
 def fit_dialog(
-    dialog: Dialog, max_tokens: int, tokenizer: Tokenizer, chat_format: str | None = None
+    dialog: Dialog, max_tokens: int, tokenizer: Tokenizer, chat_format: str | ChatFormat | None = None
 ) -> Dialog:
     """A new dialog, without as many of the oldest turns as it takes for the prompt to have `max_tokens` or fewer.
 

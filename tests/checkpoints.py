@@ -160,6 +160,7 @@ def write_gguf(
     writer.add_head_count(args.n_heads)
     writer.add_head_count_kv(args.n_kv_heads)
     writer.add_layer_norm_rms_eps(args.norm_eps)
+    writer.add_key_length(args.head_dim)
     writer.add_rope_dimension_count(args.head_dim)
     writer.add_rope_freq_base(args.rope_theta)
     if vocabulary:

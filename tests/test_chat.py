@@ -673,6 +673,7 @@ def test_templates_have_what_transformers_gives_them():
     assert render("{% generation %}{{ messages[0].content }}{% endgeneration %}") == "Hi"
     assert render("{{ tools is none and documents is none and add_generation_prompt }}") == "True"
     assert render("{{ strftime_now('%Y') | length }}") == "4"
+    assert render("{{ '<{}:{:>3}>'.format('a', 1) }}{{ '%s%%' % 5 }}") == "<a:  1>5%"
     assert render("{% if true %}\n  {% set x = 1 %}\n{% endif %}\nx") == "x"  # trim_blocks, lstrip_blocks
     assert render("{% macro f(x) %}<{{ x }}>{% endmacro %}{{ f(1) ~ f('a') }}") == "<1><a>"
     assert render(
@@ -711,8 +712,6 @@ ESCAPES = [
     "{{ range.__class__ }}",
     "{{ '{0.__class__}'.format(messages) }}",
     "{{ '{x.__class__}'.format_map({'x': 1}) }}",
-    "{{ '%s' | format(messages) }}",
-    "{{ '%s' % messages }}",
     "{{ messages.append({}) }}",
     "{{ messages[0].update(role='system') }}",
     "{{ messages.clear() }}",
@@ -926,11 +925,10 @@ def test_a_message_of_another_form_is_refused(message):
             ask([message])
 
 
-def test_half_a_character_is_refused():
-    with pytest.raises(
-        DialogError, match=r"^message 1 holds U\+D800, half of a character; decode the input as UTF-8$"
-    ):
-        FORMATS["llama3"](ByteTokenizer()).encode(turns("a\ud800b"))
+def test_half_a_character_is_shown_as_the_replacement_character(smollm):
+    for chat_format in (None, "chatml"):
+        tokens = choose_format(chat_format, smollm).encode(turns("a\ud800b", system="s"))
+        assert "user\na\ufffdb\n" in smollm.decode(tokens)
 
 
 @pytest.mark.parametrize("tag", SPECIAL_TAGS)

@@ -144,10 +144,10 @@ def _weights(files: list[GGUFFile]) -> Iterator[Weight]:
             if header.name == ROPE_FACTORS:
                 continue
             name = rename(header.name, FROM_GGUF)
-            yield Weight(name or header.name, _array(file, header), file.path)
+            yield Weight(name or header.name, array_of(file, header), file.path)
 
 
-def _array(file: GGUFFile, header: TensorHeader) -> Array:
+def array_of(file: GGUFFile, header: TensorHeader) -> Array:
     dtype = PLAIN.get(BLOCKS[header.kind][0])
     if dtype is None:
         return Blocks(file, header)
@@ -220,7 +220,7 @@ def _scaling(settings: Settings, args: ModelArgs, files: list[GGUFFile]) -> Rope
             "llama.rope.scaling.type", kind, "none, linear and llama3's rope_freqs.weight are supported"
         )
     if headers:
-        stored = _array(*headers[0]).read(0, 0, headers[0][1].shape[0]).float().flatten()
+        stored = array_of(*headers[0]).read(0, 0, headers[0][1].shape[0]).float().flatten()
         return llama3_from_factors(stored, args, low, high, original, headers[0][0].path)
     if factor is not None and factor != 1.0:
         return RopeScaling("linear", factor)

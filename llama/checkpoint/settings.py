@@ -68,10 +68,10 @@ class Settings:
         self._taken.update(keys)
 
     def refuse(self, key: str, *harmless: Any) -> None:
-        """Raises if `key` asks for mathematics that is not built; `harmless` values do not ask for it."""
+        """Raises if `key` asks for mathematics that is not built; null and `harmless` (else false) do not."""
         self._taken.add(key)
         value = self.values.get(key)
-        if not any(value is allowed or value == allowed for allowed in (None, False, *harmless)):
+        if value is not None and value not in (harmless or (False,)):
             raise CheckpointError(f"{self.file}: {self.prefix}{key} = {shown(value)} is not supported")
 
     def error(self, key: str, value: Any, allowed: str) -> CheckpointError:

@@ -8,7 +8,6 @@ repeated for grouped heads, never gathered into a copy, never padded.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -47,18 +46,6 @@ class CacheShape:
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         return 2 * self.n_layers * self.n_kv_heads * self.head_dim * dtype.itemsize
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that could be allocated on `device` now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo") as lines:
-            fields = dict(line.split(":") for line in lines)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except FileNotFoundError:  # not Linux: what the machine has, half of which may well be in use
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
 
 
 def clip(extents: Sequence[Extent], start: int, stop: int) -> Iterator[Extent]:

@@ -71,8 +71,7 @@ class ChatFormat(ABC):
 
     A new format is a subclass with `write` and a row in FORMATS. `needs` names the control tokens without
     which it cannot be used, `ends` those that end an answer, where the vocabulary has them, `stop` the text
-    that does, `tags` the plain text that marks turns and that content may therefore not hold. `bos` is what
-    begins a text: one id or, where the tokenizer says so, none.
+    that does, `tags` the plain text that marks turns and that content may therefore not hold.
     """
 
     name: ClassVar[str]
@@ -89,7 +88,7 @@ class ChatFormat(ABC):
         self.tokenizer = tokenizer
         self.control = tokenizer.special_tokens
         self.names = {token: text for text, token in self.control.items()}
-        self.bos = (tokenizer.bos_id,) if tokenizer.add_bos else ()
+        self.bos = (tokenizer.bos_id,) if tokenizer.add_bos else ()  # what begins a text
         self.eos = tokenizer.eos_id
         missing = [token for token in self.needs if token not in self.control]
         if self.needs_eos and self.eos < 0:
@@ -374,9 +373,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
     BUDGET, PER_CHARACTER, STEP = 1 << 24, 256, 64
 
     def __init__(self) -> None:
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, extensions=[GenerationBlock, LoopControlExtension]
-        )
+        extensions = [GenerationBlock, LoopControlExtension]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         self.allow(0)
         del self.filters["format"], self.filters["random"]
         self.filters = {name: self._metered(function) for name, function in self.filters.items()}
@@ -417,8 +415,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """What stands for `text.format`, if the attribute `value` is that."""
-        safe_format = super().wrap_str_format(value)
-        if safe_format is not None:
+        if (safe_format := super().wrap_str_format(value)) is not None:
             check_widths(value.__self__)
         return safe_format
 
@@ -588,6 +585,7 @@ def fit_dialog(
     A turn is a user's message and all up to the next one; a system message at the start stays. Raises
     DialogError where even the last turn is too long.
     """
+    check_messages(dialog)
     chosen = choose_format(chat_format, tokenizer)
     start = len(dialog) - len(split_system(dialog)[1])
     later_turns = [i for i in range(start + 1, len(dialog)) if dialog[i]["role"] == "user"]

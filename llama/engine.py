@@ -6,9 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate, count
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate, count, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,8 @@ from llama.sampling import Sampled, SampleRow, SamplingParams, logprobs_of, samp
 from llama.scheduler import Request, Scheduler, Slice, Step
 from llama.tokenizer import StreamDecoder, Tokenizer
 
+MAX_OPEN = 512  # requests that `run` has taken in at one time
+
 
 class Logprob(NamedTuple):
     """A token, its log-probability under the raw logits, and the likeliest tokens in its place."""
@@ -25,6 +27,11 @@ class Logprob(NamedTuple):
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def from_json(cls, entry: list[Any]) -> Logprob:
+        token, logprob, top = entry
+        return cls(token, logprob, tuple(tuple(pair) for pair in top))
 
 
 @dataclass(frozen=True)
@@ -39,17 +46,19 @@ class Event:
     prompt_logprobs: tuple[Logprob | None, ...] | None = None  # once, with the choice's last event
     finish_reason: str | None = None  # "stop", "length", "error" or "abort", with the last event
     error: str | None = None  # what went wrong, where the finish reason is "error"
+    embedding: tuple[float, ...] | None = None  # with the last event, where pooling was asked for
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> Event:
         """From what `dataclasses.asdict` made of one, with tuples turned into lists on the way."""
 
-        def logprob(entry: list | None) -> Logprob | None:
-            return entry and Logprob(entry[0], entry[1], tuple(tuple(pair) for pair in entry[2]))
-
-        fields["logprob"] = logprob(fields["logprob"])
+        if fields["logprob"] is not None:
+            fields["logprob"] = Logprob.from_json(fields["logprob"])
         if fields["prompt_logprobs"] is not None:
-            fields["prompt_logprobs"] = tuple(logprob(entry) for entry in fields["prompt_logprobs"])
+            entries = fields["prompt_logprobs"]
+            fields["prompt_logprobs"] = tuple(entry and Logprob.from_json(entry) for entry in entries)
+        if fields["embedding"] is not None:
+            fields["embedding"] = tuple(fields["embedding"])
         return cls(**fields)
 
 
@@ -92,6 +101,31 @@ class StopText:
         return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)
 
 
+POOLINGS = ("mean", "last")
+
+
+@dataclass(eq=False)
+class Pool:
+    """One vector out of all the states of a prompt: their mean, or the last one."""
+
+    pooling: str
+    total: torch.Tensor | None = None
+    count: int = 0
+
+    def take(self, start: int, states: torch.Tensor) -> None:
+        """states (rows, dim) of the tokens from `start` on; a start at 0 begins anew, after a preemption."""
+        if start == 0:
+            self.total, self.count = torch.zeros(states.shape[1], device=states.device), 0
+        if self.pooling == "mean":
+            self.total += states.float().sum(0)
+            self.count += len(states)
+        else:
+            self.total, self.count = states[-1].float(), 1
+
+    def vector(self) -> tuple[float, ...]:
+        return tuple((self.total / self.count).tolist())
+
+
 @dataclass(eq=False)
 class Choice:
     """One choice of a request on its way: what it may do, and what it has produced."""
@@ -105,6 +139,7 @@ class Choice:
     stop_ids: frozenset[int]
     seed: tuple[int, ...]
     unsaid: str = ""  # the prompt's text, where it is to be repeated before the answer
+    pool: Pool | None = None
     num_generated: int = 0
     prompt_logprobs: list[Logprob | None] = field(default_factory=list)
 
@@ -146,7 +181,8 @@ class Engine:
         self.max_seq_len = max_seq_len
         self.seed = seed
         self.stop_ids = stop_ids
-        self._numbers = count()
+        self._request_ids = count()
+        self._sequence_ids = count()
         self._choices: dict[Request, list[Choice]] = {}  # several only until their common prompt is computed
         self._num_open: dict[int, int] = {}  # by request id: choices whose last event is still to come
         self._events: list[Event] = []  # of requests that ended outside a step
@@ -154,15 +190,28 @@ class Engine:
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
 
-    def add(self, prompt_tokens: list[int], params: SamplingParams, salt: bytes = b"") -> int:
-        """Takes a request in and returns its id. Raises ValueError for one that can never run."""
-        self._check(prompt_tokens, params)
-        request_id = next(self._numbers)
-        room = self.max_seq_len - len(prompt_tokens)
+    def add(
+        self,
+        prompt_tokens: list[int],
+        params: SamplingParams,
+        salt: bytes = b"",
+        pooling: str | None = None,
+    ) -> int:
+        """Takes a request in and returns its id. Raises ValueError for one that can never run.
+
+        `salt`: prefixes of the cache are shared only under the same one. With `pooling` ("mean" or "last") the
+        request generates nothing, and its last event brings an embedding.
+        """
+        self.check(prompt_tokens, params, pooling)
+        request_id = next(self._request_ids)
+        room = 0 if pooling else self.max_seq_len - len(prompt_tokens)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        request = self._request(prompt_tokens, max_tokens, params, salt)
+        needs_whole_prompt = pooling is not None or params.prompt_logprobs is not None
+        request = self._request(prompt_tokens, max_tokens, params, salt, not needs_whole_prompt)
         choices = [self._choice(request_id, index, params, request) for index in range(params.n)]
-        if max_tokens == 0 and params.prompt_logprobs is None:
+        if pooling:
+            choices[0].pool = Pool(pooling)
+        if max_tokens == 0 and not needs_whole_prompt:
             self._events += [self._end(choice, "length") for choice in choices]
         else:
             self.scheduler.add(request)
@@ -197,15 +246,19 @@ class Engine:
 
     def _run(self, step: Step) -> list[Event]:
         num_logits = [self._num_logits(piece) for piece in step.slices]
-        logits = self.runner.run(step, num_logits)
+        output = self.runner.run(step, num_logits)
         self.scheduler.advance(step)
         events: list[Event] = []
         rows: list[int] = []
         choices: list[Choice] = []
-        for piece, end, number in zip(step.slices, accumulate(num_logits), num_logits, strict=True):
+        states = output.states.split([piece.count for piece in step.slices])
+        ends = accumulate(num_logits)
+        for piece, piece_states, number, end in zip(step.slices, states, num_logits, ends, strict=True):
             leader = self._choices[piece.request][0]
+            if leader.pool is not None:
+                leader.pool.take(piece.start, piece_states)
             if leader.wants_prompt_logprobs and number:
-                self._score_prompt(leader, piece, logits[end - number : end])
+                self._score_prompt(leader, piece, output.logits[end - number : end])
             if not piece.samples:
                 continue
             if piece.request.max_total_tokens == piece.request.num_prompt_tokens:
@@ -215,7 +268,7 @@ class Engine:
                 rows.append(end - 1)
                 choices.append(choice)
         if choices:
-            sampled = sample(logits[rows], [choice.sample_row() for choice in choices])
+            sampled = sample(output.logits[rows], [choice.sample_row() for choice in choices])
             events += [self._accept(choice, sampled, row) for row, choice in enumerate(choices)]
         return events
 
@@ -229,17 +282,51 @@ class Engine:
     def _drain(self, num_open: dict[int, int]) -> Iterator[Event]:
         try:
             while num_open:
-                for event in self.step():
-                    self._undelivered.setdefault(event.request_id, []).append(event)
-                for request_id in list(num_open):
-                    for event in self._undelivered.pop(request_id, ()):
-                        num_open[request_id] -= event.finish_reason is not None
-                        yield event
-                    if num_open[request_id] == 0:
-                        del num_open[request_id]
+                yield from self._round(num_open)
         finally:
             for request_id in num_open:
                 self.abort(request_id)
+
+    def run(
+        self, requests: Iterable[tuple[list[int], SamplingParams]], pooling: str | None = None
+    ) -> Iterator[Event]:
+        """Answers any number of requests, taken in as earlier ones end; `request_id` is the place in `requests`.
+
+        One that can never run ends at once with the finish reason "error". Left early, it aborts the rest.
+        """
+        numbered = enumerate(requests)
+        places: dict[int, int] = {}
+        num_open: dict[int, int] = {}
+        try:
+            while True:
+                for place, (prompt, params) in islice(numbered, MAX_OPEN - len(num_open)):
+                    try:
+                        request_id = self.add(prompt, params, pooling=pooling)
+                    except ValueError as error:
+                        for index in range(params.n):
+                            yield Event(place, index, finish_reason="error", error=str(error))
+                        continue
+                    places[request_id] = place
+                    num_open[request_id] = params.n
+                if not num_open:
+                    return
+                for event in self._round(num_open):
+                    yield replace(event, request_id=places[event.request_id])
+        finally:
+            for request_id in num_open:
+                self.abort(request_id)
+
+    def _round(self, num_open: dict[int, int]) -> Iterator[Event]:
+        """One step: the events of the open requests, which are counted down; others' are kept for them."""
+        for event in self.step():
+            self._undelivered.setdefault(event.request_id, []).append(event)
+        for request_id in list(num_open):
+            for event in self._undelivered.pop(request_id, ()):
+                if event.finish_reason is not None:
+                    num_open[request_id] -= 1
+                    if num_open[request_id] == 0:
+                        del num_open[request_id]
+                yield event
 
     def stats(self) -> EngineStats:
         scheduler = self.scheduler.stats()
@@ -254,7 +341,10 @@ class Engine:
             num_generated_tokens=self._num_generated_tokens,
         )
 
-    def _check(self, prompt_tokens: list[int], params: SamplingParams) -> None:
+    def check(self, prompt_tokens: list[int], params: SamplingParams, pooling: str | None = None) -> None:
+        """Raises ValueError, in one line, for a request that can never run."""
+        if pooling not in (None, *POOLINGS):
+            raise ValueError(f"pooling is {pooling!r}: give {' or '.join(POOLINGS)}")
         if not prompt_tokens:
             raise ValueError("the prompt is empty: give at least one token")
         if len(prompt_tokens) > self.max_seq_len:
@@ -270,13 +360,15 @@ class Engine:
             )
         params.check(vocab_size)
 
-    def _request(self, tokens: list[int], max_tokens: int, params: SamplingParams, salt: bytes) -> Request:
+    def _request(
+        self, tokens: list[int], max_tokens: int, params: SamplingParams, salt: bytes, reuse_prefix: bool
+    ) -> Request:
         return Request(
-            id=next(self._numbers),
+            id=next(self._sequence_ids),
             tokens=list(tokens),
             max_total_tokens=len(tokens) + max_tokens,
             salt=salt,
-            reuse_prefix=params.prompt_logprobs is None,
+            reuse_prefix=reuse_prefix,
             params=params,
         )
 
@@ -325,7 +417,11 @@ class Engine:
         choices = self._choices[request]
         for choice in choices[1:]:
             choice.request = self._request(
-                request.tokens, request.max_total_tokens - len(request.tokens), choice.params, request.salt
+                request.tokens,
+                request.max_total_tokens - len(request.tokens),
+                choice.params,
+                request.salt,
+                request.reuse_prefix,
             )
             choice.prompt_logprobs = choices[0].prompt_logprobs
             self.scheduler.fork(request, choice.request)
@@ -372,5 +468,6 @@ class Engine:
             text=choice.echo() + text,
             prompt_logprobs=tuple(choice.prompt_logprobs) if choice.wants_prompt_logprobs else None,
             finish_reason=finish_reason,
+            embedding=choice.pool and choice.pool.vector() if finish_reason == "length" else None,
             **fields,
         )

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 from llama import parallel
-from llama.cache import free_memory
 from llama.chat import (
     B_INST,
     B_SYS,
@@ -30,9 +25,11 @@ from llama.chat import (
     choose_format,
 )
 from llama.checkpoint import default_model, load_weights, open_checkpoint
+from llama.device import choose_device, choose_dtype
 from llama.engine import Engine, Event, Logprob
 from llama.model import ModelArgs, Transformer
-from llama.runner import Runner
+from llama.progress import progress_bar
+from llama.runner import BLOCK_SIZE, Runner, count_blocks
 from llama.sampling import SamplingParams, sample_top_p
 from llama.scheduler import Scheduler
 from llama.tokenizer import StreamDecoder, Tokenizer
@@ -54,10 +51,7 @@ __all__ = [
     "sample_top_p",
 ]
 
-BLOCK_SIZE = 16  # tokens in a block of the cache
-MEMORY_SHARE = 0.5  # of the memory that is free after loading, for keys and values
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Item = TypeVar("Item")
 
 
 class CompletionPrediction(TypedDict, total=False):
@@ -82,6 +76,16 @@ class Completion:
     logprobs: list[Logprob] | None = None  # of the generated tokens
     prompt_logprobs: list[Logprob | None] | None = None  # the first token has none
     error: str | None = None  # what went wrong, where the finish reason is "error"
+    place: int = field(default=0, compare=False)  # of its prompt among those that were given
+    index: int = field(default=0, compare=False)  # which of the prompt's n answers
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> Completion:
+        """From what `dataclasses.asdict` made of one, with tuples turned into lists on the way."""
+        for name in ("logprobs", "prompt_logprobs"):
+            if fields[name] is not None:
+                fields[name] = [entry and Logprob.from_json(entry) for entry in fields[name]]
+        return cls(**fields)
 
 
 class Llama:
@@ -210,8 +214,7 @@ class Llama:
     ) -> list[CompletionPrediction]:
         """Continues each text: [{"generation": text}], with "tokens" and "logprobs" if asked for."""
         params = self._reference_params(max_gen_len, temperature, top_p, logprobs, echo)
-        tokens = [self._encode(prompt) for prompt in prompts]
-        completions = answered(self._complete(tokens, [params] * len(prompts)))
+        completions = answered(self._complete(self._tokens(prompts), [params] * len(prompts)))
         return [{"generation": c.text, **self._details(c, logprobs)} for c in completions]
 
     def chat_completion(
@@ -238,7 +241,7 @@ class Llama:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
         """Continues texts or lists of token ids; `params` are for all, or one for each. n > 1: prompt-major."""
-        tokens = [self._encode(p) if isinstance(p, str) else list(p) for p in listed(prompts, "prompts")]
+        tokens = self._tokens(prompts)
         return self._complete(tokens, self._resolved(params, len(tokens)))
 
     def chat(
@@ -247,9 +250,25 @@ class Llama:
         """Answers dialogs; as `complete`. A dialog that its format refuses as unsafe gets the refusal as text."""
         return self._chat(dialogs, self._resolved(params, len(dialogs)))
 
+    def score(self, texts: Sequence[str | list[int]]) -> list[list[Logprob | None]]:
+        """How likely the model finds each token of each text, given those before it; the first has no score."""
+        params = SamplingParams(max_tokens=0, prompt_logprobs=0)
+        return [completion.prompt_logprobs for completion in answered(self.complete(texts, params))]
+
+    def embed(self, texts: Sequence[str | list[int]], pooling: str = "mean") -> torch.Tensor:
+        """One vector of length 1 a text, (texts, dim) float32: the "mean" of its states, or the "last" one."""
+        requests = list(zip(self._tokens(texts), self._resolved(None, len(texts)), strict=True))
+        for prompt, params in requests:
+            self.engine.check(prompt, params, pooling)
+        events = self._led(lambda: self.engine.run(requests, pooling), Event)
+        vectors = {event.request_id: event.embedding for event in events}
+        rows = torch.tensor([vectors[place] for place in range(len(requests))])
+        rows = rows.reshape(-1, self.model.params.dim)
+        return torch.nn.functional.normalize(rows)
+
     def stream_text(self, prompt: str | list[int], params: SamplingParams | None = None) -> Iterator[str]:
         """The pieces of one continuation as they come; joined they are `complete`'s text."""
-        tokens = self._encode(prompt) if isinstance(prompt, str) else list(prompt)
+        [tokens] = self._tokens([prompt])
         for event in self.stream(tokens, self._resolved(params, 1)[0]):
             yield event.text
 
@@ -262,16 +281,47 @@ class Llama:
         for event in self.stream(self.chat_format.encode(dialog), params):
             yield event.text
 
+    def run(self, requests: Iterable[tuple[list[int], SamplingParams]]) -> Iterator[Completion]:
+        """Answers any number of requests (prompt tokens, resolved params), read as the engine has room for them.
+
+        Yields completions as they are done, each with its `place` among the requests. What can never run is a
+        completion that says why. On ranks other than 0 `requests` is not looked at, and all come at the end.
+        """
+        return self._led(lambda: self._run(requests), Completion)
+
+    def _run(self, requests: Iterable[tuple[list[int], SamplingParams]]) -> Iterator[Completion]:
+        answers: dict[tuple[int, int], Answer] = {}
+        given: dict[int, tuple[list[int], SamplingParams]] = {}
+
+        def remembered() -> Iterator[tuple[list[int], SamplingParams]]:
+            for place, request in enumerate(requests):
+                given[place] = request
+                yield request
+
+        for event in self.engine.run(remembered()):
+            key = event.request_id, event.index
+            if key not in answers:
+                answers[key] = Answer(*given[event.request_id])
+            answers[key].take(event)
+            if event.finish_reason is not None:
+                yield answers.pop(key).completion()
+
     def stream(self, prompt_tokens: list[int], params: SamplingParams) -> Iterator[Event]:
         """The events of one request as they come. On ranks other than 0 they come all at once, at the end."""
         if params.n != 1:
             raise ValueError(f"n is {params.n}, but a stream has one answer: use complete or chat")
-        for event in self._led(lambda: self.engine.events([self.engine.add(prompt_tokens, params)])):
+        self.engine.check(prompt_tokens, params)
+        for event in self._led(lambda: self.engine.run([(prompt_tokens, params)]), Event):
             if event.error is not None:
                 raise RuntimeError(event.error)
             yield event
 
     # ---- how it is done
+
+    def _tokens(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        if isinstance(prompts, str):
+            raise ValueError("one string was given: give a list of them")
+        return [self._encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, bos=self.tokenizer.add_bos, eos=False)
@@ -326,43 +376,29 @@ class Llama:
         ]
 
     def _complete(self, prompts: list[list[int]], params: Sequence[SamplingParams]) -> list[Completion]:
-        """All prompts at once, through the engine. Refuses all of them if it refuses one."""
+        """All prompts at once. Refuses all of them if it refuses one."""
+        requests = list(zip(prompts, params, strict=True))
+        for prompt, p in requests:
+            self.engine.check(prompt, p)
+        return sorted(self.run(requests), key=attrgetter("place", "index"))
 
-        def events() -> Iterator[Event]:
-            request_ids: list[int] = []
-            try:
-                for prompt, p in zip(prompts, params, strict=True):
-                    request_ids.append(self.engine.add(prompt, p))
-            except ValueError:
-                for request_id in request_ids:
-                    self.engine.abort(request_id)
-                raise
-            order = {request_id: place for place, request_id in enumerate(request_ids)}
-            for event in self.engine.events(request_ids):
-                yield replace(event, request_id=order[event.request_id])
+    def _led(self, items: Callable[[], Iterator[Item]], kind: type[Item]) -> Iterator[Item]:
+        """Rank 0 makes the items with the engine; the others run its steps, and get the items or its error at the end.
 
-        answers = [Answer(p, prompt) for prompt, p in zip(prompts, params, strict=True) for _ in range(p.n)]
-        first = [0]
-        for p in params:
-            first.append(first[-1] + p.n)
-        for event in self._led(events):
-            answers[first[event.request_id] + event.index].take(event)
-        return [answer.completion() for answer in answers]
-
-    def _led(self, events: Callable[[], Iterator[Event]]) -> Iterator[Event]:
-        """Rank 0 runs the engine; the others run its steps, and get its events or its error at the end."""
+        `kind` is the items' dataclass.
+        """
         group = self.model.parallel
         if group.size == 1:
-            yield from events()
+            yield from items()
             return
         if group.rank == 0:
             told: list[Any] = []
             reply: dict[str, Any] = {"error": "rank 0 stopped early"}
             try:
-                for event in events():
-                    told.append(asdict(event))
-                    yield event
-                reply = {"events": told}
+                for item in items():
+                    told.append(asdict(item))
+                    yield item
+                reply = {"items": told}
             except Exception as error:
                 reply = {"error": str(error), "is_value_error": isinstance(error, ValueError)}
                 raise
@@ -374,7 +410,7 @@ class Llama:
             reply = group.broadcast_json()
             if "error" in reply:
                 raise (ValueError if reply.get("is_value_error") else RuntimeError)(reply["error"])
-            yield from (Event.from_json(event) for event in reply["events"])
+            yield from map(kind.from_json, reply["items"])
 
     def _details(self, completion: Completion, logprobs: bool) -> dict[str, Any]:
         if not logprobs:
@@ -389,7 +425,7 @@ class Llama:
 class Answer:
     """Collects one choice's events into a Completion."""
 
-    def __init__(self, params: SamplingParams, prompt: list[int]):
+    def __init__(self, prompt: list[int], params: SamplingParams):
         self.params = params
         self.tokens = list(prompt) if params.echo else []
         self.texts: list[str] = []
@@ -413,6 +449,8 @@ class Answer:
             logprobs=self.logprobs if self.params.logprobs is not None else None,
             prompt_logprobs=None if prompt_logprobs is None else list(prompt_logprobs),
             error=self.last.error,
+            place=self.last.request_id,
+            index=self.last.index,
         )
 
 
@@ -428,12 +466,6 @@ def flat_logprobs(completion: Completion) -> list[float]:
     """One number a token, the reference's way: an echoed prompt's first token has 0.0."""
     entries = [*(completion.prompt_logprobs or ()), *(completion.logprobs or ())]
     return [0.0 if entry is None else entry.logprob for entry in entries]
-
-
-def listed(values: Sequence[Any], name: str) -> Sequence[Any]:
-    if isinstance(values, str):
-        raise ValueError(f"{name} is one string: give a list of them")
-    return values
 
 
 def find_tokenizer(found: Path | None, given: str | Path | None, checkpoint: Path) -> Path:
@@ -453,59 +485,3 @@ def check_vocabulary(tokenizer: Tokenizer, args: ModelArgs) -> None:
             f"the tokenizer has {tokenizer.n_words} tokens, but the model's vocabulary {args.vocab_size}: "
             "they do not belong together; give the model's own tokenizer_path"
         )
-
-
-def choose_device(device: str) -> torch.device:
-    """ "auto" is the accelerator that torch finds, else the CPU; under torchrun each rank has its own."""
-    if device == "auto":
-        device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    place = torch.device(device)
-    if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(place)
-    return place
-
-
-def choose_dtype(dtype: str | torch.dtype, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype in DTYPES:
-        return DTYPES[dtype]
-    if dtype != "auto":
-        raise ValueError(f"dtype is {dtype!r}: give auto, {', '.join(DTYPES)} or a torch dtype")
-    if device.type != "cpu":
-        return stored or torch.bfloat16
-    if stored == torch.float32 or not torch.cpu.get_capabilities().get("avx512_bf16", False):
-        return torch.float32
-    return torch.bfloat16
-
-
-def count_blocks(model: Transformer, kv_cache_memory: int | None) -> int:
-    """How many cache blocks fit into the memory; no more than max_batch_size sequences could ever use."""
-    args = model.params
-    block_bytes = BLOCK_SIZE * model.cache_shape.bytes_per_token(model.norm.weight.dtype)
-    memory = kv_cache_memory
-    if memory is None:
-        memory = int(MEMORY_SHARE * free_memory(model.norm.weight.device))
-    for_one = -(-args.max_seq_len // BLOCK_SIZE)
-    num_blocks = min(memory // block_bytes, for_one * args.max_batch_size)
-    if num_blocks < for_one:
-        longest = num_blocks * BLOCK_SIZE
-        raise ValueError(
-            f"one sequence of max_seq_len {args.max_seq_len} needs {for_one * block_bytes / 2**20:.2f} MiB for keys "
-            f"and values, but {memory / 2**20:.2f} MiB are there: set max_seq_len to {longest} or less, "
-            "or give more kv_cache_memory"
-        )
-    return num_blocks
-
-
-@contextmanager
-def progress_bar(title: str, show: bool) -> Iterator[Callable[[int, int], None] | None]:
-    """A bar on a terminal's standard error; nothing in a pipe. Yields progress(bytes done, bytes in all)."""
-    if not (show and sys.stderr.isatty()):
-        yield None
-        return
-    columns = (TextColumn(title), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title)
-        yield lambda done, total: progress.update(task, completed=done, total=total)

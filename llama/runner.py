@@ -13,8 +13,12 @@ from itertools import chain
 import torch
 
 from llama.cache import KVCache, Span
+from llama.device import free_memory
 from llama.model import Transformer
 from llama.scheduler import Step
+
+BLOCK_SIZE = 16  # tokens in a block of the cache
+MEMORY_SHARE = 0.5  # of the memory that is free after loading, for keys and values
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,14 @@ class Batch:
         return cls(tokens, wanted, copies, spans)
 
 
+@dataclass(frozen=True)
+class Output:
+    """What a step computed."""
+
+    logits: torch.Tensor  # (wanted rows, vocab_size) float32
+    states: torch.Tensor  # (num_tokens, dim): the normalised states of all rows
+
+
 class Runner:
     """A model and the pool of `num_blocks` blocks in which it keeps every request's keys and values."""
 
@@ -76,8 +88,8 @@ class Runner:
         self.device = model.norm.weight.device
         self.cache = KVCache(model.cache_shape, num_blocks * block_size, self.device, dtype)
 
-    def run(self, step: Step, num_logits: Sequence[int]) -> torch.Tensor:
-        """Logits (sum of num_logits, vocab_size) float32, in the order of the step's slices."""
+    def run(self, step: Step, num_logits: Sequence[int]) -> Output:
+        """The step's states and the logits that are wanted, both in the order of its slices."""
         batch = Batch.pack(step, num_logits, self.block_size)
         if self.model.parallel.size > 1:
             self.model.parallel.broadcast_ints(batch.to_ints())
@@ -93,11 +105,30 @@ class Runner:
         self.model.parallel.broadcast_ints([])
 
     @torch.inference_mode()
-    def _forward(self, batch: Batch) -> torch.Tensor:
+    def _forward(self, batch: Batch) -> Output:
         for source, target in batch.copies:
             self.cache.copy(source * self.block_size, target * self.block_size, self.block_size)
         tokens = torch.tensor(batch.tokens, device=self.device)
         places = [range(span.context - span.num_rows, span.context) for span in batch.spans]
         positions = torch.tensor(list(chain.from_iterable(places)), device=self.device)
         states = self.model.hidden_states(tokens, positions, self.cache.layers(batch.spans))
-        return self.model.logits(states[batch.wanted])
+        return Output(self.model.logits(states[batch.wanted]), states)
+
+
+def count_blocks(model: Transformer, kv_cache_memory: int | None) -> int:
+    """How many cache blocks fit into the memory; no more than max_batch_size sequences could ever use."""
+    args = model.params
+    block_bytes = BLOCK_SIZE * model.cache_shape.bytes_per_token(model.norm.weight.dtype)
+    memory = kv_cache_memory
+    if memory is None:
+        memory = int(MEMORY_SHARE * free_memory(model.norm.weight.device))
+    for_one = -(-args.max_seq_len // BLOCK_SIZE)
+    num_blocks = min(memory // block_bytes, for_one * args.max_batch_size)
+    if num_blocks < for_one:
+        longest = num_blocks * BLOCK_SIZE
+        raise ValueError(
+            f"one sequence of max_seq_len {args.max_seq_len} needs {for_one * block_bytes / 2**20:.2f} MiB for keys "
+            f"and values, but {memory / 2**20:.2f} MiB are there: set max_seq_len to {longest} or less, "
+            "or give more kv_cache_memory"
+        )
+    return num_blocks

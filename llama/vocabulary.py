@@ -358,7 +358,14 @@ def _steps(node: dict[str, Any] | None, children: str) -> list[dict[str, Any]]:
     return [step for child in node[children] for step in _steps(child, children)]
 
 
-_PIECE_STEPS = ("Replace", "Prepend", "Metaspace")  # how sentencepiece-like files turn spaces into "▁"
+_PIECE_ENCODERS = {"Replace", "Prepend", "Metaspace"}  # how sentencepiece-like files turn spaces into "▁"
+
+
+def _is_piece_step(step: dict[str, Any]) -> bool:
+    """Whether a step of a decoder is one that turns sentencepiece's pieces into text."""
+    if step["type"] == "Replace":
+        return step["pattern"] == {"String": "▁"} and step["content"] == " "
+    return step["type"] in ("ByteFallback", "Fuse", "Strip", "Metaspace")
 
 
 class TokenizerJson:
@@ -370,14 +377,14 @@ class TokenizerJson:
 
     def __init__(self, spec: dict[str, Any], vocabulary: Vocabulary | None = None) -> None:
         self.spec = spec
-        decoders = _steps(spec.get("decoder"), "decoders")
-        kinds = {step["type"] for step in decoders}
-        self.is_byte_level = kinds == {"ByteLevel"}
-        if not self.is_byte_level and not (
-            kinds and kinds <= {"Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"}
-        ):
+        model, decoders = spec["model"], _steps(spec.get("decoder"), "decoders")
+        if isinstance(model["vocab"], dict) and "merges" not in model:
+            raise TokenizerError(f"a model of type {model.get('type')} is not known; BPE and Unigram are")
+        self.is_byte_level = [step["type"] for step in decoders] == ["ByteLevel"]
+        if not self.is_byte_level and not (decoders and all(_is_piece_step(step) for step in decoders)):
+            names = [step["type"] for step in decoders]
             raise TokenizerError(
-                f"decoders {sorted(kinds)} are not known; byte-level and sentencepiece-like ones are"
+                f"the decoder {names} is not known; byte-level and sentencepiece-like ones are"
             )
         # A decoder that takes a space away in front belongs to an encoder that puts one there.
         strips = any(
@@ -427,7 +434,7 @@ class TokenizerJson:
             merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
             model["merges"] = [pair for pair in merges if hidden.keys().isdisjoint((*pair, "".join(pair)))]
         else:  # Unigram: an id is a place in a list, so the piece stays, under a name that nobody can type
-            ids = set(hidden.values())
+            ids, added = set(hidden.values()), []
             model["vocab"] = [
                 [secrets.token_hex(16) if id in ids else piece, score]
                 for id, (piece, score) in enumerate(model["vocab"])
@@ -451,7 +458,7 @@ class TokenizerJson:
         merges = self.spec["model"].get("merges")
         normalizers = {step["type"] for step in _steps(self.spec.get("normalizer"), "normalizers")}
         splitters = {step["type"] for step in _steps(self.spec.get("pre_tokenizer"), "pretokenizers")}
-        known = normalizers <= {"NFC"} if self.is_byte_level else (normalizers | splitters) <= {*_PIECE_STEPS}
+        known = normalizers <= {"NFC"} if self.is_byte_level else (normalizers | splitters) <= _PIECE_ENCODERS
         if merges is None or not known:
             raise TokenizerError(
                 "GGUF cannot say how it tokenizes: it is not BPE, or it changes text in some other way"

@@ -463,7 +463,7 @@ def dialogs(roles):
 
 
 def spread(num_examples):
-    """So many generated dialogs, always the same ones."""
+    """So many generated dialogs, always the same ones. In an ordinary run they hold over 10,000 contents in all."""
     health = [HealthCheck.too_slow, HealthCheck.data_too_large]
     return settings(
         max_examples=num_examples,
@@ -998,6 +998,20 @@ def test_a_last_message_that_does_not_fit_alone_is_refused_with_both_numbers():
     message = f"^the last message takes {alone} tokens with its format, only {alone - 1} fit; shorten it$"
     with pytest.raises(DialogError, match=message):
         fit_dialog(turns("a", "b", "x" * 100, system="s"), alone - 1, tokenizer, "llama2")
+
+
+def test_a_format_made_before_is_used_as_it_is():
+    tokenizer = ByteTokenizer()
+    chosen = FORMATS["atom"](tokenizer)
+    assert choose_format(chosen, tokenizer) is chosen
+    assert fit_dialog(turns("a" * 99, "b", "c"), 60, tokenizer, chosen) == turns("c")
+    assert format_dialog(turns("c"), tokenizer, chosen).text == "<s>Human: c\n</s><s>Assistant: "
+
+
+@pytest.mark.parametrize("dialog", [[], ["Hi"], [{"content": "Hi"}]])
+def test_fitting_refuses_what_is_no_dialog(dialog):
+    with pytest.raises(DialogError):
+        fit_dialog(dialog, 60, ByteTokenizer())
 
 
 def test_fitting_keeps_a_tools_answer_with_its_question():

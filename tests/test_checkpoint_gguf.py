@@ -7,7 +7,7 @@ import torch
 from checkpoints import assert_equal, byte_vocabulary, loaded, sample, state, write_gguf
 from gguf import GGMLQuantizationType as Kind
 
-from llama.checkpoint import CheckpointError, default_model, open_checkpoint
+from llama.checkpoint import CheckpointError, open_checkpoint
 from llama.checkpoint.gguf import llama3_factors
 from llama.checkpoint.gguf_file import BLOCKS, STRING, UINT32, GGUFFile, Value, shortest
 from llama.checkpoint.gguf_file import write_gguf as write_container
@@ -71,7 +71,8 @@ def test_every_ggml_type_is_read_as_the_gguf_package_reads_it(tmp_path, kind):
     file = GGUFFile(tmp_path / "x.gguf")
     header = file.tensors["blk.0.ffn_up.weight"]
     assert header.shape == (rows, blocks * block)
-    expected = torch.from_numpy(np.array(gguf.quants.dequantize(packed, kind)))
+    with np.errstate(all="ignore"):  # random blocks hold infinite scales
+        expected = torch.from_numpy(np.array(gguf.quants.dequantize(packed, kind)))
 
     from llama.checkpoint.gguf import Blocks, array_of
 
@@ -117,15 +118,20 @@ def test_low_bit_weights_load_onto_ranks_and_equal_the_whole(tmp_path):
             assert torch.equal(parameter, expected), name
 
 
-def test_packed_blocks_of_a_rank_are_the_bytes_in_the_file():
-    checkpoint = open_checkpoint(default_model())
-    wo = next(weight for weight in checkpoint.weights() if weight.name == "layers.3.attention.wo.weight")
-    stored = next(t for t in gguf.GGUFReader(default_model()).tensors if t.name == "blk.3.attn_output.weight")
+def test_packed_blocks_of_a_rank_are_the_bytes_in_the_file(tmp_path):
+    args, weights = sample(dim=96, n_heads=6, n_kv_heads=3, multiple_of=96)
+    path = write_gguf(tmp_path / "model.gguf", args, weights, Kind.Q4_1)
+    wo = next(
+        weight for weight in open_checkpoint(path).weights() if weight.name == "layers.1.attention.wo.weight"
+    )
+    stored = next(
+        tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.1.attn_output.weight"
+    )
     packed, kind = wo.part(1, 2, 3).read_packed()
     assert kind == stored.tensor_type.name == "Q4_1"
     assert torch.equal(packed, torch.tensor(np.split(stored.data, 3, axis=1)[2]))
     packed, _ = wo.part(0, 1, 3).read_packed(0, 5, 7)
-    assert torch.equal(packed, torch.tensor(stored.data[197:199]))
+    assert torch.equal(packed, torch.tensor(stored.data[37:39]))
     with pytest.raises(ValueError, match="is cut along dimension 1"):
         wo.part(1, 2, 3).read_packed(0, 0, 1)
 

@@ -4,8 +4,7 @@ import torch
 from conftest import ByteTokenizer, tiny_args, tiny_model, tiny_weights
 
 from llama.engine import Engine, StopText
-from llama.generation import BLOCK_SIZE
-from llama.runner import Batch, Runner
+from llama.runner import BLOCK_SIZE, Batch, Runner
 from llama.sampling import SamplingParams
 from llama.scheduler import Scheduler
 

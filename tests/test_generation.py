@@ -10,7 +10,8 @@ from conftest import tiny_args, tiny_weights
 from models import save_meta, save_tokenizer
 
 from llama import Llama, SamplingParams, Tokenizer
-from llama.generation import UNSAFE_ERROR, choose_dtype
+from llama.device import choose_dtype
+from llama.generation import UNSAFE_ERROR
 
 ARGS = tiny_args(vocab_size=400)
 DIALOG = [
@@ -254,6 +255,34 @@ def test_several_answers_come_prompt_by_prompt(llm):
     assert together[:3] == llm.complete(["quick"], params)
 
 
+def test_score_gives_every_token_its_logprob(llm):
+    prompts = [[1, 9, 8, 77, 30], [1, 5]]
+    for prompt, entries in zip(prompts, llm.score(prompts), strict=True):
+        scores = slow.logits(tiny_weights(ARGS), ARGS, prompt).log_softmax(-1)
+        assert entries[0] is None
+        assert [entry.token for entry in entries[1:]] == prompt[1:]
+        expected = [scores[i, token].item() for i, token in enumerate(prompt[1:])]
+        assert [entry.logprob for entry in entries[1:]] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_embed_pools_the_normalised_states(llm, pooling):
+    prompts = [[1, 9, 8, 77, 30], [1, 5], [1, *range(100, 160)]]
+    found = llm.embed(prompts, pooling)
+    weights = tiny_weights(ARGS)
+    identity = weights | {"output.weight": torch.eye(ARGS.dim)}  # logits that are the states
+    for prompt, row in zip(prompts, found, strict=True):
+        states = slow.logits(identity, ARGS, prompt)
+        expected = states.mean(0) if pooling == "mean" else states[-1]
+        torch.testing.assert_close(row, expected / expected.norm(), rtol=0, atol=1e-5)
+    assert llm.embed([], pooling).shape[0] == 0
+
+
+def test_an_unknown_pooling_is_refused(llm):
+    with pytest.raises(ValueError, match="pooling is 'max': give mean or last"):
+        llm.embed([[1, 2]], "max")
+
+
 def test_streamed_pieces_join_to_the_completion(llm):
     params = SamplingParams(temperature=1.0, seed=3, max_tokens=30)
     [completion] = llm.complete(["quick fox"], params)
@@ -282,7 +311,7 @@ def test_a_stream_has_one_answer(llm):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda llm: llm.complete("quick"), "prompts is one string"),
+        (lambda llm: llm.complete("quick"), "one string was given"),
         (lambda llm: llm.complete(["a", "b"], [SamplingParams()]), "1 params were given for 2 prompts"),
         (lambda llm: llm.complete(["a"], SamplingParams(stop_token_ids=(400,))), "vocabulary"),
     ],

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "llama"
 
 ROWS = [
-    {"parallel", "scheduler", "tokenizer", "vocabulary", "kernels", "linear", "cache"},
+    {"parallel", "scheduler", "tokenizer", "vocabulary", "kernels", "linear", "cache", "device", "progress"},
     {"model", "sampling", "quantization", "chat"},
     {"checkpoint", "runner"},
     {"engine"},

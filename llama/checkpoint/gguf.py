@@ -50,6 +50,7 @@ class Blocks:
         return self.header.nbytes
 
     def read(self, dim: int, start: int, stop: int) -> Tensor:
+        import numpy
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -60,7 +61,8 @@ class Blocks:
             else (start // block * block, -(-stop // block) * block)
         )
         packed = self.packed(dim, first, last)
-        values = torch.from_numpy(dequantize(packed.numpy(), GGMLQuantizationType(self.header.kind)))
+        with numpy.errstate(all="ignore"):  # a damaged block may hold infinity; that is for others to find
+            values = torch.from_numpy(dequantize(packed.numpy(), GGMLQuantizationType(self.header.kind)))
         return values.narrow(dim, start - first, stop - start)
 
     def packed(self, dim: int, start: int, stop: int) -> Tensor:

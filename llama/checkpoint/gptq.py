@@ -172,9 +172,11 @@ def _matrix(
     missing = [part for part in PARTS[:3] if part not in parts]
     if missing:
         raise CheckpointError(f"{file}: {module}.{missing[0]}: is missing")
+    for part, array in parts.items():
+        if len(array.shape) != (1 if part == "g_idx" else 2):
+            raise CheckpointError(f"{file}: {module}.{part}: has shape {list(array.shape)}")
     matrix = layout(*(parts.get(part) for part in PARTS), zero_offset=zero_offset)
-    outputs, inputs = matrix.scales.shape[-1], matrix.qweight.shape[0] * (8 if layout is GptqMatrix else 1)
-    num_groups = matrix.scales.shape[0]
+    (outputs, inputs), num_groups = matrix.shape, matrix.scales.shape[0]
     expected = {
         "qweight": (inputs // 8, outputs) if layout is GptqMatrix else (inputs, outputs // 8),
         "qzeros": (num_groups, outputs // 8),

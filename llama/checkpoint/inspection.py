@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from ..cache import CacheShape, free_memory
+from ..cache import CacheShape
+from ..device import free_memory
 from ..model import ModelArgs, check_divides
 from ..quantization import FORMATS
 from .load import split_dim

@@ -79,6 +79,8 @@ class Joined:
 
     def read(self, dim: int, start: int, stop: int) -> Tensor:
         parts = [piece.read(*within) for piece, within in self._overlaps(dim, start, stop)]
+        if not parts:
+            return self.pieces[0].read(dim, 0, 0)
         return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
 
     def _overlaps(self, dim: int, start: int, stop: int) -> Iterator[tuple[Array, tuple[int, int, int]]]:

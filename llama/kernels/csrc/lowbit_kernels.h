@@ -122,6 +122,14 @@ struct Q6K {
   }
 };
 
+#ifndef PREROWS
+#define PREROWS 2
+#endif
+#ifndef PREDIST
+#define PREDIST 4096
+#endif
+constexpr int64_t kPrefetch = PREDIST;
+
 template <class Format>
 struct Walk {  // the blocks of one tile, in order
   Block now;
@@ -129,6 +137,13 @@ struct Walk {  // the blocks of one tile, in order
     for (int i = 0; i < 4; ++i) {
       now.field[i] = packed + tile * blocks * kTile * Format::sizes[i];
       packed += tiles * blocks * kTile * Format::sizes[i];
+    }
+  }
+  // The processor's own prefetching stops at the end of each page; a few rows have no work to hide that behind.
+  void prefetch() {
+    for (int i = 0; i < 4; ++i) {
+      LLAMA_UNROLL
+      for (int at = 0; at < kTile * Format::sizes[i]; at += 64) __builtin_prefetch(now.field[i] + kPrefetch*(i==0?1:0)+ (i?kPrefetch*Format::sizes[i]/Format::sizes[0]:0) + at);
     }
   }
   void next() {
@@ -153,6 +168,7 @@ void product_rows(const uint8_t* packed, int64_t tiles, int64_t tile, const Acti
 
   Walk<Format> walk(packed, tiles, tile, blocks);
   for (int64_t b = 0; b < blocks; ++b, walk.next()) {
+    if constexpr (rows <= PREROWS) walk.prefetch();
     for_groups(std::make_integer_sequence<int, groups>(), [&](auto group) {
       constexpr int g = decltype(group)::value;
       typename Simd::Ints acc[rows];

@@ -1,0 +1,22 @@
+"""A progress bar where a person is looking."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
+
+@contextmanager
+def progress_bar(title: str, show: bool) -> Iterator[Callable[[int, int], None] | None]:
+    """A bar on a terminal's standard error; nothing in a pipe. Yields progress(bytes done, bytes in all)."""
+    if not (show and sys.stderr.isatty()):
+        yield None
+        return
+    columns = (TextColumn(title), BarColumn(), DownloadColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(title)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -10,9 +10,11 @@ from typing import Annotated
 
 import typer
 
-from llama import terminal
+from llama import checkpoint, report, terminal
+from llama.batch import Batch
 from llama.chat import DEFAULT_SYSTEM_PROMPT
 from llama.generation import Llama
+from llama.progress import progress_bar
 from llama.sampling import SamplingParams
 
 app = typer.Typer(
@@ -148,6 +150,119 @@ def complete(
             print(piece, end="", flush=True)
     if llm.rank == 0:
         print()
+
+
+@app.command()
+def batch(
+    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="One request a line.")],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT.jsonl", help="One answer a line; a stopped job goes on.")
+    ],
+    model: Annotated[str | None, typer.Option(help="A checkpoint; the embedded default if left out.")] = None,
+    tokenizer: Tokenizer = None,
+    chat_format: ChatFormat = None,
+    max_seq_len: MaxSeqLen = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+) -> None:
+    """Answer a file of requests in OpenAI's batch format."""
+    if not source.is_file():
+        raise FileNotFoundError(f"{source}: no such file; give a file with one request a line")
+    llm = build(
+        model,
+        tokenizer_path=tokenizer,
+        max_seq_len=max_seq_len,
+        chat_format=chat_format,
+        device=device,
+        dtype=dtype,
+    )
+    counts = report.run_batch(Batch(llm, source, target))
+    if llm.rank == 0 and counts.failed:
+        sys.exit(1)
+
+
+@app.command()
+def convert(
+    source: Annotated[str | None, typer.Argument(metavar="SRC", help="A checkpoint of any format.")] = None,
+    target: Annotated[
+        Path | None, typer.Argument(metavar="DST", help="A directory, or a .gguf file.")
+    ] = None,
+    to: Annotated[str, typer.Option(help="meta, hf or gguf.")] = "hf",
+    shards: Annotated[int | None, typer.Option(min=1, help="How many weight files.")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="The most bytes of a file, as 5GB (hf).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; as stored if left out.")] = None,
+    input_dir: Annotated[Path | None, typer.Option("--input_dir", hidden=True)] = None,
+    output_dir: Annotated[Path | None, typer.Option("--output_dir", hidden=True)] = None,
+    model_size: Annotated[str | None, typer.Option("--model_size", hidden=True)] = None,
+) -> None:
+    """Write a checkpoint in another format.
+
+    The old converter's --input_dir, --model_size and --output_dir work too.
+    """
+    source = source or (input_dir and str(checkpoint.legacy_source(input_dir, model_size or "")))
+    target = target or output_dir
+    if source is None or target is None:
+        raise WrongCall("give SRC and DST: llama convert llama-2-7b llama-2-7b-hf --to hf")
+    with progress_bar("Writing", show=True) as advance:
+        warnings = checkpoint.convert(
+            checkpoint.resolve(source),
+            target,
+            to,
+            shards=shards,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            progress=advance,
+        )
+    for warning in warnings:
+        print(f"llama: warning: {warning}", file=sys.stderr)
+
+
+@app.command()
+def inspect(
+    model: Model = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Add the memory that it will take.")] = False,
+    max_seq_len: MaxSeqLen = None,
+    max_batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the model.")] = 1,
+) -> None:
+    """Show what a checkpoint is, from its headers alone."""
+    found = checkpoint.inspect(path_of(model))
+    report.show_inspection(found)
+    if estimate:
+        report.show_estimates(
+            checkpoint.estimate(
+                found.args, max_seq_len=max_seq_len, max_batch_size=max_batch_size, world_size=ranks
+            )
+        )
+
+
+@app.command()
+def verify(model: Model = None) -> None:
+    """Check sums, index, shapes and values; exit status 1 if something is wrong."""
+    if not report.show_findings(checkpoint.verify(path_of(model))):
+        sys.exit(1)
+
+
+@app.command()
+def perplexity(
+    model: Model = None,
+    file: Annotated[Path | None, typer.Option(help="The text to predict.")] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Tokens of the sliding window.")] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="By how many tokens it moves on.")] = None,
+    tokenizer: Tokenizer = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+) -> None:
+    """Measure how well a model predicts a text."""
+    if file is None:
+        raise WrongCall("give the text: --file TEXT")
+    text = file.read_text(encoding="utf-8")
+    llm = build(model, tokenizer_path=tokenizer, max_seq_len=window, device=device, dtype=dtype)
+    report.show_perplexity(llm, text, window, stride)
+
+
+def path_of(model: str | None) -> Path:
+    return checkpoint.default_model() if model is None else checkpoint.resolve(model)
 
 
 def names_a_model(argument: str) -> bool:

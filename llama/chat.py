@@ -370,7 +370,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
-    BUDGET, PER_CHARACTER, STEP = 1 << 24, 256, 64
+    BUDGET, PER_CHARACTER, STEP = 1 << 24, 256, 256
 
     def __init__(self) -> None:
         extensions = [GenerationBlock, LoopControlExtension]

@@ -24,7 +24,7 @@ from llama.chat import (
     Role,
     choose_format,
 )
-from llama.checkpoint import default_model, load_weights, open_checkpoint
+from llama.checkpoint import default_model, load_weights, open_checkpoint, resolve
 from llama.device import choose_device, choose_dtype
 from llama.engine import Engine, Event, Logprob
 from llama.model import ModelArgs, Transformer
@@ -106,7 +106,8 @@ class Llama:
         """Loads a checkpoint of any format.
 
         Args:
-            ckpt_dir: a Meta or Hugging Face directory or a .gguf file; None is the embedded default model.
+            ckpt_dir: a Meta or Hugging Face directory, a .gguf file, or org/name of the hub; None is the
+                embedded default model.
             tokenizer_path: None looks in the checkpoint, beside it, and one directory above.
             max_seq_len: the most tokens of a prompt and its answer together; None is the model's context.
             max_batch_size: how many sequences to expect at once. Longer lists are scheduled, not refused.
@@ -121,7 +122,7 @@ class Llama:
         Raises FileNotFoundError or ValueError, in one line, for what cannot be loaded.
         """
         started = time.time()
-        checkpoint = open_checkpoint(default_model() if ckpt_dir is None else ckpt_dir)
+        checkpoint = open_checkpoint(default_model() if ckpt_dir is None else resolve(ckpt_dir))
         place = choose_device(device)
         group = parallel.start(model_parallel_size, place.type)
         tokenizer = Tokenizer(str(find_tokenizer(checkpoint.tokenizer_path, tokenizer_path, checkpoint.path)))
@@ -214,7 +215,7 @@ class Llama:
     ) -> list[CompletionPrediction]:
         """Continues each text: [{"generation": text}], with "tokens" and "logprobs" if asked for."""
         params = self._reference_params(max_gen_len, temperature, top_p, logprobs, echo)
-        completions = answered(self._complete(self._tokens(prompts), [params] * len(prompts)))
+        completions = answered(self._complete(self.prompt_tokens(prompts), [params] * len(prompts)))
         return [{"generation": c.text, **self._details(c, logprobs)} for c in completions]
 
     def chat_completion(
@@ -241,7 +242,7 @@ class Llama:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
     ) -> list[Completion]:
         """Continues texts or lists of token ids; `params` are for all, or one for each. n > 1: prompt-major."""
-        tokens = self._tokens(prompts)
+        tokens = self.prompt_tokens(prompts)
         return self._complete(tokens, self._resolved(params, len(tokens)))
 
     def chat(
@@ -257,18 +258,11 @@ class Llama:
 
     def embed(self, texts: Sequence[str | list[int]], pooling: str = "mean") -> torch.Tensor:
         """One vector of length 1 a text, (texts, dim) float32: the "mean" of its states, or the "last" one."""
-        requests = list(zip(self._tokens(texts), self._resolved(None, len(texts)), strict=True))
-        for prompt, params in requests:
-            self.engine.check(prompt, params, pooling)
-        events = self._led(lambda: self.engine.run(requests, pooling), Event)
-        vectors = {event.request_id: event.embedding for event in events}
-        rows = torch.tensor([vectors[place] for place in range(len(requests))])
-        rows = rows.reshape(-1, self.model.params.dim)
-        return torch.nn.functional.normalize(rows)
+        return self.vectors(self.prompt_tokens(texts), self._resolved(None, 1)[0], pooling)
 
     def stream_text(self, prompt: str | list[int], params: SamplingParams | None = None) -> Iterator[str]:
         """The pieces of one continuation as they come; joined they are `complete`'s text."""
-        [tokens] = self._tokens([prompt])
+        [tokens] = self.prompt_tokens([prompt])
         for event in self.stream(tokens, self._resolved(params, 1)[0]):
             yield event.text
 
@@ -277,7 +271,7 @@ class Llama:
         if self.chat_format.is_unsafe(dialog):
             yield UNSAFE_ERROR
             return
-        params = self._with_stops(self._resolved(params, 1)[0])
+        params = self.with_stops(self._resolved(params, 1)[0])
         for event in self.stream(self.chat_format.encode(dialog), params):
             yield event.text
 
@@ -316,12 +310,35 @@ class Llama:
                 raise RuntimeError(event.error)
             yield event
 
-    # ---- how it is done
+    # ---- what other callers of the engine need
 
-    def _tokens(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+    def prompt_tokens(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        """Texts as ids, with BOS where the tokenizer wants one; lists of ids as they are."""
         if isinstance(prompts, str):
             raise ValueError("one string was given: give a list of them")
         return [self._encode(prompt) if isinstance(prompt, str) else list(prompt) for prompt in prompts]
+
+    def with_stops(self, params: SamplingParams) -> SamplingParams:
+        """The parameters with what ends an answer in this chat format."""
+        if params.ignore_eos:
+            return params
+        return replace(
+            params,
+            stop=(*params.stop, *self.chat_format.stop),
+            stop_token_ids=(*params.stop_token_ids, *self.chat_format.stop_ids),
+        )
+
+    def vectors(
+        self, prompts: list[list[int]], params: SamplingParams, pooling: str = "mean"
+    ) -> torch.Tensor:
+        """`embed` for token ids."""
+        for prompt in prompts:
+            self.engine.check(prompt, params, pooling)
+        return unit_vectors(
+            self._led(lambda: self.engine.run([(p, params) for p in prompts], pooling), Event)
+        )
+
+    # ---- how it is done
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, bos=self.tokenizer.add_bos, eos=False)
@@ -351,23 +368,13 @@ class Llama:
             )
         return [p.resolve(self.defaults) for p in params]
 
-    def _with_stops(self, params: SamplingParams) -> SamplingParams:
-        """The parameters with what ends an answer in this chat format."""
-        if params.ignore_eos:
-            return params
-        return replace(
-            params,
-            stop=(*params.stop, *self.chat_format.stop),
-            stop_token_ids=(*params.stop_token_ids, *self.chat_format.stop_ids),
-        )
-
     def _chat(self, dialogs: Sequence[Dialog], params: Sequence[SamplingParams]) -> list[Completion]:
         refused = Completion(UNSAFE_ERROR, [], "error", error=UNSAFE_ERROR)
         unsafe = [self.chat_format.is_unsafe(dialog) for dialog in dialogs]
         prompts = [self.chat_format.encode(dialog) for dialog in dialogs]
         asked = [i for i, refuse in enumerate(unsafe) if not refuse]
         answers = iter(
-            self._complete([prompts[i] for i in asked], [self._with_stops(params[i]) for i in asked])
+            self._complete([prompts[i] for i in asked], [self.with_stops(params[i]) for i in asked])
         )
         return [
             refused if refuse else next(answers)
@@ -460,6 +467,13 @@ def answered(completions: list[Completion]) -> list[Completion]:
         if completion.finish_reason == "error" and completion.text != UNSAFE_ERROR:
             raise RuntimeError(completion.error)
     return completions
+
+
+def unit_vectors(events: Iterable[Event]) -> torch.Tensor:
+    """The events' embeddings in the order of their requests, each of length 1: (requests, dim) float32."""
+    by_place = {event.request_id: event.embedding for event in events}
+    rows = [by_place[place] for place in sorted(by_place)]
+    return torch.nn.functional.normalize(torch.tensor(rows)) if rows else torch.empty(0, 0)
 
 
 def flat_logprobs(completion: Completion) -> list[float]:

@@ -29,6 +29,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from itertools import pairwise
 from operator import attrgetter
 
 
@@ -109,7 +110,7 @@ class SchedulerStats:
 def extents(blocks: Sequence[int]) -> list[tuple[int, int]]:
     """Runs of consecutive blocks as (first block, number of blocks): [7, 8, 9, 4] -> [(7, 3), (4, 1)]."""
     starts = [i for i, block in enumerate(blocks) if not i or block != blocks[i - 1] + 1]
-    return [(blocks[i], j - i) for i, j in zip(starts, [*starts[1:], len(blocks)], strict=True)]
+    return [(blocks[i], j - i) for i, j in pairwise([*starts, len(blocks)])]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -182,10 +183,10 @@ class PrefixCache:
             assert self._by_digest.get(entry.digest) is entry, f"block {block} is not under its digest"
 
 
-# The state of a block, one byte each, so that bytearray.find finds a free run at the speed of memory.
-FREE, PROMISED, CACHED, USED = (bytes([state]) for state in range(4))
-PROMISED_RUN = re.compile(PROMISED + b"+")
-GROWTH = 16  # blocks that a new run should have to spare, if evicting as many gives it that
+# The state of a block: one byte each, so that a free run, bytes(size), is found at the speed of memory.
+FREE, PROMISED, CACHED, USED = range(4)
+PROMISED_RUN = re.compile(bytes([PROMISED]) + b"+")
+GROWTH = 32  # blocks that a new run should have to spare, if evicting as many gives it that
 
 
 class BlockAllocator:
@@ -202,7 +203,7 @@ class BlockAllocator:
         self.prefixes = prefixes
         self.references = [0] * num_blocks
         self.evictable: OrderedDict[int, None] = OrderedDict()  # least recently used first
-        self._states = bytearray(FREE * num_blocks)
+        self._states = bytearray(num_blocks)
 
     @property
     def num_available(self) -> int:
@@ -221,20 +222,20 @@ class BlockAllocator:
         assert count <= self.num_available, f"{count} blocks wanted, {self.num_available} available"
         for taken in range(count):
             block = blocks[-1] + 1 if blocks else self.num_blocks
-            if self._states[block : block + 1] not in (FREE, PROMISED):  # also past the end
+            if block >= self.num_blocks or self._states[block] > PROMISED:
                 block = self._start_run(count - taken, room - taken)
-            self._states[block] = USED[0]
+            self._states[block] = USED
             self.references[block] = 1
             blocks.append(block)
         self.num_referenced += count
-        self._turn(blocks[-1] + 1, room - count, FREE + PROMISED, PROMISED)
+        self._turn(blocks[-1] + 1, room - count, (FREE, PROMISED), PROMISED)
 
     def share(self, blocks: Sequence[int]) -> None:
         """Hold cached or used blocks once more."""
         for block in blocks:
             if not self.references[block]:
                 del self.evictable[block]
-                self._states[block] = USED[0]
+                self._states[block] = USED
                 self.num_referenced += 1
             self.references[block] += 1
 
@@ -246,54 +247,54 @@ class BlockAllocator:
             self.references[block] -= 1
             if not self.references[block]:
                 self.num_referenced -= 1
-                self._states[block] = (CACHED if block in self.prefixes else FREE)[0]
+                self._states[block] = FREE
                 if block in self.prefixes:
+                    self._states[block] = CACHED
                     self.evictable[block] = None
         if blocks and not self.references[blocks[-1]]:
-            self._turn(blocks[-1] + 1, self.num_blocks, PROMISED, FREE)
+            self._turn(blocks[-1] + 1, self.num_blocks, (PROMISED,), FREE)
 
     def _start_run(self, need: int, room: int) -> int:
         """The first block of a new run, with all its room behind it or what comes nearest to that."""
         goal = min(room, need + GROWTH)
         start, size = self._find_free(room)
-        if size < goal:
-            for _ in range(min(goal, len(self.evictable))):
-                block, _ = self.evictable.popitem(last=False)
-                self.prefixes.forget(block)
-                self._states[block] = FREE[0]
+        for _ in range(min(goal, len(self.evictable))):
+            if size >= goal:
+                break
+            block, _ = self.evictable.popitem(last=False)
+            self.prefixes.forget(block)
+            self._states[block] = FREE
             start, size = self._find_free(goal)
-        if size < goal:  # the far half of the longest promise may be longer
+        if size < room:  # the far half of the longest promise may be longer
             longest = max(PROMISED_RUN.findall(self._states), key=len, default=b"")
             if len(longest) > 2 * size:
                 start = self._states.find(longest) + len(longest) // 2
-                self._turn(start, self.num_blocks, PROMISED, FREE)
+                self._turn(start, self.num_blocks, (PROMISED,), FREE)
         return start
 
     def _find_free(self, size: int) -> tuple[int, int]:
         """(start, size) of the first free run of that size, or a half, a quarter, ... of it; size 0: none."""
         start = -1
-        while size and (start := self._states.find(FREE * size)) < 0:
+        while size and (start := self._states.find(bytes(size))) < 0:
             size //= 2
         return start, size
 
-    def _turn(self, start: int, limit: int, old: bytes, new: bytes) -> None:
+    def _turn(self, start: int, limit: int, old: tuple[int, ...], new: int) -> None:
         """Give the run of `old` states from start on, at most `limit` blocks, the `new` state."""
         run = self._states[start : start + limit]
-        size = len(run) - len(run.lstrip(old))
-        self._states[start : start + size] = new * size
+        size = len(run) - len(run.lstrip(bytes(old)))
+        self._states[start : start + size] = bytes([new]) * size
 
     def check(self, holders: Counter[int]) -> None:
         """Assert that each block is in the one state that its holders (tables with that block) call for."""
-        for block, count in enumerate(self.references):
+        for block, (count, state) in enumerate(zip(self.references, self._states, strict=True)):
+            behind = self._states[block - 1] if block else FREE
             assert count == holders[block], f"block {block}: {count} references, {holders[block]} holders"
-            state, before = self._states[block : block + 1], self._states[max(block - 1, 0) : block]
-            assert (state == USED) == (count > 0), f"block {block}: {count} references, state {state}"
+            assert (state == USED) == (count > 0), f"block {block}: {count} references in state {state}"
             assert (state == CACHED) == (block in self.prefixes and not count), f"block {block}: {state}"
-            assert (state == CACHED) == (block in self.evictable), f"block {block}: {state}"
-            assert state != PROMISED or before in (PROMISED, USED), f"block {block} is promised to nobody"
-        assert self.num_referenced == sum(count > 0 for count in self.references), (
-            "blocks in use: wrong count"
-        )
+            assert (state == CACHED) == (block in self.evictable), f"block {block}: evictable in {state}"
+            assert state != PROMISED or behind in (PROMISED, USED), f"block {block} is promised to nobody"
+        assert self.num_referenced == self.num_blocks - self.references.count(0), "miscounted blocks"
 
 
 class Scheduler:
@@ -350,7 +351,8 @@ class Scheduler:
     def fork(self, parent: Request, child: Request) -> None:
         """Add a request that begins with what the parent has computed, and shares the blocks of that.
 
-        It stands beside the parent in the order of service, and runs at once if max_running allows.
+        It stands beside the parent in the order of service, and runs at once if max_running allows and the
+        parent has left its prompt behind; else it waits and finds what is cached, as any other request.
         """
         shared = parent.num_computed_tokens
         if child.tokens[:shared] != parent.tokens[:shared] or child.salt != parent.salt:
@@ -358,8 +360,10 @@ class Scheduler:
         self._accept(child)
         child.arrival = parent.arrival
         child.num_prompt_tokens = parent.num_prompt_tokens
-        if parent.status is not Status.RUNNING or not shared or len(self.running) >= self.max_running:
-            return self._enqueue(child, Status.WAITING)
+        is_ready = parent.status is Status.RUNNING and parent.num_pending_tokens <= 1
+        if not is_ready or not shared or len(self.running) >= self.max_running:
+            self._enqueue(child, Status.WAITING)
+            return
         child.num_computed_tokens = shared
         child.num_cached_tokens = parent.num_cached_tokens
         child.digests = parent.digests[: shared // self.block_size]
@@ -396,7 +400,7 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """The next step; it has no slices only if no request is waiting or running."""
-        assert self._step is None, "the last step has not been advanced"
+        assert self._step is None or not self._step.slices, "the last step has not been advanced"
         slices: list[Slice] = []
         copies: list[tuple[int, int]] = []
         budget = self.max_step_tokens
@@ -457,10 +461,9 @@ class Scheduler:
         if not 0 < num_tokens <= most:
             raise ValueError(f"{name} has {num_tokens} tokens: give it 1 to max_total_tokens = {most}")
         size = self.allocator.num_blocks * self.block_size
-        if self._num_blocks_for(most) > self.allocator.num_blocks:
-            raise RequestTooLarge(
-                f"{name} may grow to {most} tokens, the cache holds {size}: shorten it or enlarge the cache"
-            )
+        if most > size:
+            advice = "shorten it, lower max_tokens or raise kv_cache_memory"
+            raise RequestTooLarge(f"{name} may grow to {most} tokens, the cache holds {size}: {advice}")
 
     def _enqueue(self, request: Request, status: Status) -> None:
         request.status = status
@@ -483,9 +486,8 @@ class Scheduler:
         if num_revived + num_missing + len(self.running) > self.allocator.num_available:
             return False
         self.allocator.share(blocks)
-        room = self._num_blocks_for(request.max_total_tokens) - len(blocks)
-        self.allocator.allocate(blocks, num_missing, room)
-        request.prefix, request.blocks, request.extents = prefix, blocks, extents(blocks)
+        request.prefix, request.blocks = prefix, blocks
+        self._grow(request, num_missing)
         request.num_computed_tokens = len(prefix) * self.block_size
         if not request.num_preemptions:
             request.num_cached_tokens = request.num_computed_tokens
@@ -499,33 +501,25 @@ class Scheduler:
         start, blocks = request.num_computed_tokens, request.blocks
         index = start // self.block_size
         while True:
-            copy = index < len(blocks) and not self.allocator.is_writable(blocks[index])
-            num_missing = max(0, self._num_blocks_for(start + count) - len(blocks))
-            if copy + num_missing <= self.allocator.num_available or self.running[-1] is request:
+            is_shared = index < len(blocks) and not self.allocator.is_writable(blocks[index])
+            num_wanted = max(0, self._num_blocks_for(start + count) - len(blocks)) + is_shared
+            if num_wanted <= self.allocator.num_available or self.running[-1] is request:
                 break
             self.preempt(self.running[-1])
-        if not copy and not num_missing:
-            return count
-        if copy and not self.allocator.num_available:
+        num_new = min(num_wanted, self.allocator.num_available)
+        if is_shared and not num_new:
             return 0
-        if copy:
-            copies.append(self._copy_block(request, index))
-        num_missing = min(num_missing, self.allocator.num_available)
-        if num_missing:
-            room = self._num_blocks_for(request.max_total_tokens) - len(blocks)
-            self.allocator.allocate(blocks, num_missing, room)
-        request.extents = extents(blocks)
+        if num_new:
+            shared = [blocks.pop()] if is_shared else []  # a block that is not full is the last
+            self._grow(request, num_new)
+            copies += [(source, blocks[index]) for source in shared]
+            self.allocator.free(shared)
         return min(count, len(blocks) * self.block_size - start)
 
-    def _copy_block(self, request: Request, index: int) -> tuple[int, int]:
-        """Put a fresh block in the place of one that others read: (source, destination) of the copy."""
-        source, fresh = request.blocks[index], []
-        is_last = index == len(request.blocks) - 1
-        room = self._num_blocks_for(request.max_total_tokens) - index if is_last else 1
-        self.allocator.allocate(fresh, 1, room)
-        self.allocator.free([source])
-        request.blocks[index] = fresh[0]
-        return source, fresh[0]
+    def _grow(self, request: Request, num_blocks: int) -> None:
+        room = self._num_blocks_for(request.max_total_tokens) - len(request.blocks)
+        self.allocator.allocate(request.blocks, num_blocks, room)
+        request.extents = extents(request.blocks)
 
     def check(self) -> None:
         """Assert every invariant. It walks the whole pool: for tests and idle moments."""

@@ -511,8 +511,9 @@ class Tokenizer:
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         """The ids of `s` as ordinary text, with BOS in front and EOS behind where asked.
 
-        Half of a surrogate pair, which is no character, counts as U+FFFD. Raises ValueError if BOS or EOS is asked
-        for and the vocabulary has none.
+        Half of a surrogate pair, which is no character, counts as U+FFFD. Bytes that a byte-level vocabulary lacks
+        (SmolLM2's: a few control characters) are left out. Raises ValueError if BOS or EOS is asked for and the
+        vocabulary has none.
         """
         if not isinstance(s, str):
             raise TypeError(f"encode takes a str, not {type(s).__name__}")

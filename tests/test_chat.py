@@ -742,7 +742,7 @@ def test_a_template_that_reaches_for_python_is_refused_and_does_nothing(template
 
 
 BOMBS = [
-    "{{ 'a' * 10 ** 10 }}",
+    "{{ 'a' * 9999999999 }}",
     "{{ 10 ** 10 ** 10 }}",
     "{{ [1] * 10 ** 9 }}",
     "{% for i in range(10 ** 9) %}{% endfor %}",
@@ -759,20 +759,37 @@ BOMBS = [
     "{{ 'a' | center(10 ** 9) }}",
     "{{ 'a'.ljust(10 ** 9) }}",
     "{{ 'a' | indent(10 ** 9, true) }}",
-    "{{ '%0999999999d' % 1 }}",
-    "{{ '{:>999999999}'.format(1) }}",
-    "{{ '%0999999999d' | format(1) }}",
-    "{{ lipsum(n=10 ** 6) }}",
+    "{% macro m(n) %}{% if n %}{% set a = m(n - 1) %}{% set b = m(n - 1) %}{% endif %}{% endmacro %}{{ m(50) }}",
     "{{ (['a' * 10000] * 10000) | join }}",
     "{{ range(99999) | map('center', 99999) | list }}",
+    "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
+    "{% set t = 'a' * 9999 %}{% for i in range(99999) %}{{ t }}{% endfor %}",
+    "{% set n = namespace(l=[]) %}{% for i in range(9999) %}{% set n.l = n.l + ['a' * 9999] %}{% endfor %}",
 ]
+STOPPED = "longer or writes more than any prompt|larger than any prompt|Range too big|recursion depth"
 
 
 @pytest.mark.parametrize("template", BOMBS)
 def test_a_template_that_runs_or_grows_without_end_is_stopped(template):
-    with pytest.raises(ChatFormatError) as error:
+    with pytest.raises(ChatFormatError, match=STOPPED) as error:  # and not by the end of memory
         render(template)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{{ '%0999999999d' % 1 }}", "a format may not have a width of more than three digits"),
+        ("{{ '%*d' % (999999999, 1) }}", "a format may not have a width of more than three digits"),
+        ("{{ '{:>999999999}'.format(1) }}", "a format may not have a width of more than three digits"),
+        ("{{ '{:{}}'.format(1, 999999999) }}", "it makes a value larger than any prompt"),
+        ("{{ '%0999999999d' | format(1) }}", "No filter named 'format'"),
+        ("{{ lipsum(n=999999) }}", "'lipsum' is undefined"),
+    ],
+)
+def test_a_format_cannot_make_a_short_value_long(template, message):
+    with pytest.raises(ChatFormatError, match=message):
+        render(template)
 
 
 def test_a_long_dialog_is_within_the_bounds():

@@ -100,7 +100,11 @@ def test_llama_3_2_small_models_are_scaled_by_32_though_their_files_do_not_say_s
 ):
     shape = {"dim": dim, "n_layers": n_layers, "n_heads": 8, "use_scaled_rope": True}
     (tmp_path / "params.json").write_text(json.dumps(shape))
-    torch.save({"tok_embeddings.weight": torch.zeros(4, dim)}, tmp_path / "consolidated.00.pth")
+    weights = {
+        "tok_embeddings.weight": torch.zeros(4, dim),
+        f"layers.{n_layers - 1}.ffn_norm.weight": torch.zeros(dim),
+    }
+    torch.save(weights, tmp_path / "consolidated.00.pth")
     assert open_checkpoint(tmp_path).args.rope_scaling.factor == factor
 
 
@@ -144,6 +148,7 @@ def test_keys_that_change_the_mathematics_are_refused_by_name(model, key):
         ({"dim": 10**30}, "a whole number from 1 to 2147483647 is allowed"),
         ({"n_layers": 0}, "n_layers is 0"),
         ({"n_layers": 10**6}, "1000000 layers; up to 10000 are allowed"),
+        ({"n_layers": 3}, "the config says 3 layers, but 2 are stored"),
         ({"n_heads": 7, "n_kv_heads": 4}, "7 heads cannot share 4 key/value heads"),
         ({"n_heads": 64, "n_kv_heads": 64}, "head_dim 1 is odd"),
         ({"norm_eps": -1}, "norm_eps is -1, but a number from"),

@@ -15,12 +15,15 @@ ROWS = [
     {"checkpoint", "runner"},
     {"engine"},
     {"generation"},
-    {"terminal", "__main__", "__init__"},
+    {"perplexity", "protocol", "batch"},
+    {"terminal", "report", "__main__", "__init__"},
 ]
 NEIGHBOURS = {
     ("cache", "kernels"),
     ("tokenizer", "vocabulary"),
     ("__main__", "terminal"),
+    ("__main__", "report"),
+    ("batch", "protocol"),
     ("checkpoint", "checkpoint"),
     ("kernels", "kernels"),
 }

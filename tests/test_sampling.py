@@ -78,33 +78,27 @@ def twin_kept(logits, params):
     return kept
 
 
-def twin_token(logits, row, draw):
-    """The token at `draw` of the cumulated probabilities, in the order of the vocabulary; None: there is none."""
-    changed = twin_changed(logits, row)
-    changed[list(row.banned)] = -np.inf
-    if not np.isfinite(max(changed)):
-        return None
-    if row.params.temperature <= 0:
-        return int(np.argmax(changed))
-    kept = twin_kept(changed, row.params)
-    target, passed = draw * sum(kept.values()), 0.0
-    for token in sorted(kept):
-        passed += kept[token]
-        if passed > target:
-            return token
-    return max(token for token, mass in kept.items() if mass > 0)
-
-
 def twin_tokens(logits, row, draw, slack=1e-5):
-    """Every token that float32 may come to: the draw or a threshold may lie just beside a boundary."""
-    nearby = []
+    """The token at `draw` of the probabilities added up in the order of the vocabulary; {None}: there is none.
+
+    All of those that float32 may come to: the draw and the thresholds may lie just beside a boundary.
+    """
+    changed = twin_changed(logits, row)
+    changed[list(row.banned)] = -INF
+    if not np.isfinite(max(changed)):
+        return {None}
+    if row.params.temperature <= 0:
+        return {int(np.argmax(changed))}
+    tokens = set()
     for by in (-slack, 0.0, slack):
         top_p, min_p = (min(1.0, max(0.0, x * (1 + by))) for x in (row.params.top_p, row.params.min_p))
-        near = replace(row, params=replace(row.params, top_p=top_p, min_p=min_p))
-        nearby += [
-            twin_token(logits, near, min(ALMOST_ONE, max(0.0, draw + d))) for d in (-slack, 0.0, slack)
-        ]
-    return set(nearby)
+        kept = twin_kept(changed, replace(row.params, top_p=top_p, min_p=min_p))
+        total, passed = sum(kept.values()), 0.0
+        for token in sorted(kept):
+            before, passed = passed, passed + kept[token]
+            if before < passed and before <= (draw + slack) * total and passed >= (draw - slack) * total:
+                tokens.add(token)
+    return tokens
 
 
 @st.composite
@@ -133,7 +127,7 @@ def batches(draw):
     return torch.tensor(logits), rows, numbers
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(batches(), st.sampled_from([1, 2, 256]))
 def test_every_row_of_a_batch_gets_the_token_of_the_slow_twin(batch, leading):
     logits, rows, numbers = batch
@@ -143,7 +137,7 @@ def test_every_row_of_a_batch_gets_the_token_of_the_slow_twin(batch, leading):
         assert (token if sampled.finite[i] else None) in twin_tokens(logits[i].numpy(), rows[i], numbers[i])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(batches())
 def test_penalties_and_bias_equal_the_twin_to_the_bit(batch):
     logits, rows, _ = batch
@@ -159,7 +153,7 @@ def test_penalties_and_bias_equal_the_twin_to_the_bit(batch):
         assert seen[i].tolist() == twin_changed(logits[i].numpy(), r).tolist()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(batches())
 def test_a_batch_equals_its_rows_alone_and_any_amount_of_ranking(batch):
     logits, rows, _ = batch
@@ -270,7 +264,7 @@ def test_only_rows_with_a_wide_nucleus_are_looked_at_again():
     assert seen == [(1,)]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(
     st.lists(st.one_of(st.sampled_from([0.0, 1.0, 2.5, INF]), st.floats(0, 2.0**100, width=32)), min_size=1),
     st.data(),

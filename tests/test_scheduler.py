@@ -7,10 +7,17 @@ is right exactly if every position that it attends to holds the history of its o
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import random
+import sys
 from collections.abc import Callable
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -21,11 +28,18 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+import llama.scheduler
 from llama.scheduler import (
+    BlockAllocator,
+    PrefixCache,
     Request,
+    RequestTooLarge,
     Scheduler,
+    SchedulerStats,
+    Slice,
     Status,
     Step,
+    extents,
 )
 
 
@@ -36,10 +50,10 @@ class Simulation:
         self.scheduler = scheduler
         self.alive: list[Request] = []
         self.memory: dict[int, int] = {}  # slot -> history
-        self.histories: dict[tuple[int | bytes, int], int] = {}  # (parent history or salt, token) -> history
-        self.origins: list[tuple[int | bytes, int]] = []  # the same backwards
+        self.origins: dict[int, tuple[int | bytes, int]] = {}  # history -> (the one before or salt, token)
         self.lines: dict[Request, list[int]] = {}  # request -> the history of each of its tokens
         self.num_steps = 0
+        self.is_sound = True  # no check has failed
 
     def add(self, tokens: list[int], num_generated: int, **options: object) -> Request:
         request = Request(len(self.lines), list(tokens), len(tokens) + num_generated, **options)
@@ -63,6 +77,7 @@ class Simulation:
 
     def step(self, meanwhile: Callable[[], None] | None = None) -> Step:
         """One step of the engine; `meanwhile` happens between the run and advance."""
+        self.is_sound = False
         before = list(self.scheduler.running)
         step = self.scheduler.schedule()
         self.num_steps += 1
@@ -79,7 +94,7 @@ class Simulation:
                 continue
             if len(request.tokens) < request.max_total_tokens:
                 self.scheduler.append(request, self._sample(request))
-            else:
+            if len(request.tokens) == request.max_total_tokens:
                 self.finish(request)
         return step
 
@@ -95,8 +110,10 @@ class Simulation:
         assert self.scheduler.stats().num_referenced_blocks == 0
 
     def check(self) -> None:
+        self.is_sound = False
         self.scheduler.check()
         self._check_cached_blocks()
+        self.is_sound = True
 
     def _follow(self, request: Request) -> None:
         self.alive.append(request)
@@ -105,16 +122,15 @@ class Simulation:
     def _history(self, request: Request, position: int) -> int:
         line = self.lines[request]
         while len(line) <= position:
-            origin = (line[-1] if line else request.salt, request.tokens[len(line)])
-            if origin not in self.histories:
-                self.histories[origin] = len(self.origins)
-                self.origins.append(origin)
-            line.append(self.histories[origin])
+            before, token = line[-1] if line else request.salt, request.tokens[len(line)]
+            start = before if line else int.from_bytes(request.salt)
+            line.append((start * 1_000_003 + token + 1) % (2**61 - 1))
+            assert self.origins.setdefault(line[-1], (before, token)) == (before, token)
         return line[position]
 
     def _sample(self, request: Request) -> int:
         """A function of the history alone, as greedy sampling is."""
-        return self._history(request, len(request.tokens) - 1) * 7919 // 5 % 3
+        return self._history(request, len(request.tokens) - 1) % 7 % 3
 
     def _slots(self, blocks: list[int], start: int, end: int) -> list[int]:
         size = self.scheduler.block_size
@@ -252,7 +268,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.simulation.check()
 
     def teardown(self):
-        if hasattr(self, "simulation"):
+        if hasattr(self, "simulation") and self.simulation.is_sound:
             self.simulation.drain()
 
 
@@ -293,7 +309,9 @@ def skips_the_decrement_on_abort(monkeypatch):
 
 
 def counts_one_block_too_few(monkeypatch):
-    monkeypatch.setattr(Scheduler, "_num_blocks_for", lambda self, n: (n + self.block_size - 2) // self.block_size)
+    monkeypatch.setattr(
+        Scheduler, "_num_blocks_for", lambda self, n: (n + self.block_size - 2) // self.block_size
+    )
 
 
 def forgets_the_salt(monkeypatch):
@@ -439,32 +457,578 @@ def stalls_while_others_wait(monkeypatch):
     )
 
 
-FAULTS = [
-    skips_the_decrement_on_abort,
-    counts_one_block_too_few,
-    forgets_the_salt,
-    writes_to_shared_blocks,
-    forgets_to_order_the_copy,
-    advertises_blocks_before_they_are_computed,
-    evicts_referenced_blocks,
-    frees_shared_blocks_twice,
-    hashes_without_the_parent,
-    believes_a_digest,
-    resumes_a_preempted_request_where_it_was,
-    overruns_the_budget,
-    takes_the_last_token_from_the_cache,
-    preempts_the_oldest,
-    lets_the_newest_pass,
-    stalls_while_others_wait,
-]
+FAULTS = {  # and the words of the check that catches each
+    skips_the_decrement_on_abort: "references, . holders",
+    counts_one_block_too_few: "list index out of range|without slots",
+    forgets_the_salt: "reads another's keys|wrong salt",
+    writes_to_shared_blocks: "reads another's keys|before it is computed|wrong tokens",
+    forgets_to_order_the_copy: "reads another's keys",
+    advertises_blocks_before_they_are_computed: "before it is computed",
+    evicts_referenced_blocks: "evictable in 3",
+    frees_shared_blocks_twice: "references, . holders",
+    hashes_without_the_parent: "reads another's keys|wrong salt",
+    believes_a_digest: "reads another's keys",
+    resumes_a_preempted_request_where_it_was: "reads another's keys|computed without blocks",
+    overruns_the_budget: "over the budget",
+    takes_the_last_token_from_the_cache: "nothing to run|an empty or oversized slice",
+    preempts_the_oldest: "an older request was preempted|does not move|an empty step",
+    lets_the_newest_pass: "out of order|passed by another",
+    stalls_while_others_wait: "an empty step while requests are left",
+}
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_the_machine_catches_a_scheduler_that(fault, monkeypatch):
     fault(monkeypatch)
-    with pytest.raises((AssertionError, ValueError, KeyError, IndexError)) as caught:
-        run_state_machine_as_test(
-            SchedulerMachine,
-            settings=settings(max_examples=100, stateful_step_count=50, phases=[Phase.generate], **REPEATABLE),
-        )
-    print(repr(caught.value))
+    machine = settings(max_examples=100, stateful_step_count=50, phases=[Phase.generate], **REPEATABLE)
+    with pytest.raises((AssertionError, IndexError), match=FAULTS[fault]):
+        run_state_machine_as_test(SchedulerMachine, settings=machine)
+
+
+# -- steps
+
+
+def start(num_blocks: int = 64, block_size: int = 4, **options: object) -> Simulation:
+    return Simulation(Scheduler(num_blocks, block_size, **options))
+
+
+def shape(step: Step) -> list[tuple[int, int, int]]:
+    return [(part.request.id, part.start, part.count) for part in step.slices]
+
+
+def numbers(count: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(1000), k=count)
+
+
+def test_decoding_and_pieces_of_prompts_share_a_step():
+    simulation = start(block_size=16, max_step_tokens=40)
+    simulation.add(numbers(40, 1), 5)
+    assert shape(simulation.step()) == [(0, 0, 40)]
+    simulation.add(numbers(45, 2), 5)
+    simulation.add(numbers(9, 3), 5)
+    assert shape(simulation.step()) == [(0, 40, 1), (1, 0, 39)]
+    assert shape(simulation.step()) == [(0, 41, 1), (1, 39, 6), (2, 0, 9)]
+    assert shape(simulation.step()) == [(0, 42, 1), (1, 45, 1), (2, 9, 1)]
+
+
+def test_a_chunk_limits_every_slice():
+    simulation = start(max_step_tokens=40, chunk=16)
+    simulation.add(numbers(40, 1), 2)
+    simulation.add(numbers(20, 2), 2)
+    assert shape(simulation.step()) == [(0, 0, 16), (1, 0, 16)]
+    assert shape(simulation.step()) == [(0, 16, 16), (1, 16, 4)]
+    assert shape(simulation.step()) == [(0, 32, 8), (1, 20, 1)]
+
+
+def test_only_the_slice_that_ends_a_request_samples():
+    simulation = start(max_step_tokens=6)
+    request = simulation.add(numbers(8), 2)
+    assert [part.samples for part in simulation.scheduler.schedule().slices] == [False]
+    assert Slice(request, 6, 2).samples
+    assert not Slice(request, 6, 1).samples
+
+
+def test_a_prompt_never_holds_up_decoding_even_when_it_came_first():
+    simulation = start(max_step_tokens=8, max_running=8)
+    first = simulation.add(numbers(30, 1), 20)
+    others = [simulation.add([n], 20) for n in range(3)]
+    while first.num_pending_tokens > 1 or not all(other.num_computed_tokens for other in others):
+        simulation.step()
+    simulation.scheduler.preempt(first)
+    simulation.scheduler.prefixes.blocks.clear()  # nothing of it is found again
+    simulation.scheduler.prefixes._by_digest.clear()
+    simulation.scheduler.allocator.evictable.clear()
+    step = simulation.scheduler.schedule()
+    assert shape(step)[:3] == [(other.id, other.num_computed_tokens, 1) for other in others]
+    simulation.scheduler.advance(step)
+
+
+def test_a_step_smaller_than_the_number_of_decoding_requests_serves_the_oldest():
+    simulation = start(max_step_tokens=3)
+    requests = [simulation.add([n], 4) for n in range(5)]
+    simulation.step()
+    assert [part.request for part in simulation.step().slices] == requests[:3]
+    simulation.drain()
+
+
+def test_a_one_token_request_beside_eight_longest_prompts_starts_in_time():
+    simulation = start(num_blocks=8 * 256, block_size=4, max_step_tokens=64)
+    for seed in range(8):
+        simulation.add(numbers(1000, seed), 24)
+    short = simulation.add([1], 1)
+    while not short.num_computed_tokens:
+        simulation.step()
+    assert simulation.num_steps <= 2 * 64
+
+
+def test_with_a_chunk_a_short_request_runs_beside_the_first_pieces_of_long_prompts():
+    simulation = start(num_blocks=8 * 256, block_size=4, max_step_tokens=64, chunk=7)
+    for seed in range(8):
+        simulation.add(numbers(1000, seed), 24)
+    short = simulation.add([1], 1)
+    simulation.step()
+    assert short.num_computed_tokens == 1
+
+
+def test_no_more_than_max_running_requests_run():
+    simulation = start(max_running=2)
+    for n in range(4):
+        simulation.add([n], 3)
+    simulation.step()
+    stats = simulation.scheduler.stats()
+    assert (stats.num_running, stats.num_waiting) == (2, 2)
+    simulation.drain()
+
+
+def test_nobody_passes_a_waiting_request_that_is_too_large_for_now():
+    simulation = start(num_blocks=8)
+    simulation.add(numbers(16, 1), 4)
+    simulation.step()
+    large, small = simulation.add(numbers(20, 2), 4), simulation.add([1], 1)
+    simulation.step()
+    assert (large.status, small.status) == (Status.WAITING, Status.WAITING)
+    simulation.drain()
+
+
+def test_the_youngest_request_is_preempted_when_the_pool_is_full_and_still_finishes():
+    simulation = start(num_blocks=5, prefix_caching=False)
+    older, younger = simulation.add(numbers(8, 1), 12), simulation.add(numbers(4, 2), 12)
+    while not younger.num_preemptions:
+        simulation.step()
+    assert (older.status, younger.status, younger.num_computed_tokens) == (Status.RUNNING, Status.WAITING, 0)
+    simulation.drain()
+    assert older.num_preemptions == 0
+    assert len(younger.tokens) == 16
+
+
+def test_a_preempted_request_takes_its_old_place_and_finds_its_cached_blocks():
+    simulation = start(num_blocks=16)
+    first, second = simulation.add(numbers(10, 1), 5), simulation.add(numbers(10, 2), 5)
+    simulation.step()
+    simulation.scheduler.preempt(first)
+    simulation.scheduler.preempt(second)
+    assert simulation.scheduler.waiting == [first, second]
+    assert shape(simulation.step()) == [(0, 8, 3), (1, 8, 3)]
+    assert (first.num_preemptions, first.num_cached_tokens) == (1, 0)
+
+
+def test_outputs_do_not_change_when_requests_are_preempted_at_every_other_step():
+    def outputs(preempting: bool) -> tuple[list[list[int]], int]:
+        rng = random.Random(7)
+        simulation = start(num_blocks=40, block_size=16, max_running=16)
+        prompts = [numbers(40)[: rng.choice([0, 33])] + numbers(rng.randint(1, 60), n) for n in range(100)]
+        requests = [simulation.add(prompt, rng.randint(10, 60)) for prompt in prompts]
+        while simulation.alive:
+            simulation.step()
+            running = simulation.scheduler.running
+            if preempting and running and rng.random() < 0.5:
+                simulation.scheduler.preempt(rng.choice(running))
+        assert simulation.scheduler.stats().num_referenced_blocks == 0
+        return [request.tokens for request in requests], simulation.scheduler.stats().num_preemptions
+
+    (calm, _), (disturbed, num_preemptions) = outputs(False), outputs(True)
+    assert num_preemptions >= 200
+    assert disturbed == calm
+
+
+def test_the_same_calls_give_the_same_steps():
+    def trace() -> list:
+        rng = random.Random(3)
+        simulation = start(num_blocks=12, max_step_tokens=10)
+        steps = []
+        for _ in range(200):
+            if len(simulation.alive) < 5:
+                simulation.add(STORY[: rng.randint(1, 20)], rng.randint(1, 20))
+            step = simulation.step()
+            steps.append((shape(step), step.copies, [part.request.blocks[:] for part in step.slices]))
+        return steps
+
+    assert trace() == trace()
+
+
+def test_an_idle_scheduler_gives_empty_steps():
+    scheduler = Scheduler(4)
+    assert scheduler.schedule() == scheduler.schedule() == Step(())
+
+
+# -- what is refused
+
+
+def test_a_request_that_can_never_fit_is_refused_at_once():
+    scheduler = Scheduler(4, 16)
+    scheduler.add(Request(0, [1], 64))
+    advice = "shorten it, lower max_tokens or raise kv_cache_memory"
+    with pytest.raises(
+        RequestTooLarge, match=f"^request 1 may grow to 65 tokens, the cache holds 64: {advice}$"
+    ):
+        scheduler.add(Request(1, [1], 65))
+    assert scheduler.stats().num_waiting == 1
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most", "message"),
+    [
+        ([], 5, "request 7 has 0 tokens: give it 1 to max_total_tokens = 5"),
+        ([1, 2], 1, "request 7 has 2 tokens: give it 1 to max_total_tokens = 1"),
+    ],
+)
+def test_a_request_without_room_for_its_own_tokens_is_refused(tokens, most, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        Scheduler(4).add(Request(7, tokens, most))
+
+
+def test_a_request_is_added_once():
+    scheduler, request = Scheduler(4), Request(7, [1], 2)
+    scheduler.add(request)
+    with pytest.raises(ValueError, match=r"^request 7 is waiting: a request is added once$"):
+        scheduler.add(request)
+
+
+def test_a_request_is_finished_once():
+    scheduler, request = Scheduler(4), Request(7, [1], 2)
+    with pytest.raises(ValueError, match=r"^request 7 is new: there is nothing to finish$"):
+        scheduler.finish(request)
+    scheduler.add(request)
+    scheduler.finish(request)
+    with pytest.raises(ValueError, match=r"^request 7 is finished: there is nothing to finish$"):
+        scheduler.finish(request)
+
+
+def test_only_a_running_request_is_preempted():
+    scheduler, request = Scheduler(4), Request(7, [1], 2)
+    scheduler.add(request)
+    with pytest.raises(ValueError, match=r"^request 7 is waiting: there is nothing to preempt$"):
+        scheduler.preempt(request)
+
+
+@pytest.mark.parametrize(("tokens", "salt"), [([1, 2, 4], b""), ([1, 2], b""), ([1, 2, 3], b"a")])
+def test_a_child_must_begin_with_what_its_parent_has_computed(tokens, salt):
+    simulation = start()
+    parent = simulation.add([1, 2, 3], 4)
+    simulation.step()
+    with pytest.raises(ValueError, match=r"^request 9 cannot share with 0: other tokens or salt$"):
+        simulation.scheduler.fork(parent, Request(9, tokens, 9, salt))
+
+
+@pytest.mark.parametrize("name", ["num_blocks", "block_size", "max_step_tokens", "max_running", "chunk"])
+def test_every_size_is_at_least_one(name):
+    with pytest.raises(ValueError, match=f"^{name} is 0: it must be at least 1$"):
+        Scheduler(**{"num_blocks": 4, name: 0})
+
+
+def test_a_block_freed_twice_raises():
+    allocator = BlockAllocator(4, PrefixCache(4))
+    blocks: list[int] = []
+    allocator.allocate(blocks, 2, 2)
+    allocator.free(blocks)
+    with pytest.raises(ValueError, match=r"^block 1 is freed twice$"):
+        allocator.free(blocks)
+
+
+def test_misuse_by_the_engine_is_noticed():
+    simulation = start()
+    scheduler, request = simulation.scheduler, simulation.add([1, 2], 1)
+    step = scheduler.schedule()
+    with pytest.raises(AssertionError, match="the last step has not been advanced"):
+        scheduler.schedule()
+    with pytest.raises(AssertionError, match="only the last scheduled step is advanced, and once"):
+        scheduler.advance(Step(step.slices))
+    scheduler.advance(step)
+    with pytest.raises(AssertionError, match="request 0 has nothing to run: append its token or finish it"):
+        scheduler.schedule()
+    scheduler.append(request, 3)
+    with pytest.raises(AssertionError, match="request 0 has all its tokens"):
+        scheduler.append(request, 3)
+    scheduler.finish(request)
+    with pytest.raises(AssertionError, match="request 0 is not under way"):
+        scheduler.append(request, 3)
+
+
+# -- ends
+
+
+@pytest.mark.parametrize(("num_steps", "num_cached_blocks"), [(0, 0), (1, 1), (2, 2), (4, 3), (7, 6)])
+def test_an_abort_at_any_moment_gives_every_block_back(num_steps, num_cached_blocks):
+    simulation = start(max_step_tokens=4)
+    requests = [simulation.add(numbers(12, 1), 9), simulation.add(numbers(9, 2), 9)]
+    for _ in range(num_steps):
+        simulation.step()
+    for request in requests:
+        simulation.finish(request)
+        simulation.check()
+    assert simulation.scheduler.stats() == SchedulerStats(
+        num_running=0,
+        num_waiting=0,
+        num_blocks=64,
+        num_referenced_blocks=0,
+        num_cached_blocks=num_cached_blocks,
+        num_preemptions=0,
+    )
+
+
+def test_a_request_finished_during_its_step_is_not_advanced():
+    simulation = start()
+    request = simulation.add(numbers(8), 4)
+    simulation.step(meanwhile=lambda: simulation.finish(request))
+    assert simulation.scheduler.stats().num_cached_blocks == 0
+    simulation.drain()
+
+
+def test_a_token_sampled_for_a_request_that_was_preempted_meanwhile_is_kept():
+    simulation = start()
+    request = simulation.add(numbers(8), 4)
+    simulation.step(meanwhile=lambda: simulation.scheduler.preempt(request))
+    assert (request.status, len(request.tokens), request.num_computed_tokens) == (Status.WAITING, 9, 0)
+    simulation.drain()
+    assert len(request.tokens) == 12
+
+
+# -- cached prefixes
+
+
+def run_alone(simulation: Simulation, tokens: list[int], num_generated: int = 1, **options) -> Request:
+    request = simulation.add(tokens, num_generated, **options)
+    simulation.drain()
+    return request
+
+
+def test_a_repeated_prompt_computes_only_its_last_block():
+    simulation = start()
+    assert run_alone(simulation, numbers(22)).num_cached_tokens == 0
+    assert run_alone(simulation, numbers(22)).num_cached_tokens == 20
+    assert run_alone(simulation, [*numbers(22)[:13], 5, 6, 7, 8, 9]).num_cached_tokens == 12
+
+
+def test_at_least_the_last_prompt_token_is_computed():
+    simulation = start()
+    run_alone(simulation, numbers(20), 8)
+    assert run_alone(simulation, numbers(20)).num_cached_tokens == 16
+    assert run_alone(simulation, [*numbers(21)[:20], 0]).num_cached_tokens == 20
+
+
+def test_the_next_turn_of_a_chat_finds_what_was_generated():
+    simulation = start()
+    turn = run_alone(simulation, numbers(10), 11)
+    assert len(turn.tokens) == 21
+    assert run_alone(simulation, [*turn.tokens, *numbers(6, 2)]).num_cached_tokens == 20
+
+
+def test_another_salt_shares_nothing():
+    simulation = start()
+    first = simulation.add(numbers(20), 4, salt=b"one")
+    simulation.step()
+    second = simulation.add(numbers(20), 4, salt=b"two")
+    third = simulation.add(numbers(20), 4, salt=b"one")
+    simulation.step()
+    assert (second.num_cached_tokens, third.num_cached_tokens) == (0, 16)
+    assert not set(first.blocks) & set(second.blocks)
+    assert first.blocks[:4] == third.blocks[:4]
+
+
+def test_a_request_that_wants_every_prompt_token_computed_reuses_nothing_but_can_be_reused():
+    simulation = start()
+    run_alone(simulation, numbers(20))
+    assert run_alone(simulation, numbers(20), reuse_prefix=False).num_cached_tokens == 0
+    simulation = start()
+    run_alone(simulation, numbers(20), reuse_prefix=False)
+    assert run_alone(simulation, numbers(20)).num_cached_tokens == 16
+
+
+def test_without_prefix_caching_nothing_is_kept_or_hashed(monkeypatch):
+    monkeypatch.setattr(llama.scheduler, "sha256", None)
+    simulation = start(prefix_caching=False)
+    run_alone(simulation, numbers(20))
+    assert run_alone(simulation, numbers(20)).num_cached_tokens == 0
+    assert simulation.scheduler.stats().num_cached_blocks == 0
+
+
+def test_a_block_is_found_only_after_its_step_has_run():
+    simulation = start(max_step_tokens=64)
+    first, second = simulation.add(numbers(20), 4), simulation.add(numbers(20), 4)
+    simulation.step()
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 0)
+    assert not set(first.blocks) & set(second.blocks)
+    assert simulation.add(numbers(20), 4).num_cached_tokens == 0
+    simulation.step()
+    assert simulation.alive[2].num_cached_tokens == 16
+
+
+def test_every_block_is_hashed_once_however_often_the_request_is_looked_at(monkeypatch):
+    hashed = []
+
+    def counting(data: bytes):
+        hashed.append(data)
+        return sha256(data)
+
+    monkeypatch.setattr(llama.scheduler, "sha256", counting)
+    simulation = start(num_blocks=12, max_step_tokens=5)
+    simulation.add(numbers(16, 1), 16, salt=b"a")
+    simulation.step()
+    second = simulation.add(numbers(16, 2), 16, salt=b"b")  # looked up at every step until it fits
+    for _ in range(6):
+        simulation.step()
+        if second.status is Status.RUNNING:
+            simulation.scheduler.preempt(second)
+    simulation.drain()
+    num_full_blocks = 2 * (31 // 4)  # of each request all tokens but the last are computed
+    assert len(hashed) == num_full_blocks + 2  # and the salts
+    assert len(set(hashed)) == len(hashed)
+
+
+@pytest.mark.parametrize("digest_size", [0, 1])
+def test_colliding_digests_cost_hits_but_never_share_wrong_blocks(digest_size):
+    simulation = start(num_blocks=400, digest_size=digest_size)
+    rng = random.Random(5)
+    for _ in range(60):
+        run_alone(simulation, [rng.randrange(2) for _ in range(24)], salt=rng.choice([b"a", b"b"]))
+    hit = run_alone(simulation, numbers(8))
+    assert hit.num_cached_tokens == 0
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 16])
+def test_in_a_large_pool_exactly_the_longest_common_prefix_is_found(block_size):
+    """Against the slow twin: all sequences computed so far, compared token by token."""
+    simulation = start(num_blocks=2400 // block_size, block_size=block_size)
+    rng = random.Random(block_size)
+    computed: list[tuple[bytes, list[int]]] = []
+    for _ in range(30):
+        tokens = STORY[: rng.randint(0, 20)] * 3 + [rng.randrange(3) for _ in range(rng.randint(1, 9))]
+        salt = rng.choice([b"a", b"b"])
+        longest = 0
+        for other_salt, other in computed:
+            while (
+                salt == other_salt and longest < len(other) and tokens[: longest + 1] == other[: longest + 1]
+            ):
+                longest += 1
+        request = run_alone(simulation, tokens, rng.randint(1, 9), salt=salt)
+        assert request.num_cached_tokens == min(longest, len(tokens) - 1) // block_size * block_size
+        computed.append((salt, request.tokens[:-1]))
+
+
+def test_the_least_recently_used_prefix_is_evicted_first_and_from_its_end():
+    simulation = start(num_blocks=12)
+    one, two = numbers(17, 1), numbers(17, 2)
+    run_alone(simulation, one)
+    run_alone(simulation, two)
+    run_alone(simulation, one)  # now the second is the least recently used
+    run_alone(simulation, numbers(20, 3))  # 6 blocks where 4 are empty
+    assert len(simulation.scheduler.prefixes.match(Request(0, one, 20))) == 4
+    assert len(simulation.scheduler.prefixes.match(Request(0, two, 20))) == 2
+
+
+# -- forks
+
+
+def test_children_share_the_blocks_and_whoever_writes_first_copies():
+    simulation = start()
+    parent = simulation.add(numbers(10), 8)
+    simulation.step()
+    child = simulation.fork(parent, [], 8)
+    assert child.blocks == parent.blocks
+    assert (child.num_computed_tokens, child.num_prompt_tokens) == (10, 10)
+    shared = parent.blocks[-1]
+    step = simulation.step()
+    assert step.copies == ((shared, parent.blocks[-1]),)
+    assert child.blocks[-1] == shared != parent.blocks[-1]
+    assert child.blocks[:2] == parent.blocks[:2]
+    assert simulation.step().copies == ()
+    simulation.drain()
+
+
+def test_a_child_waits_where_no_seat_is_free_and_finds_the_prompt_cached():
+    simulation = start(max_running=1)
+    parent = simulation.add(numbers(10), 3)
+    simulation.step()
+    child = simulation.fork(parent, [], 3)
+    assert (child.status, child.blocks) == (Status.WAITING, [])
+    simulation.drain()
+    assert child.num_cached_tokens == 8
+
+
+def test_a_child_of_an_unfinished_prompt_waits_in_its_parents_place():
+    simulation = start(max_step_tokens=4)
+    parent = simulation.add(numbers(10), 3)
+    later = simulation.add([1], 3)
+    simulation.step()
+    child = simulation.fork(parent, numbers(10)[4:6], 3)
+    assert simulation.scheduler.waiting == [child, later]
+    simulation.drain()
+
+
+# -- where blocks lie
+
+
+def test_requests_that_grow_side_by_side_have_one_extent_each():
+    simulation = start(num_blocks=4096, block_size=1)
+    requests = []
+    for n in range(32):
+        requests.append(simulation.add([n], 50))
+        simulation.step()
+    for _ in range(15):
+        simulation.step()
+        assert [len(request.extents) for request in requests] == [1] * 32
+    assert [len(request.blocks) for request in requests] == list(range(47, 15, -1))
+
+
+def test_requests_that_may_grow_larger_than_the_pool_still_get_equal_room():
+    simulation = start(num_blocks=4096, block_size=1)
+    requests = [simulation.add([n], 4000) for n in range(32)]
+    for _ in range(100):
+        simulation.step()
+    assert [len(request.extents) for request in requests] == [1] * 32
+
+
+def test_in_a_pool_full_of_cached_blocks_new_requests_still_lie_together():
+    simulation = start(num_blocks=600, block_size=1)
+    for n in range(40):
+        run_alone(simulation, numbers(20, n), 10)
+    assert simulation.scheduler.stats().num_cached_blocks > 560
+    requests = [simulation.add(numbers(20, 100 + n), 15) for n in range(8)]
+    for _ in range(14):
+        simulation.step()
+    assert sum(len(request.extents) for request in requests) <= 2 * 8
+
+
+def test_a_full_pool_is_used_to_its_last_block():
+    simulation = start(num_blocks=7, block_size=1, prefix_caching=False)
+    first, second = simulation.add([1], 6), simulation.add([2], 4)
+    for _ in range(3):
+        simulation.step()
+    assert simulation.scheduler.stats().num_referenced_blocks == 6
+    assert sorted(first.blocks + second.blocks) != list(range(6))  # each has room of its own
+    simulation.drain()
+
+
+def test_promised_room_is_given_to_others_before_anyone_is_preempted():
+    allocator = BlockAllocator(8, PrefixCache(4))
+    first: list[int] = []
+    allocator.allocate(first, 1, 8)
+    second: list[int] = []
+    allocator.allocate(second, 1, 8)
+    third: list[int] = []
+    allocator.allocate(third, 6, 6)
+    assert (first, second) == ([0], [4])
+    assert sorted(first + second + third) == list(range(8))
+    for blocks in (first, second, third):
+        allocator.free(blocks)
+    fourth: list[int] = []
+    allocator.allocate(fourth, 8, 8)
+    assert fourth == list(range(8))
+
+
+@given(st.lists(st.integers(0, 8)))
+def test_extents_spell_out_the_same_blocks_in_the_fewest_runs(blocks):
+    runs = extents(blocks)
+    assert [block for first, count in runs for block in range(first, first + count)] == blocks
+    assert all(a + n != b for (a, n), (b, _) in pairwise(runs))
+
+
+def test_the_scheduler_needs_nothing_but_the_standard_library():
+    tree = ast.parse(Path(llama.scheduler.__file__).read_text(encoding="utf-8"))
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names

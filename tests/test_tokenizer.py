@@ -6,6 +6,7 @@ import io
 import json
 import random
 import struct
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -369,7 +370,9 @@ def test_the_vocabulary_inside_smollm2_gives_the_ids_that_transformers_gives(smo
     path = package_file(*SMOLLM2)
     oracle = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     for text in many_texts(1000, seed=5):
-        if not any(token in text for token in smollm2.special_tokens):
+        # transformers reads this file without its rule for digits, and makes control tokens of text.
+        has_number = any(unicodedata.category(character).startswith("N") for character in text)
+        if not has_number and not any(token in text for token in smollm2.special_tokens):
             assert plain(smollm2, text) == oracle(text, add_special_tokens=False).input_ids
 
 
@@ -506,6 +509,24 @@ def test_a_merge_that_makes_a_special_token_is_never_taken(tmp_path):
     assert tokenizer.special_tokens == {"end": 258}
 
 
+def test_bytes_that_a_byte_level_vocabulary_lacks_do_not_become_its_end_of_text(tmp_path):
+    spec = json.loads(train_byte_level().to_str())
+    spec["model"]["unk_token"] = "<|endoftext|>"  # as in GPT-2's
+    del spec["model"]["vocab"][CHAR_OF_BYTE[0]]
+    (tmp_path / "x").write_text(json.dumps(spec))
+    tokenizer = Tokenizer(tmp_path / "x")
+    assert tokenizer.decode(plain(tokenizer, "a\x00b")) == "ab"
+
+
+def test_a_length_or_padding_that_a_tokenizer_json_brings_along_is_not_applied(tiny, tmp_path):
+    oracle = train_byte_level()
+    oracle.enable_truncation(3)
+    oracle.enable_padding(length=8)
+    oracle.save(str(tmp_path / "x"))
+    for text in ("a", "a b c d e f g h i j"):
+        assert plain(Tokenizer(tmp_path / "x"), text) == plain(tiny["byte-level json"], text)
+
+
 def test_control_tokens_have_no_text_and_added_ones_are_shown(tiny):
     for name in ("byte-level json", "gguf of byte-level json"):
         tokenizer = tiny[name]
@@ -583,6 +604,20 @@ def test_a_character_is_shown_with_its_last_byte_and_half_of_one_with_flush(name
     assert half[:3] == ["", "", ""]
     assert half[3] == tokenizer.decode(smile[:3])
     assert set(half[3]) == {"\ufffd"}
+
+
+def test_a_byte_that_is_no_part_of_a_character_is_shown_at_once(tiny):
+    for name in ("sentencepiece", "tiktoken", "pieces json", "byte-level json"):
+        bytes_of = {tiny[name].token_bytes(id): id for id in range(tiny[name].n_words - 1, -1, -1)}
+        assert stream(tiny[name], [bytes_of[b"\xbf"], bytes_of[b"\n"]]) == ["\ufffd", "\n", ""]
+
+
+def test_a_model_that_drops_needless_spaces_drops_them_all_in_front(tiny):
+    for name in ("nfkc", "gguf of nfkc"):
+        model = tiny[name].sp_model
+        space, word = model.piece_to_id("▁"), model.encode("the")[0]
+        ids = [space, space, 1, word, space, word]
+        assert "".join(stream(tiny[name], ids)) == model.decode(ids)
 
 
 def test_a_stream_keeps_the_space_between_words_and_drops_the_one_in_front(tiny):

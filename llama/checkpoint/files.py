@@ -8,14 +8,14 @@ import os
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from .weight import CheckpointError
 
-MAX_JSON_BYTES = 64 << 20
+MAX_JSON_BYTES = 16 << 20
 
 
 class MappedFile:
@@ -51,14 +51,16 @@ class MappedFile:
         return flat.view(dtype).view(shape)
 
 
-def open_file(path: Path):
-    """`open(path, "rb")` whose failures name what was expected."""
+def open_file(path: Path) -> BinaryIO:
+    """`open(path, "rb")`, for ordinary files only: others might never end, or never begin."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: is no ordinary file")
     try:
         return open(path, "rb")
-    except IsADirectoryError:
-        raise CheckpointError(f"{path}: is a directory where a file was expected") from None
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: no such file") from None
+    except PermissionError:
+        raise CheckpointError(f"{path}: may not be read by this user") from None
 
 
 def size_check(path: Path) -> Callable[[], None]:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from ..model import ModelArgs, RopeScaling
+from .files import open_file
 from .gguf_file import BLOCKS, GGUFFile, TensorHeader
 from .names import FROM_GGUF, rename
 from .settings import REQUIRED, Settings, check_args, generation_settings
-from .shapes import is_tied
+from .shapes import check_layers, is_tied
 from .weight import Array, Checkpoint, CheckpointError, Mapped, Weight, dominant_dtype
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
@@ -82,7 +83,7 @@ def recognises(path: Path) -> bool:
     """Whether `path` is a GGUF file, or a directory that holds one."""
     if path.is_dir():
         return bool(_files_in(path))
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return file.read(4) == b"GGUF"
 
 
@@ -97,6 +98,7 @@ def open_gguf(path: Path) -> Checkpoint:
         twice = next(weight for weight in weights if by_name[weight.name] is not weight)
         raise CheckpointError(f"{twice.file}: {twice.name}: occurs twice")
     args = _args(settings, first, by_name)
+    check_layers(args, weights, first.path)
     args.rope_scaling = _scaling(settings, args, files)
     args.tie_word_embeddings = is_tied(weights)
     if args.tie_word_embeddings:

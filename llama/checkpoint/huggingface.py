@@ -11,7 +11,7 @@ from .files import read_json
 from .gptq import stored_arrays
 from .names import FROM_HF, interleave, is_rotary, rename
 from .settings import REQUIRED, Settings, check_args, generation_settings, rope_scaling, shown
-from .shapes import is_tied
+from .shapes import check_layers, is_tied
 from .tensor_file import TensorFile, read_tensor_file
 from .tokenizer_files import find_tokenizer
 from .weight import Array, Checkpoint, CheckpointError, Reordered, Weight, dominant_dtype
@@ -49,6 +49,7 @@ def open_huggingface(path: Path) -> Checkpoint:
     args, stop_ids = read_args(settings)
     arrays = list(_arrays(path, settings, files))
     weights = list(_weights(args, arrays))
+    check_layers(args, weights, settings.file)
     names = {weight.name for weight in weights}
     args.attention_bias = "layers.0.attention.wq.bias" in names
     args.attention_output_bias = "layers.0.attention.wo.bias" in names

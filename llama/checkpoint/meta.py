@@ -12,7 +12,7 @@ from ..parallel import SPLIT
 from .files import read_json
 from .names import module_name
 from .settings import REQUIRED, Settings, check_args, generation_settings, rope_scaling
-from .shapes import is_tied
+from .shapes import check_layers, is_tied
 from .tensor_file import TensorFile, read_tensor_file
 from .tokenizer_files import find_tokenizer
 from .weight import Checkpoint, CheckpointError, Joined, Mapped, Weight, dominant_dtype
@@ -42,6 +42,7 @@ def open_meta(path: Path) -> Checkpoint:
     shards = [read_tensor_file(file) for file in shard_files(path)]
     args = read_args(settings, shards)
     weights = list(_weights(args, shards))
+    check_layers(args, weights, settings.file)
     if settings.boolean("tie_word_embeddings") is not False:
         args.tie_word_embeddings = is_tied(weights)
     if args.tie_word_embeddings:

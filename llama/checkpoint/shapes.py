@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 
 from ..model import ModelArgs
-from .weight import Weight
+from .weight import CheckpointError, Weight
+
+_LAYER = re.compile(r"layers\.(\d{1,6})\.")
 
 
 def expected_shapes(args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -33,6 +37,17 @@ def expected_shapes(args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
     yield "norm.weight", (args.dim,)
     if not args.tie_word_embeddings:
         yield "output.weight", (args.vocab_size, args.dim)
+
+
+def check_layers(args: ModelArgs, weights: Sequence[Weight], file: Path) -> None:
+    """Raises CheckpointError if the config says more layers than weights are stored for.
+
+    It is the one number that decides how much is built before any weight is looked at.
+    """
+    found = (_LAYER.match(weight.name) for weight in weights)
+    stored = max((int(match[1]) + 1 for match in found if match), default=0)
+    if args.n_layers > stored:
+        raise CheckpointError(f"{file}: the config says {args.n_layers} layers, but {stored} are stored")
 
 
 def is_tied(weights: Sequence[Weight]) -> bool:

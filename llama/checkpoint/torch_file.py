@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import pickle
 import pickletools
+import struct
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,10 @@ from .files import open_file, size_check
 from .output import Output, Progress
 from .weight import CheckpointError
 
-MAX_PICKLE_BYTES = 256 << 20
+MAX_PICKLE_BYTES = 4 << 20
+MAX_MEMBERS = 100_000
+LOCAL_HEADER = struct.Struct("<4s22xHH")
+END_RECORD = struct.Struct("<4s16xH")
 _GLOBALS = {
     "collections OrderedDict",
     "torch._utils _rebuild_tensor_v2",
@@ -69,41 +73,63 @@ def _problem(name: object, tensor: object) -> str | None:
 
 def _check_zip(path: Path) -> None:
     with open_file(path) as file:
-        if file.read(2) != b"PK":
+        if file.read(4) != b"PK\3\4":
             raise CheckpointError(
-                f"{path}: not a zip file, as PyTorch has written since 1.6; older pickles are refused: save it again "
-                "with a current torch.save"
+                f"{path}: not a zip file, as PyTorch has written since 1.6, or truncated; older pickles are refused: "
+                "save it again with a current torch.save"
             )
-        size = file.seek(0, io.SEEK_END)
         try:
             with zipfile.ZipFile(file) as archive:
-                for problem in _zip_problems(archive, size):
-                    raise CheckpointError(f"{path}: {problem}")
-        except CheckpointError:
-            raise
+                problem = next(_zip_problems(archive, file), None)
         except Exception as error:  # zipfile raises many kinds on damaged files
             raise CheckpointError(f"{path}: a damaged or truncated zip file: {_first_line(error)}") from error
+        if problem:
+            raise CheckpointError(f"{path}: {problem}")
 
 
-def _zip_problems(archive: zipfile.ZipFile, size: int) -> Iterator[str]:
-    names: set[str] = set()
-    total = 0
-    for member in archive.infolist():
-        total += member.file_size
-        if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
-            yield f"the zip member {member.filename!r} is compressed, which checkpoints never are"
-        if member.header_offset + member.file_size > size or total > size:
-            yield f"the zip member {member.filename!r} is longer than the file"
-        if member.filename in names:
-            yield f"the zip member {member.filename!r} occurs twice"
-        names.add(member.filename)
-    pickles = [name for name in names if name.endswith("/data.pkl") and name.count("/") == 1]
+def _zip_problems(archive: zipfile.ZipFile, file: IO[bytes]) -> Iterator[str]:
+    """What torch.load would not notice, or would read differently from here."""
+    file.seek(-END_RECORD.size, io.SEEK_END)
+    signature, comment_length = END_RECORD.unpack(file.read(END_RECORD.size))
+    if signature != b"PK\5\6" or comment_length:
+        yield "something follows the zip archive"
+    members = archive.infolist()
+    if len(members) > MAX_MEMBERS or min((member.header_offset for member in members), default=1) != 0:
+        yield "its zip directory is not one that PyTorch writes"
+    if len({member.filename for member in members}) < len(members):
+        yield "a zip member occurs twice"
+    for member in members:
+        if problem := _member_problem(member, file):
+            yield f"{member.filename}: {problem}"
+    pickles = [one for one in members if one.filename.endswith("/data.pkl") and one.filename.count("/") == 1]
     if len(pickles) != 1:
         yield "there is no data.pkl in it, so PyTorch did not write this file"
-        return
-    if archive.getinfo(pickles[0]).file_size > MAX_PICKLE_BYTES:
+    elif pickles[0].file_size > MAX_PICKLE_BYTES:
         yield f"data.pkl is larger than {MAX_PICKLE_BYTES >> 20} MB"
-    yield from _pickle_problems(archive.read(pickles[0]))
+    else:
+        yield from _pickle_problems(archive.read(pickles[0]))
+
+
+def _member_problem(member: zipfile.ZipInfo, file: IO[bytes]) -> str | None:
+    """Whether a member lies in the file just as the zip directory and its own header say."""
+    if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+        return "is compressed, which checkpoints never are"
+    file.seek(member.header_offset)
+    header = file.read(LOCAL_HEADER.size)
+    if len(header) < LOCAL_HEADER.size:
+        return "lies outside the file"
+    signature, name_length, extra_length = LOCAL_HEADER.unpack(header)
+    name = file.read(name_length)
+    if signature != b"PK\3\4" or name != member.filename.encode():
+        return "is not where the zip directory says"
+    file.seek(extra_length + member.file_size, io.SEEK_CUR)
+    if file.read(4) not in (
+        b"PK\3\4",
+        b"PK\1\2",
+        b"PK\7\x08",
+    ):  # the next member, the directory, a descriptor
+        return "does not end where the zip directory says"
+    return None
 
 
 def _pickle_problems(data: bytes) -> Iterator[str]:

@@ -6,33 +6,35 @@ struct Block {  // one block's fields, 16 rows each
   const uint8_t* field[4];
 };
 
-// A format tells its field sizes (bytes of one row, in kernel order), and per group g
-//   visit<g>(block, f): calls f(column, codes) for every operand,   scale<g>(block),   minimum<g>(block).
+// A format tells its field sizes (bytes of one row, in kernel order), each group's scale<g> and lowest<g>, and
+// visit<s>(block, f), which calls f(i, column, codes) for the operands of set s: `together` groups, group<s, i>() being
+// the i-th, that share bytes and are therefore read together.
 
 template <int Columns, int Bits, bool HasMinimum, int ScaleBytes = 2>
 struct Affine {
-  static constexpr int block = Columns, group = Columns;
+  static constexpr int block = Columns, group_size = Columns, together = 1;
   static constexpr bool minimum = HasMinimum, bytes = Bits == 8, table = false;
   static constexpr int offset = HasMinimum || bytes ? 0 : 1 << (Bits - 1);
   static constexpr int sizes[4] = {bytes ? Columns : Columns / 2, Bits == 5 ? Columns / 8 : 0, ScaleBytes,
                                    HasMinimum ? 2 : 0};
 
-  template <int g, class F>
+  static constexpr int group(int, int) { return 0; }
+  template <int s, class F>
   static inline void visit(const Block& b, F&& f) {
     constexpr int vectors = sizes[0] / 4;
     LLAMA_UNROLL
     for (int i = 0; i < vectors; ++i) {
       auto codes = Simd::load(b.field[0] + 64 * i);
       if constexpr (bytes) {
-        f(4 * i, codes);
+        f(0, 4 * i, codes);
       } else {
         auto low = Simd::low(codes), high = Simd::high(codes);
         if constexpr (Bits == 5) {  // a plane holds one bit of eight operands
           low = Simd::template merge<1>(low, Simd::load(b.field[1] + 64 * (i / 8)), i % 8);
           high = Simd::template merge<1>(high, Simd::load(b.field[1] + 64 * ((i + vectors) / 8)), (i + vectors) % 8);
         }
-        f(4 * i, low);
-        f(4 * i + Columns / 2, high);
+        f(0, 4 * i, low);
+        f(0, 4 * i + Columns / 2, high);
       }
     }
   }
@@ -50,17 +52,18 @@ alignas(16) constexpr int8_t kNf4High[16] = {-127, -89, -67, -50, -36, -24, -12,
 alignas(16) constexpr int8_t kNf4Low[16] = {-127, 61, 14, -90, -68, 113, 100, 0, 37, -123, 97, 21, 48, -69, 45, 127};
 
 struct NormalFloat4 {
-  static constexpr int block = 64, group = 64, offset = 0;
+  static constexpr int block = 64, group_size = 64, together = 1, offset = 0;
   static constexpr bool minimum = false, bytes = true, table = true;
   static constexpr int sizes[4] = {32, 0, 2, 0};
 
-  template <int g, class F>
+  static constexpr int group(int, int) { return 0; }
+  template <int s, class F>
   static inline void visit(const Block& b, F&& f) {
     LLAMA_UNROLL
     for (int i = 0; i < 8; ++i) {
       auto codes = Simd::load(b.field[0] + 64 * i);
-      f(4 * i, Simd::high(codes));
-      f(4 * i + 32, Simd::low(codes));
+      f(0, 4 * i, Simd::high(codes));
+      f(0, 4 * i + 32, Simd::low(codes));
     }
   }
   template <int g>
@@ -70,16 +73,18 @@ struct NormalFloat4 {
 };
 
 struct Q4K {
-  static constexpr int block = 256, group = 32, offset = 0;
+  static constexpr int block = 256, group_size = 32, together = 2, offset = 0;
   static constexpr bool minimum = true, bytes = false, table = false;
   static constexpr int sizes[4] = {128, 12, 2, 2};
 
-  template <int g, class F>
+  static constexpr int group(int s, int i) { return 2 * s + i; }
+  template <int s, class F>
   static inline void visit(const Block& b, F&& f) {
     LLAMA_UNROLL
     for (int i = 0; i < 8; ++i) {
-      auto codes = Simd::load(b.field[0] + 64 * (g / 2 * 8 + i));
-      f(4 * i, g % 2 ? Simd::high(codes) : Simd::low(codes));
+      auto codes = Simd::load(b.field[0] + 64 * (8 * s + i));
+      f(0, 4 * i, Simd::low(codes));
+      f(1, 4 * i, Simd::high(codes));
     }
   }
   // Six bits from twelve bytes: groups 0-3 in the low bits of bytes `first` + 0..3; groups 4-7 have their low four
@@ -102,18 +107,20 @@ struct Q4K {
 };
 
 struct Q6K {
-  static constexpr int block = 256, group = 16, offset = 32;
+  static constexpr int block = 256, group_size = 16, together = 2, offset = 32;
   static constexpr bool minimum = false, bytes = false, table = false;
   static constexpr int sizes[4] = {128, 64, 16, 2};
 
-  template <int g, class F>
+  static constexpr int group(int s, int i) { return s / 4 * 8 + s % 4 + 4 * i; }
+  template <int s, class F>
   static inline void visit(const Block& b, F&& f) {
-    constexpr int half = g / 8, part = g % 8;  // of 128 columns; of 16
+    constexpr int half = s / 4, part = s % 4;  // of 128 columns; of 16, another 16 lying 64 columns further
     LLAMA_UNROLL
     for (int i = 0; i < 4; ++i) {
-      auto codes = Simd::load(b.field[0] + 64 * (16 * half + 4 * (part % 4) + i));
+      auto codes = Simd::load(b.field[0] + 64 * (16 * half + 4 * part + i));
       auto plane = Simd::load(b.field[1] + 64 * (8 * half + 4 * (part % 2) + i));
-      f(4 * i, Simd::template merge<3>(part < 4 ? Simd::low(codes) : Simd::high(codes), plane, part / 2 * 2));
+      f(0, 4 * i, Simd::template merge<3>(Simd::low(codes), plane, part / 2 * 2));
+      f(1, 4 * i, Simd::template merge<3>(Simd::high(codes), plane, part / 2 * 2 + 4));
     }
   }
   template <int g>
@@ -121,14 +128,6 @@ struct Q6K {
     return Simd::multiply(Simd::halves(b.field[3]), Simd::to_float(Simd::widen_signed(b.field[2] + 16 * g)));
   }
 };
-
-#ifndef PREROWS
-#define PREROWS 2
-#endif
-#ifndef PREDIST
-#define PREDIST 4096
-#endif
-constexpr int64_t kPrefetch = PREDIST;
 
 template <class Format>
 struct Walk {  // the blocks of one tile, in order
@@ -139,27 +138,22 @@ struct Walk {  // the blocks of one tile, in order
       packed += tiles * blocks * kTile * Format::sizes[i];
     }
   }
-  // The processor's own prefetching stops at the end of each page; a few rows have no work to hide that behind.
-  void prefetch() {
-    for (int i = 0; i < 4; ++i) {
-      LLAMA_UNROLL
-      for (int at = 0; at < kTile * Format::sizes[i]; at += 64) __builtin_prefetch(now.field[i] + kPrefetch*(i==0?1:0)+ (i?kPrefetch*Format::sizes[i]/Format::sizes[0]:0) + at);
-    }
-  }
   void next() {
     for (int i = 0; i < 4; ++i) now.field[i] += kTile * Format::sizes[i];
   }
 };
 
-template <class F, int... g>
-inline void for_groups(std::integer_sequence<int, g...>, F&& f) {
-  (f(std::integral_constant<int, g>()), ...);
+// f(std::integral_constant<int, i>()) for i = 0 .. count - 1: loops whose counter is a constant.
+template <int count, class F>
+inline void repeat(F&& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) { (f(std::integral_constant<int, i>()), ...); }
+  (std::make_integer_sequence<int, count>());
 }
 
 template <class Format, int rows>
 void product_rows(const uint8_t* packed, int64_t tiles, int64_t tile, const Activations& a, int64_t first, float* out) {
-  constexpr int groups = Format::block / Format::group;
-  const int64_t blocks = a.columns / Format::block, groups_before = first * (a.columns / Format::group);
+  constexpr int groups = Format::block / Format::group_size, together = Format::together;
+  const int64_t blocks = a.columns / Format::block, groups_before = first * (a.columns / Format::group_size);
   const int8_t* x = a.codes + first * a.columns;
   const float *scale = a.scale + groups_before, *sum = a.sum + groups_before;
   const int32_t* start = a.start + groups_before;
@@ -168,48 +162,48 @@ void product_rows(const uint8_t* packed, int64_t tiles, int64_t tile, const Acti
 
   Walk<Format> walk(packed, tiles, tile, blocks);
   for (int64_t b = 0; b < blocks; ++b, walk.next()) {
-    if constexpr (rows <= PREROWS) walk.prefetch();
-    for_groups(std::make_integer_sequence<int, groups>(), [&](auto group) {
-      constexpr int g = decltype(group)::value;
-      typename Simd::Ints acc[rows];
-      LLAMA_UNROLL
-      for (int m = 0; m < rows; ++m) acc[m] = Simd::all(start[m]);
+    repeat<groups / together>([&](auto set) {
+      constexpr int s = decltype(set)::value;
+      typename Simd::Ints acc[together][rows];
+      repeat<together * rows>([&](auto at) {
+        constexpr int i = at / rows, m = at % rows;
+        acc[i][m] = Simd::all(start[Format::group(s, i) * rows + m]);
+      });
       if constexpr (Format::table) {
         typename Simd::Ints coarse[rows];
-        LLAMA_UNROLL
-        for (int m = 0; m < rows; ++m) coarse[m] = acc[m];
+        repeat<rows>([&](auto m) { coarse[m] = acc[0][m]; });
         const auto high = Simd::table(kNf4High), low = Simd::table(kNf4Low);
-        Format::template visit<g>(walk.now, [&](int column, Simd::Bytes codes) {
+        Format::template visit<s>(walk.now, [&](int, int column, Simd::Bytes codes) {
           auto w_high = Simd::lookup(high, codes), w_low = Simd::lookup(low, codes);
-          LLAMA_UNROLL
-          for (int m = 0; m < rows; ++m) {
-            coarse[m] = Simd::dot_bytes(coarse[m], w_high, x + m * Format::group + column);
-            acc[m] = Simd::dot_bytes(acc[m], w_low, x + m * Format::group + column);
-          }
+          repeat<rows>([&](auto m) {
+            coarse[m] = Simd::dot_bytes(coarse[m], w_high, x + m * Format::group_size + column);
+            acc[0][m] = Simd::dot_bytes(acc[0][m], w_low, x + m * Format::group_size + column);
+          });
         });
-        LLAMA_UNROLL
-        for (int m = 0; m < rows; ++m) acc[m] = Simd::add(Simd::left(coarse[m], 8), acc[m]);
+        repeat<rows>([&](auto m) { acc[0][m] = Simd::add(Simd::left(coarse[m], 8), acc[0][m]); });
       } else {
-        Format::template visit<g>(walk.now, [&](int column, Simd::Bytes codes) {
+        Format::template visit<s>(walk.now, [&](int i, int column, Simd::Bytes codes) {
           if constexpr (Format::bytes) codes = Simd::bytes(codes);
-          LLAMA_UNROLL
-          for (int m = 0; m < rows; ++m) {
-            const int8_t* at = x + m * Format::group + column;
-            acc[m] = Format::bytes ? Simd::dot_bytes(acc[m], codes, at) : Simd::dot(acc[m], codes, at);
-          }
+          repeat<rows>([&](auto m) {
+            const int8_t* at = x + (Format::group(s, i) * rows + m) * Format::group_size + column;
+            acc[i][m] = Format::bytes ? Simd::dot_bytes(acc[i][m], codes, at) : Simd::dot(acc[i][m], codes, at);
+          });
         });
       }
-      const auto d = Format::template scale<g>(walk.now);
-      LLAMA_UNROLL
-      for (int m = 0; m < rows; ++m)
-        total[m] = Simd::fma(Simd::to_float(acc[m]), Simd::multiply(d, Simd::all(scale[m])), total[m]);
-      if constexpr (Format::minimum) {
-        const auto lowest = Format::template lowest<g>(walk.now);
-        LLAMA_UNROLL
-        for (int m = 0; m < rows; ++m) total[m] = Simd::fma(lowest, Simd::all(sum[m]), total[m]);
-      }
-      x += rows * Format::group, start += rows, scale += rows, sum += rows;
+      repeat<together>([&](auto i) {
+        constexpr int g = Format::group(s, i);
+        const auto d = Format::template scale<g>(walk.now);
+        repeat<rows>([&](auto m) {
+          total[m] = Simd::fma(Simd::to_float(acc[i][m]), Simd::multiply(d, Simd::all(scale[g * rows + m])), total[m]);
+        });
+        if constexpr (Format::minimum) {
+          const auto lowest = Format::template lowest<g>(walk.now);
+          repeat<rows>([&](auto m) { total[m] = Simd::fma(lowest, Simd::all(sum[g * rows + m]), total[m]); });
+        }
+      });
     });
+    x += rows * Format::block;
+    start += rows * groups, scale += rows * groups, sum += rows * groups;
   }
   for (int m = 0; m < rows; ++m) Simd::store(out + m * kTile, total[m]);
 }
@@ -226,7 +220,7 @@ void product(const uint8_t* packed, int64_t tiles, int64_t tile, const Activatio
 // x * (127 / largest magnitude), rounded to even; a group of zeros, or too small to divide by, gets scale 0.
 template <class Format>
 void quantize(const float* x, int64_t first, int64_t count, const Activations& a) {
-  constexpr int group = Format::group;
+  constexpr int group = Format::group_size;
   constexpr float round_to_even = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
   const int32_t offset = Format::bytes ? Simd::byte_offset : Format::offset;
   const int64_t groups = a.columns / group;
@@ -257,32 +251,38 @@ template <class Format, class T>
 void dequantize(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t columns, int64_t stride, T* out) {
   Walk<Format> walk(packed, tiles, tile, columns / Format::block);
   for (int64_t b = 0; b < columns / Format::block; ++b, walk.next()) {
-    for_groups(std::make_integer_sequence<int, Format::block / Format::group>(), [&](auto group) {
-      constexpr int g = decltype(group)::value;
-      const auto d = Format::template scale<g>(walk.now);
-      auto lowest = Simd::multiply(d, Simd::all(-(float)Format::offset));
-      if constexpr (Format::minimum) lowest = Format::template lowest<g>(walk.now);
-      Format::template visit<g>(walk.now, [&](int column, Simd::Bytes codes) {
-        LLAMA_UNROLL
-        for (int c = 0; c < 4; ++c) {
-          auto value = Simd::byte(codes, c);
-          if constexpr (Format::bytes) value = Simd::signed_byte(codes, c);
+    repeat<Format::block / Format::group_size / Format::together>([&](auto set) {
+      constexpr int s = decltype(set)::value;
+      Simd::Floats scale[Format::together], lowest[Format::together];
+      repeat<Format::together>([&](auto i) {
+        constexpr int g = Format::group(s, i);
+        scale[i] = Format::template scale<g>(walk.now);
+        if constexpr (Format::minimum) {
+          lowest[i] = Format::template lowest<g>(walk.now);
+        } else {
+          lowest[i] = Simd::multiply(scale[i], Simd::all(-(float)Format::offset));
+        }
+      });
+      Format::template visit<s>(walk.now, [&](int i, int column, Simd::Bytes codes) {
+        T* to = out + (Format::group(s, i) * Format::group_size + column) * stride;
+        repeat<4>([&](auto c) {
+          auto value = Format::bytes ? Simd::signed_byte(codes, c) : Simd::byte(codes, c);
           if constexpr (Format::table) {
             value = Simd::left(Simd::signed_byte(Simd::lookup(Simd::plain_table(kNf4High), codes), c), 8);
             value = Simd::add(value, Simd::signed_byte(Simd::lookup(Simd::plain_table(kNf4Low), codes), c));
           }
-          Simd::store(out + (column + c) * stride, Simd::fma(Simd::to_float(value), d, lowest));
-        }
+          Simd::store(to + c * stride, Simd::fma(Simd::to_float(value), scale[i], lowest[i]));
+        });
       });
-      out += Format::group * stride;
     });
+    out += Format::block * stride;
   }
 }
 
 template <class Format>
 constexpr Kernel kernel() {
   constexpr int bytes = Format::sizes[0] + Format::sizes[1] + Format::sizes[2] + Format::sizes[3];
-  return {Format::block, Format::group, bytes, quantize<Format>, product<Format>, dequantize<Format, float>,
+  return {Format::block, Format::group_size, bytes, quantize<Format>, product<Format>, dequantize<Format, float>,
           dequantize<Format, uint16_t>};
 }
 

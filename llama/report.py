@@ -1,0 +1,102 @@
+"""What the commands about files show a person."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+
+from llama.batch import Batch, Counts
+from llama.checkpoint import Estimate, Finding, Inspection
+from llama.generation import Llama
+from llama.perplexity import perplexity
+from llama.progress import bytes_text
+
+
+def show_inspection(found: Inspection) -> None:
+    args = found.args
+    facts = {
+        "path": found.path,
+        "format": found.format,
+        "parameters": f"{found.parameters / 1e9:.2f} B"
+        if found.parameters >= 1e8
+        else f"{found.parameters:,}",
+        "size": bytes_text(found.nbytes),
+        "shape": f"dim {args.dim}, {args.n_layers} layers, hidden {args.hidden_dim}, vocabulary {args.vocab_size}",
+        "heads": f"{args.n_heads} heads of {args.head_dim}, {args.n_kv_heads} key/value heads",
+        "rope": f"theta {args.rope_theta:g}"
+        + (f", {args.rope_scaling.kind} x {args.rope_scaling.factor:g}" if args.rope_scaling else ""),
+        "context": f"{found.context} tokens",
+        "tokenizer": found.tokenizer or "none found",
+        "chat format": found.chat_format or "none",
+    }
+    for name, stored in found.types.items():
+        facts[f"stored {name}"] = (
+            f"{stored.tensors} tensors, {stored.parameters:,} values, {bytes_text(stored.nbytes)}"
+        )
+    if found.unknown_keys:
+        facts["unknown keys"] = ", ".join(found.unknown_keys)
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:{width}}  {value}")
+
+
+def show_estimates(estimates: Iterable[Estimate]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for title in ("precision", "weights", "keys and values", "together", "fits"):
+        table.add_column(title, justify="left" if title == "precision" else "right")
+    free = 0
+    for estimate in estimates:
+        free = estimate.free_bytes
+        sizes = (estimate.weight_bytes, estimate.kv_bytes, estimate.total_bytes)
+        table.add_row(estimate.precision, *map(bytes_text, sizes), "yes" if estimate.fits else "no")
+    console = Console(soft_wrap=True, highlight=False)
+    console.print()
+    console.print(table)
+    console.print(f"per rank; {bytes_text(free)} are free on this machine")
+
+
+def show_findings(findings: Iterable[Finding]) -> bool:
+    """One line a finding; whether all are good."""
+    good = True
+    for finding in findings:
+        good = good and finding.ok
+        print(f"{'ok ' if finding.ok else 'BAD'}  {finding.subject}: {finding.message}", flush=True)
+    return good
+
+
+def show_perplexity(llm: Llama, text: str, window: int | None, stride: int | None) -> None:
+    console = Console(stderr=True)
+    columns = (TextColumn("Predicting"), MofNCompleteColumn(), TextColumn("tokens"))
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("")
+        found = perplexity(
+            llm, text, window, stride, lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    if llm.rank == 0:
+        print(f"tokens {found.num_tokens}")
+        print(f"perplexity {found.perplexity:.4f}")
+        print(f"tokens per second {found.tokens_per_second:.1f}")
+
+
+def run_batch(batch: Batch) -> Counts:
+    """Runs it under a line that counts, and sums up."""
+    console = Console(stderr=True)
+    started = time.perf_counter()
+
+    def summary(counts: Counts) -> str:
+        rate = counts.tokens / (time.perf_counter() - started)
+        skipped = f", {counts.skipped} answered before" if counts.skipped else ""
+        return f"{counts.answered} answered, {counts.failed} failed{skipped}; {rate:.1f} tokens per second"
+
+    show = console.is_terminal and batch.llm.rank == 0
+    columns = (SpinnerColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=console, transient=True, disable=not show) as progress:
+        task = progress.add_task("")
+        counts = batch.run(lambda counts: progress.update(task, description=summary(counts)))
+    if batch.llm.rank == 0:
+        console.print(summary(counts), highlight=False)
+    return counts

@@ -61,12 +61,21 @@ def clip(extents: Sequence[Extent], start: int, stop: int) -> Iterator[Extent]:
 class KVCache:
     """A pool of slots for every layer: keys and values, each (n_kv_heads, num_slots, head_dim).
 
-    The operating system gives memory to a slot when it is first written.
+    The operating system gives memory to a slot when it is first written. With `fixed_rows` (the block size)
+    attention is computed in a way that gives a row the same bits whatever else runs.
     """
 
-    def __init__(self, shape: CacheShape, num_slots: int, device: torch.device, dtype: torch.dtype):
+    def __init__(
+        self,
+        shape: CacheShape,
+        num_slots: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        fixed_rows: int | None = None,
+    ):
         self.shape = shape
         self.num_slots = num_slots
+        self.fixed_rows = fixed_rows
         size = (shape.n_layers, shape.n_kv_heads, num_slots, shape.head_dim)
         self.keys = torch.empty(size, device=device, dtype=dtype)
         self.values = torch.empty(size, device=device, dtype=dtype)
@@ -81,7 +90,7 @@ class KVCache:
         slots = torch.tensor(list(chain.from_iterable(runs)), device=self.keys.device)
         window = self.shape.sliding_window
         return [
-            LayerCache(keys, values, slots, tuple(spans), window)
+            LayerCache(keys, values, slots, tuple(spans), window, self.fixed_rows)
             for keys, values in zip(self.keys, self.values, strict=True)
         ]
 
@@ -131,6 +140,7 @@ class LayerCache:
     slots: torch.Tensor  # (num_tokens,) int64: where this step's tokens are stored
     spans: tuple[Span, ...]
     sliding_window: int | None
+    fixed_rows: int | None = None
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Stores k, v (num_tokens, n_kv_heads, head_dim); q and the result are (num_tokens, heads, head_dim)."""
@@ -140,6 +150,8 @@ class LayerCache:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _attend(self, q: torch.Tensor, span: Span) -> torch.Tensor:
+        if self.fixed_rows is not None:
+            return self._attend_fixed(q, span, self.fixed_rows)
         if span.num_rows == 1 and q.device.type == "cpu":
             return self._attend_one(q, span)
         return self._attend_many(q, span)
@@ -194,6 +206,39 @@ class LayerCache:
                 torch.bmm(w, self.values[:, s : s + n]) for w, (s, n) in zip(weights, extents, strict=True)
             )
             out[first:last] = mixed.unflatten(1, (-1, last - first)).permute(2, 0, 1, 3).flatten(1, 2)
+        return out
+
+    def _attend_fixed(self, q: torch.Tensor, span: Span, size: int) -> torch.Tensor:
+        """Rows in tiles of `size` positions, each computed whole even if the step has only one row of it.
+
+        Every product then has a shape that depends on the row's position alone, and oneDNN and MKL give a row of
+        a product the same bits wherever it stands and whatever the other rows hold. Several extents are joined
+        in a copy. q (num_rows, heads, head_dim).
+        """
+        heads, head_dim = q.shape[1:]
+        out = torch.empty_like(q)
+        start = span.context - span.num_rows
+        for tile in range(start // size * size, span.context, size):
+            first, last = max(tile, start), min(tile + size, span.context)
+            for slot, length in clip(
+                span.extents, last, tile + size
+            ):  # a hidden token has weight 0, and 0 * NaN
+                self.keys[:, slot : slot + length] = 0
+                self.values[:, slot : slot + length] = 0
+            rows = q.new_zeros(size, heads, head_dim)
+            rows[first - tile : last - tile] = q[first - start : last - start]
+            rows = rows.unflatten(1, (self.keys.shape[0], -1)).permute(1, 2, 0, 3).flatten(1, 2)
+            seen = range(self._first_seen(tile), tile + size)
+            extents = list(clip(span.extents, seen.start, seen.stop))
+            keys = torch.cat([self.keys[:, s : s + n] for s, n in extents], dim=1)
+            values = torch.cat([self.values[:, s : s + n] for s, n in extents], dim=1)
+            scores = torch.bmm(rows, keys.transpose(1, 2)).mul_(head_dim**-0.5).unflatten(1, (-1, size))
+            scores[..., -size:] += self._causal(size, scores)
+            if self.sliding_window is not None:
+                scores += self._window(tile, seen, scores)
+            mixed = torch.bmm(scores.softmax(-1).flatten(1, 2), values)
+            mixed = mixed.unflatten(1, (-1, size)).permute(2, 0, 1, 3).flatten(1, 2)
+            out[first - start : last - start] = mixed[first - tile : last - tile]
         return out
 
     def _first_seen(self, position: int) -> int:

@@ -101,6 +101,7 @@ class Llama:
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         kv_cache_memory: int | None = None,
+        deterministic: bool = False,
         chat_format: str | None = None,
     ) -> Llama:
         """Loads a checkpoint of any format.
@@ -117,6 +118,8 @@ class Llama:
             dtype: "bf16", "fp16", "fp32", a torch dtype, or "auto": as stored, and on a CPU bf16 only where
                 the processor computes in it, else fp32.
             kv_cache_memory: bytes for keys and values; None is half of what is free after loading.
+            deterministic: give every request the same bits whatever shares its steps, wherever its prompt is cut
+                into chunks, with or without a cached prefix or a preemption; slower.
             chat_format: a format's name or the path of a Jinja template; None asks the model.
 
         Raises FileNotFoundError or ValueError, in one line, for what cannot be loaded.
@@ -142,7 +145,7 @@ class Llama:
                 dtype=choose_dtype(dtype, checkpoint.dtype, place),
                 progress=advance,
             )
-        model.prepare()
+        model.prepare(BLOCK_SIZE if deterministic else None)
         llm = Llama(
             model,
             tokenizer,

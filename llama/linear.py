@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 PACK_ROWS = 32  # the number of activation rows for which oneDNN chooses its weight layout
+
+
+def in_tiles(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, num_rows: int) -> torch.Tensor:
+    """`product` over tiles of exactly `num_rows` rows of x (rows, in_features), the last one filled up.
+
+    A product's low bits depend on how many rows it has, but not on which row stands where: with one fixed number a
+    row gets the same bits whatever else is in the step.
+    """
+    filled = F.pad(x, (0, 0, 0, -len(x) % num_rows))
+    return torch.cat([product(tile) for tile in filled.split(num_rows)])[: len(x)]
 
 
 class Linear(nn.Module):
@@ -25,15 +35,25 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.packed: torch.Tensor | None = None
+        self.fixed_rows: int | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(num_tokens, in_features) -> (num_tokens, out_features)"""
+        if self.fixed_rows is not None:
+            return in_tiles(self._product, x, self.fixed_rows)
+        return self._product(x)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
         if self.packed is None:
             return F.linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
-    def prepare(self) -> None:
-        """On a CPU that computes in bfloat16: replaces `weight` by oneDNN's own blocked copy of it."""
+    def prepare(self, fixed_rows: int | None = None) -> None:
+        """On a CPU that computes in bfloat16: replaces `weight` by oneDNN's own blocked copy of it.
+
+        With `fixed_rows`, products are made in tiles of that many rows (see `in_tiles`).
+        """
+        self.fixed_rows = fixed_rows
         if self.weight.dtype == torch.bfloat16 and self.weight.device.type == "cpu":
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACK_ROWS)
             self.weight = None
@@ -69,9 +89,9 @@ class Joint:
             return torch.cat([linear(x) for linear in self.linears], dim=-1)
         return self.joint(x)
 
-    def prepare(self) -> None:
+    def prepare(self, fixed_rows: int | None = None) -> None:
         self.joint = self.linears[0].join(self.linears)
-        self.joint.prepare()
+        self.joint.prepare(fixed_rows)
         if self.joint.weight is None:
             for linear in self.linears:
                 linear.weight = None

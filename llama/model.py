@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from llama.cache import CacheShape, ContiguousCache, LayerCache
-from llama.linear import Joint, Linear
+from llama.linear import Joint, Linear, in_tiles
 from llama.parallel import SINGLE, ModelParallel
 
 
@@ -209,6 +210,7 @@ class Transformer(nn.Module):
         self.output = None
         if not params.tie_word_embeddings:
             self.output = Linear(params.dim, params.vocab_size // parallel.size)
+        self.fixed_rows: int | None = None
         self._cache: ContiguousCache | None = None  # what forward() remembers between calls
 
     @property
@@ -217,15 +219,19 @@ class Transformer(nn.Module):
         n_kv_heads = self.params.n_kv_heads // self.parallel.size
         return CacheShape(self.n_layers, n_kv_heads, self.params.head_dim, self.params.sliding_window)
 
-    def prepare(self) -> None:
-        """After loading: stores each weight in the layout that its product reads fastest, layer by layer."""
+    def prepare(self, fixed_rows: int | None = None) -> None:
+        """After loading: stores each weight in the layout that its product reads fastest, layer by layer.
+
+        With `fixed_rows` every product has that many rows, so that a token's bits do not depend on the others.
+        """
+        self.fixed_rows = fixed_rows
         for layer in self.layers:
-            layer.attention.qkv.prepare()
-            layer.attention.wo.prepare()
-            layer.feed_forward.w13.prepare()
-            layer.feed_forward.w2.prepare()
+            layer.attention.qkv.prepare(fixed_rows)
+            layer.attention.wo.prepare(fixed_rows)
+            layer.feed_forward.w13.prepare(fixed_rows)
+            layer.feed_forward.w2.prepare(fixed_rows)
         if self.output is not None:
-            self.output.prepare()
+            self.output.prepare(fixed_rows)
 
     def hidden_states(
         self, tokens: torch.Tensor, positions: torch.Tensor, caches: Iterable[LayerCache]
@@ -242,10 +248,12 @@ class Transformer(nn.Module):
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """(rows, dim) -> (rows, vocab_size) float32"""
-        if self.output is None:
-            local = F.linear(states, self.tok_embeddings.weight)
-        else:
+        if self.output is not None:
             local = self.output(states)
+        elif self.fixed_rows is not None:
+            local = in_tiles(partial(F.linear, weight=self.tok_embeddings.weight), states, self.fixed_rows)
+        else:
+            local = F.linear(states, self.tok_embeddings.weight)
         return self.parallel.all_gather(local).float()
 
     @torch.inference_mode()

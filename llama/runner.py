@@ -86,7 +86,9 @@ class Runner:
         self.model = model
         self.block_size = block_size
         self.device = model.norm.weight.device
-        self.cache = KVCache(model.cache_shape, num_blocks * block_size, self.device, dtype)
+        self.cache = KVCache(
+            model.cache_shape, num_blocks * block_size, self.device, dtype, fixed_rows=model.fixed_rows
+        )
 
     def run(self, step: Step, num_logits: Sequence[int]) -> Output:
         """The step's states and the logits that are wanted, both in the order of its slices."""

@@ -293,6 +293,7 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
     Tokens leave the device together: once for rows whose logits are drawn from as they are, once for those with
     penalties and the like, and again for rows with an uncommonly wide nucleus and for logprobs.
     """
+    assert logits.dtype == torch.float32, logits.dtype
     assert logits.shape[0] == len(rows), (logits.shape, len(rows))
     if logits.device.type not in ("cpu", "cuda"):
         logits = logits.cpu()  # float64 is needed, which others may lack
@@ -322,11 +323,9 @@ def _logprobs_asked_for(logits: Tensor, rows: Sequence[SampleRow], tokens: list[
             logprobs[i], top[i] = logprob, []
     ranking = [i for i in asking if rows[i].params.logprobs]
     if ranking:
-        ids, values = top_logprobs(logits[ranking], max(rows[i].params.logprobs for i in ranking))
-        for i, of_row in zip(
-            ranking, torch.stack([ids.double(), values.double()], dim=-1).tolist(), strict=True
-        ):
-            top[i] = [(int(token), logprob) for token, logprob in of_row[: rows[i].params.logprobs]]
+        best = top_logprobs(logits[ranking], max(rows[i].params.logprobs for i in ranking))
+        for i, *pairs in zip(ranking, *(part.tolist() for part in best), strict=True):
+            top[i] = list(zip(*pairs, strict=True))[: rows[i].params.logprobs]
     return logprobs, top
 
 
@@ -525,8 +524,9 @@ def _columns(rows: Sequence[SampleRow], device: torch.device) -> tuple[Tensor, .
 
 
 def _probabilities(logits: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """How far each logit is below its row's largest, the softmax at each row's temperature, both (rows, vocab)
-    float32, and whether the row has one (rows,)."""
+    """How far each logit is below its row's largest, and the softmax at the row's temperature (both rows, vocab);
+    whether the row has one (rows,).
+    """
     peaks = logits.amax(dim=-1, keepdim=True)
     distances = peaks - logits
     divisors = -temperature.clamp(1e-30, 1e30).float()  # normal in float32: 0 / 0 and inf / inf cannot arise

@@ -1,3 +1,5 @@
+import random
+
 import pytest
 import slow
 import torch
@@ -11,16 +13,36 @@ from llama.scheduler import Scheduler
 GREEDY = dict(temperature=0.0, ignore_eos=True)
 
 
-def make_engine(seed: int = 1, num_blocks: int = 64, weights_seed: int = 0, **scheduling) -> Engine:
-    model = tiny_model(tiny_args(), weights_seed)
-    return Engine(
-        Runner(model, num_blocks, BLOCK_SIZE, torch.float32),
+def make_engine(
+    seed: int = 1,
+    num_blocks: int = 64,
+    dtype: torch.dtype = torch.float32,
+    deterministic: bool = False,
+    shaken: bool = False,
+    **scheduling,
+) -> Engine:
+    model = tiny_model(tiny_args(max_seq_len=512)).to(dtype)
+    model.prepare(BLOCK_SIZE if deterministic else None)
+    engine = Engine(
+        Runner(model, num_blocks, BLOCK_SIZE, dtype),
         Scheduler(num_blocks, BLOCK_SIZE, **scheduling),
         ByteTokenizer(),
         max_seq_len=256,
         seed=seed,
         stop_ids=ByteTokenizer.stop_ids,
     )
+    step, chance = engine.step, random.Random(seed)
+
+    def checked_step():
+        running = engine.scheduler.running
+        if shaken and running and chance.random() < 0.5:
+            engine.scheduler.preempt(chance.choice(running))
+        events = step()
+        engine.scheduler.check()
+        return events
+
+    engine.step = checked_step
+    return engine
 
 
 def params(**fields) -> SamplingParams:
@@ -240,3 +262,86 @@ def test_a_step_survives_its_journey_as_integers():
     step = engine.scheduler.schedule()
     batch = Batch.pack(step, [1, 1], BLOCK_SIZE)
     assert Batch.from_ints(batch.to_ints()) == batch
+
+
+def bits(engine: Engine, *requests: tuple[list[int], SamplingParams]) -> list[list[tuple]]:
+    """For each request its tokens with their logprobs, and its prompt's logprobs, to the last bit."""
+    ids = [engine.add(prompt, p) for prompt, p in requests]
+    found = [[] for _ in ids]
+    for event in engine.events(ids):
+        found[ids.index(event.request_id)] += [event.logprob, event.prompt_logprobs]
+    return found
+
+
+def mixed_requests() -> list[tuple[list[int], SamplingParams]]:
+    kinds = [GREEDY, dict(temperature=1.0, seed=3, ignore_eos=True), dict(temperature=0.0, prompt_logprobs=1)]
+    return [
+        (prompt, params(max_tokens=24, logprobs=3, **kinds[i % 3]))
+        for i, prompt in enumerate([*prompts(7), list(range(100)), [*range(100), 7, 7, 7]])
+    ]
+
+
+SITUATIONS = {
+    "all together": {},
+    "prompts in chunks": {"chunk": 7},
+    "small steps": {"max_step_tokens": 20},
+    "a pool of 40 blocks, and preemption at random": {"num_blocks": 40, "shaken": True},
+    "no cached prefixes": {"prefix_caching": False},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("situation", SITUATIONS.values(), ids=SITUATIONS.keys())
+def test_a_deterministic_engine_gives_the_same_bits_in_every_situation(situation, dtype):
+    requests = mixed_requests()
+    alone = [bits(make_engine(dtype=dtype, deterministic=True), request)[0] for request in requests]
+    engine = make_engine(dtype=dtype, deterministic=True, **situation)
+    assert bits(engine, *requests) == alone
+    if "shaken" in situation:
+        assert engine.stats().num_preemptions > 10
+    assert bits(engine, *requests[::-1]) == alone[::-1]  # now with whatever prefixes are cached
+
+
+def test_an_engine_that_is_not_deterministic_does_differ_in_low_bits():
+    requests = mixed_requests()
+    alone = [bits(make_engine(), request)[0] for request in requests]
+    assert bits(make_engine(chunk=7), *requests) != alone
+
+
+def test_deterministic_logits_equal_the_slow_ones_too():
+    args = tiny_args()
+    prompt = prompts(6)[5]
+    engine = make_engine(deterministic=True)
+    assert run(engine, (prompt, params(**GREEDY))) == [[slow.greedy(tiny_weights(args), args, prompt, 12)]]
+
+
+def many_requests(number: int) -> list[tuple[list[int], SamplingParams]]:
+    """Ragged prompts, some with a common beginning; greedy and seeded sampling."""
+    chance = random.Random(1)
+    common = [chance.randrange(256) for _ in range(48)]
+    requests = []
+    for i in range(number):
+        prompt = [chance.randrange(256) for _ in range(chance.randrange(1, 60))]
+        sampling = GREEDY if i % 2 else dict(temperature=1.0, top_p=0.95, seed=i, ignore_eos=True)
+        requests.append(
+            (
+                common + prompt if i % 3 == 0 else prompt,
+                params(max_tokens=chance.randrange(1, 40), **sampling),
+            )
+        )
+    return requests
+
+
+@pytest.mark.parametrize("number", [60, pytest.param(500, marks=pytest.mark.slow)])
+def test_many_requests_give_the_same_tokens_in_every_situation(number):
+    requests = many_requests(number)
+    alone = [run(make_engine(prefix_caching=False), request)[0] for request in requests]
+    together = make_engine(num_blocks=400, max_running=32, prefix_caching=False)
+    assert run(together, *requests) == alone
+    assert run(make_engine(num_blocks=400, max_running=32, chunk=16), *requests) == alone
+    shaken = make_engine(num_blocks=40, shaken=True)
+    assert run(shaken, *requests) == alone
+    stats = shaken.stats()
+    assert stats.num_preemptions >= 0.4 * number
+    assert stats.num_referenced_blocks == 0
+    assert run(shaken, *requests[:8]) == alone[:8]  # with whatever prefixes are cached by now

@@ -10,6 +10,7 @@ from .weight import CheckpointError
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 INSTALL = "pip install huggingface_hub"
 SETTINGS = ("*.json", "*.jinja", "tokenizer.model")
+TIMEOUT = 10.0  # seconds until the hub counts as out of reach
 WEIGHTS = ("*.safetensors", "*.bin", "consolidated.*.pth", "*.gguf")  # the first kind that is there is taken
 
 
@@ -37,15 +38,17 @@ def resolve(
             f"{name}: no such directory here, and without huggingface_hub no hub to ask; run: {INSTALL}"
         ) from None
     try:
-        kind = _stored_kind(huggingface_hub.HfApi(endpoint=endpoint).list_repo_files(name), name)
-    except CheckpointError:
-        raise
+        info = huggingface_hub.HfApi(endpoint=endpoint).model_info(name, timeout=TIMEOUT)
     except Exception as error:  # every way in which a network and a server fail
         return _cached(name, cache_dir, error)
-    patterns = [*SETTINGS, kind]
+    patterns = [*SETTINGS, _stored_kind([file.rfilename for file in info.siblings or ()], name)]
     try:
         folder = huggingface_hub.snapshot_download(
-            name, allow_patterns=patterns, ignore_patterns="*/*", endpoint=endpoint, cache_dir=cache_dir
+            name,
+            allow_patterns=patterns,
+            ignore_patterns="*/*",
+            endpoint=endpoint,
+            cache_dir=cache_dir,
         )
     except Exception as error:
         raise FileNotFoundError(

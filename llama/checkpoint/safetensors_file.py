@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .files import MappedFile, parse_json
 from .output import Output, Progress
+from .settings import shown
 from .weight import CheckpointError
 
 MAX_HEADER_BYTES = 32 << 20  # the format allows 100 MB; real headers have far less than one
@@ -75,15 +76,15 @@ def _header(mapped: MappedFile) -> tuple[int, dict[str, Any]]:
 
 def _span(path: Path, name: str, entry: Any, size: int) -> tuple[int, int]:
     """Where a tensor's bytes lie within the data, once its dtype, shape and offsets agree with each other."""
-    if not isinstance(entry, dict) or entry.get("dtype") not in DTYPES:
-        dtype = entry.get("dtype") if isinstance(entry, dict) else entry
+    dtype = entry.get("dtype") if isinstance(entry, dict) else None
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(
-            f"{path}: {name}: dtype {dtype!r:.60} is not supported; {', '.join(DTYPES)} are"
+            f"{path}: {name}: dtype {shown(dtype)} is not supported; {', '.join(DTYPES)} are"
         )
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or len(shape) > 8:
         raise CheckpointError(f"{path}: {name}: its shape or data_offsets are no lists of sizes")
-    nbytes = prod(shape) * DTYPES[entry["dtype"]].itemsize
+    nbytes = prod(shape) * DTYPES[dtype].itemsize
     first, last = offsets
     if last - first != nbytes:
         raise CheckpointError(f"{path}: {name}: takes {last - first} bytes, but {shape} needs {nbytes}")

@@ -3,10 +3,13 @@
 #include <cstdint>
 #include <string>
 
+#define LLAMA_INLINE __attribute__((always_inline))  // a kernel is one function: its values live in registers
+
 namespace llama {
 
 constexpr int64_t kTile = 16;    // weight rows side by side: the 32-bit lanes of a 512-bit register
 constexpr int64_t kMaxRows = 8;  // activation rows that share one pass over a weight tile
+constexpr int64_t kPrefetch = 4096;  // bytes ahead of each load: hardware prefetchers lose several streams at once
 
 // Activations rounded to int8, one scale per group of columns. Rows lie in bundles of `bundle_rows(rows left)`; inside
 // a bundle everything is ordered [group][row], so that a kernel walks it from front to back.

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstring>
 #include <immintrin.h>
+#include <type_traits>
 #include <utility>
-#define LLAMA_UNROLL _Pragma("GCC unroll 16")
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 
@@ -30,7 +30,10 @@ struct Simd {
   static constexpr int byte_offset = 0;  // signed weights: their sign moves to the activations
 
   static inline __m256i load_half(const uint8_t* at) { return _mm256_loadu_si256((const __m256i*)at); }
-  static inline Bytes load(const uint8_t* at) { return {load_half(at), load_half(at + 32)}; }
+  static inline Bytes load(const uint8_t* at) {
+    __builtin_prefetch(at + kPrefetch);
+    return {load_half(at), load_half(at + 32)};
+  }
   static inline Bytes low(Bytes v) {
     return both(v, [](__m256i h) { return _mm256_and_si256(h, _mm256_set1_epi8(15)); });
   }
@@ -38,9 +41,9 @@ struct Simd {
     return low(both(v, [](__m256i h) { return _mm256_srli_epi16(h, 4); }));
   }
   static inline Bytes bytes(Bytes v) { return v; }
-  template <int mask>  // codes | (plane >> shift & mask) << 4
-  static inline Bytes merge(Bytes codes, Bytes plane, int shift) {
-    return both(codes, plane, [shift](__m256i c, __m256i p) {
+  template <int mask, int shift>  // codes | (plane >> shift & mask) << 4
+  static inline Bytes merge(Bytes codes, Bytes plane) {
+    return both(codes, plane, [](__m256i c, __m256i p) {
       __m256i moved = shift < 4 ? _mm256_slli_epi16(p, 4 - shift) : _mm256_srli_epi16(p, shift - 4);
       return _mm256_or_si256(c, _mm256_and_si256(moved, _mm256_set1_epi8(mask << 4)));
     });

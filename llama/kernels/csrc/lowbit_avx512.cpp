@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstring>
 #include <immintrin.h>
+#include <type_traits>
 #include <utility>
-#define LLAMA_UNROLL _Pragma("GCC unroll 16")
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma,f16c")
 
@@ -18,12 +18,15 @@ struct Simd {
   using Floats = __m512;
   static constexpr int byte_offset = 128;  // the product wants unsigned weights: `bytes` adds 128
 
-  static inline Bytes load(const uint8_t* at) { return _mm512_loadu_si512(at); }
+  static inline Bytes load(const uint8_t* at) {
+    __builtin_prefetch(at + kPrefetch);
+    return _mm512_loadu_si512(at);
+  }
   static inline Bytes low(Bytes v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
   static inline Bytes high(Bytes v) { return low(_mm512_srli_epi16(v, 4)); }
   static inline Bytes bytes(Bytes v) { return _mm512_xor_si512(v, _mm512_set1_epi8((char)128)); }
-  template <int mask>  // codes | (plane >> shift & mask) << 4
-  static inline Bytes merge(Bytes codes, Bytes plane, int shift) {
+  template <int mask, int shift>  // codes | (plane >> shift & mask) << 4
+  static inline Bytes merge(Bytes codes, Bytes plane) {
     Bytes moved = shift < 4 ? _mm512_slli_epi16(plane, 4 - shift) : _mm512_srli_epi16(plane, shift - 4);
     return _mm512_ternarylogic_epi32(codes, moved, _mm512_set1_epi8(mask << 4), 0xF8);
   }

@@ -2,6 +2,15 @@
 // inside its own namespace. A weight operand is 64 bytes: for each of 16 rows the codes of 4 neighbouring columns.
 // llama/kernels/layouts.py describes the bytes; kernel layout: field after field, each [tile][block][unit][row].
 
+template <int i>
+using Index = std::integral_constant<int, i>;
+
+// f(Index<0>()), f(Index<1>()) ... f(Index<count - 1>()): a loop whose counter is a constant.
+template <int count, class F>
+inline LLAMA_INLINE void repeat(F&& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) LLAMA_INLINE { (f(Index<i>()), ...); }(std::make_integer_sequence<int, count>());
+}
+
 struct Block {  // one block's fields, 16 rows each
   const uint8_t* field[4];
 };
@@ -20,23 +29,23 @@ struct Affine {
 
   static constexpr int group(int, int) { return 0; }
   template <int s, class F>
-  static inline void visit(const Block& b, F&& f) {
+  static inline LLAMA_INLINE void visit(const Block& b, F&& f) {
     constexpr int vectors = sizes[0] / 4;
-    LLAMA_UNROLL
-    for (int i = 0; i < vectors; ++i) {
+    repeat<vectors>([&](auto i) LLAMA_INLINE {
       auto codes = Simd::load(b.field[0] + 64 * i);
       if constexpr (bytes) {
-        f(0, 4 * i, codes);
+        f(Index<0>(), 4 * i, codes);
       } else {
         auto low = Simd::low(codes), high = Simd::high(codes);
         if constexpr (Bits == 5) {  // a plane holds one bit of eight operands
-          low = Simd::template merge<1>(low, Simd::load(b.field[1] + 64 * (i / 8)), i % 8);
-          high = Simd::template merge<1>(high, Simd::load(b.field[1] + 64 * ((i + vectors) / 8)), (i + vectors) % 8);
+          constexpr int next = i + vectors;
+          low = Simd::template merge<1, i % 8>(low, Simd::load(b.field[1] + 64 * (i / 8)));
+          high = Simd::template merge<1, next % 8>(high, Simd::load(b.field[1] + 64 * (next / 8)));
         }
-        f(0, 4 * i, low);
-        f(0, 4 * i + Columns / 2, high);
+        f(Index<0>(), 4 * i, low);
+        f(Index<0>(), 4 * i + Columns / 2, high);
       }
-    }
+    });
   }
   template <int g>
   static inline Simd::Floats scale(const Block& b) {
@@ -58,13 +67,12 @@ struct NormalFloat4 {
 
   static constexpr int group(int, int) { return 0; }
   template <int s, class F>
-  static inline void visit(const Block& b, F&& f) {
-    LLAMA_UNROLL
-    for (int i = 0; i < 8; ++i) {
+  static inline LLAMA_INLINE void visit(const Block& b, F&& f) {
+    repeat<8>([&](auto i) LLAMA_INLINE {
       auto codes = Simd::load(b.field[0] + 64 * i);
-      f(0, 4 * i, Simd::high(codes));
-      f(0, 4 * i + 32, Simd::low(codes));
-    }
+      f(Index<0>(), 4 * i, Simd::high(codes));
+      f(Index<0>(), 4 * i + 32, Simd::low(codes));
+    });
   }
   template <int g>
   static inline Simd::Floats scale(const Block& b) {
@@ -79,13 +87,12 @@ struct Q4K {
 
   static constexpr int group(int s, int i) { return 2 * s + i; }
   template <int s, class F>
-  static inline void visit(const Block& b, F&& f) {
-    LLAMA_UNROLL
-    for (int i = 0; i < 8; ++i) {
+  static inline LLAMA_INLINE void visit(const Block& b, F&& f) {
+    repeat<8>([&](auto i) LLAMA_INLINE {
       auto codes = Simd::load(b.field[0] + 64 * (8 * s + i));
-      f(0, 4 * i, Simd::low(codes));
-      f(1, 4 * i, Simd::high(codes));
-    }
+      f(Index<0>(), 4 * i, Simd::low(codes));
+      f(Index<1>(), 4 * i, Simd::high(codes));
+    });
   }
   // Six bits from twelve bytes: groups 0-3 in the low bits of bytes `first` + 0..3; groups 4-7 have their low four
   // bits in bytes 8..11 (scales below, minima above) and their high two above the six of groups 0-3.
@@ -113,15 +120,14 @@ struct Q6K {
 
   static constexpr int group(int s, int i) { return s / 4 * 8 + s % 4 + 4 * i; }
   template <int s, class F>
-  static inline void visit(const Block& b, F&& f) {
+  static inline LLAMA_INLINE void visit(const Block& b, F&& f) {
     constexpr int half = s / 4, part = s % 4;  // of 128 columns; of 16, another 16 lying 64 columns further
-    LLAMA_UNROLL
-    for (int i = 0; i < 4; ++i) {
+    repeat<4>([&](auto i) LLAMA_INLINE {
       auto codes = Simd::load(b.field[0] + 64 * (16 * half + 4 * part + i));
       auto plane = Simd::load(b.field[1] + 64 * (8 * half + 4 * (part % 2) + i));
-      f(0, 4 * i, Simd::template merge<3>(Simd::low(codes), plane, part / 2 * 2));
-      f(1, 4 * i, Simd::template merge<3>(Simd::high(codes), plane, part / 2 * 2 + 4));
-    }
+      f(Index<0>(), 4 * i, Simd::template merge<3, part / 2 * 2>(Simd::low(codes), plane));
+      f(Index<1>(), 4 * i, Simd::template merge<3, part / 2 * 2 + 4>(Simd::high(codes), plane));
+    });
   }
   template <int g>
   static inline Simd::Floats scale(const Block& b) {
@@ -143,13 +149,6 @@ struct Walk {  // the blocks of one tile, in order
   }
 };
 
-// f(std::integral_constant<int, i>()) for i = 0 .. count - 1: loops whose counter is a constant.
-template <int count, class F>
-inline void repeat(F&& f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) { (f(std::integral_constant<int, i>()), ...); }
-  (std::make_integer_sequence<int, count>());
-}
-
 template <class Format, int rows>
 void product_rows(const uint8_t* packed, int64_t tiles, int64_t tile, const Activations& a, int64_t first, float* out) {
   constexpr int groups = Format::block / Format::group_size, together = Format::together;
@@ -162,43 +161,43 @@ void product_rows(const uint8_t* packed, int64_t tiles, int64_t tile, const Acti
 
   Walk<Format> walk(packed, tiles, tile, blocks);
   for (int64_t b = 0; b < blocks; ++b, walk.next()) {
-    repeat<groups / together>([&](auto set) {
+    repeat<groups / together>([&](auto set) LLAMA_INLINE {
       constexpr int s = decltype(set)::value;
       typename Simd::Ints acc[together][rows];
-      repeat<together * rows>([&](auto at) {
+      repeat<together * rows>([&](auto at) LLAMA_INLINE {
         constexpr int i = at / rows, m = at % rows;
         acc[i][m] = Simd::all(start[Format::group(s, i) * rows + m]);
       });
       if constexpr (Format::table) {
         typename Simd::Ints coarse[rows];
-        repeat<rows>([&](auto m) { coarse[m] = acc[0][m]; });
+        repeat<rows>([&](auto m) LLAMA_INLINE { coarse[m] = acc[0][m]; });
         const auto high = Simd::table(kNf4High), low = Simd::table(kNf4Low);
-        Format::template visit<s>(walk.now, [&](int, int column, Simd::Bytes codes) {
+        Format::template visit<s>(walk.now, [&](auto, int column, Simd::Bytes codes) LLAMA_INLINE {
           auto w_high = Simd::lookup(high, codes), w_low = Simd::lookup(low, codes);
-          repeat<rows>([&](auto m) {
+          repeat<rows>([&](auto m) LLAMA_INLINE {
             coarse[m] = Simd::dot_bytes(coarse[m], w_high, x + m * Format::group_size + column);
             acc[0][m] = Simd::dot_bytes(acc[0][m], w_low, x + m * Format::group_size + column);
           });
         });
-        repeat<rows>([&](auto m) { acc[0][m] = Simd::add(Simd::left(coarse[m], 8), acc[0][m]); });
+        repeat<rows>([&](auto m) LLAMA_INLINE { acc[0][m] = Simd::add(Simd::left(coarse[m], 8), acc[0][m]); });
       } else {
-        Format::template visit<s>(walk.now, [&](int i, int column, Simd::Bytes codes) {
+        Format::template visit<s>(walk.now, [&](auto i, int column, Simd::Bytes codes) LLAMA_INLINE {
           if constexpr (Format::bytes) codes = Simd::bytes(codes);
-          repeat<rows>([&](auto m) {
+          repeat<rows>([&](auto m) LLAMA_INLINE {
             const int8_t* at = x + (Format::group(s, i) * rows + m) * Format::group_size + column;
             acc[i][m] = Format::bytes ? Simd::dot_bytes(acc[i][m], codes, at) : Simd::dot(acc[i][m], codes, at);
           });
         });
       }
-      repeat<together>([&](auto i) {
+      repeat<together>([&](auto i) LLAMA_INLINE {
         constexpr int g = Format::group(s, i);
         const auto d = Format::template scale<g>(walk.now);
-        repeat<rows>([&](auto m) {
+        repeat<rows>([&](auto m) LLAMA_INLINE {
           total[m] = Simd::fma(Simd::to_float(acc[i][m]), Simd::multiply(d, Simd::all(scale[g * rows + m])), total[m]);
         });
         if constexpr (Format::minimum) {
           const auto lowest = Format::template lowest<g>(walk.now);
-          repeat<rows>([&](auto m) { total[m] = Simd::fma(lowest, Simd::all(sum[g * rows + m]), total[m]); });
+          repeat<rows>([&](auto m) LLAMA_INLINE { total[m] = Simd::fma(lowest, Simd::all(sum[g * rows + m]), total[m]); });
         }
       });
     });
@@ -251,10 +250,10 @@ template <class Format, class T>
 void dequantize(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t columns, int64_t stride, T* out) {
   Walk<Format> walk(packed, tiles, tile, columns / Format::block);
   for (int64_t b = 0; b < columns / Format::block; ++b, walk.next()) {
-    repeat<Format::block / Format::group_size / Format::together>([&](auto set) {
+    repeat<Format::block / Format::group_size / Format::together>([&](auto set) LLAMA_INLINE {
       constexpr int s = decltype(set)::value;
       Simd::Floats scale[Format::together], lowest[Format::together];
-      repeat<Format::together>([&](auto i) {
+      repeat<Format::together>([&](auto i) LLAMA_INLINE {
         constexpr int g = Format::group(s, i);
         scale[i] = Format::template scale<g>(walk.now);
         if constexpr (Format::minimum) {
@@ -263,9 +262,9 @@ void dequantize(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t colu
           lowest[i] = Simd::multiply(scale[i], Simd::all(-(float)Format::offset));
         }
       });
-      Format::template visit<s>(walk.now, [&](int i, int column, Simd::Bytes codes) {
+      Format::template visit<s>(walk.now, [&](auto i, int column, Simd::Bytes codes) LLAMA_INLINE {
         T* to = out + (Format::group(s, i) * Format::group_size + column) * stride;
-        repeat<4>([&](auto c) {
+        repeat<4>([&](auto c) LLAMA_INLINE {
           auto value = Format::bytes ? Simd::signed_byte(codes, c) : Simd::byte(codes, c);
           if constexpr (Format::table) {
             value = Simd::left(Simd::signed_byte(Simd::lookup(Simd::plain_table(kNf4High), codes), c), 8);

@@ -2,8 +2,8 @@
 #include "lowbit.h"
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <utility>
-#define LLAMA_UNROLL
 
 namespace llama::scalar {
 namespace {
@@ -33,8 +33,8 @@ struct Simd {
   static inline Bytes low(const Bytes& v) { return each<Bytes>([&](int i) { return v.v[i] & 15; }); }
   static inline Bytes high(const Bytes& v) { return each<Bytes>([&](int i) { return v.v[i] >> 4; }); }
   static inline Bytes bytes(const Bytes& v) { return v; }
-  template <int mask>  // codes | (plane >> shift & mask) << 4
-  static inline Bytes merge(const Bytes& codes, const Bytes& plane, int shift) {
+  template <int mask, int shift>  // codes | (plane >> shift & mask) << 4
+  static inline Bytes merge(const Bytes& codes, const Bytes& plane) {
     return each<Bytes>([&](int i) { return codes.v[i] | (plane.v[i] >> shift & mask) << 4; });
   }
   static inline Bytes plain_table(const int8_t* at) { return each<Bytes>([&](int i) { return (uint8_t)at[i % 16]; }); }

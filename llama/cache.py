@@ -16,6 +16,8 @@ import torch
 
 Extent = tuple[int, int]  # (first slot, number of slots)
 
+SHORT_CONTEXT = 256  # tokens up to which one row is fastest through one fused operator
+FEW_ROWS = 64  # up to which the keys are the left factor of the scores
 TILE_ROWS = 128  # query rows whose scores exist at one time
 TILE_SCORES = 1 << 24  # and the most scores that one tile may hold
 
@@ -56,6 +58,16 @@ def clip(extents: Sequence[Extent], start: int, stop: int) -> Iterator[Extent]:
         if low < high:
             yield slot + low - position, high - low
         position += length
+
+
+def products(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """rows (heads, n, head_dim) times keys (heads, length, head_dim): (heads, n, length).
+
+    Libraries rearrange the right factor before they multiply; with few rows that must not be the keys.
+    """
+    if rows.shape[1] <= FEW_ROWS:
+        return torch.bmm(keys, rows.transpose(1, 2)).transpose(1, 2)
+    return torch.bmm(rows, keys.transpose(1, 2))
 
 
 class KVCache:
@@ -152,32 +164,26 @@ class LayerCache:
     def _attend(self, q: torch.Tensor, span: Span) -> torch.Tensor:
         if self.fixed_rows is not None:
             return self._attend_fixed(q, span, self.fixed_rows)
-        if span.num_rows == 1 and q.device.type == "cpu":
-            return self._attend_one(q, span)
-        return self._attend_many(q, span)
+        if span.num_rows == 1 and span.context <= SHORT_CONTEXT and q.device.type == "cpu":
+            extents = list(clip(span.extents, self._first_seen(span.context - 1), span.context))
+            if len(extents) == 1:
+                return self._attend_short(q, *extents[0])
+        return self._attend_tiles(q, span)
 
-    def _attend_one(self, q: torch.Tensor, span: Span) -> torch.Tensor:
-        """One row over each extent, merged by the extents' log-sum-exp. q (1, heads, head_dim).
+    def _attend_short(self, q: torch.Tensor, slot: int, length: int) -> torch.Tensor:
+        """One row over one short extent: a single operator. q (1, heads, head_dim).
 
         The heads that share a key head are handed over as if they were query rows of it: the operator then
         reads each key once for all of them.
         """
-        grouped = q.unflatten(1, (self.keys.shape[0], -1))  # (1, n_kv_heads, group, head_dim)
-        outs, lses = [], []
-        for slot, length in clip(span.extents, self._first_seen(span.context - 1), span.context):
-            out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                grouped,
-                self.keys[:, slot : slot + length].unsqueeze(0),
-                self.values[:, slot : slot + length].unsqueeze(0),
-            )
-            outs.append(out)
-            lses.append(lse)
-        if len(outs) > 1:
-            weights = torch.stack(lses).softmax(0).unsqueeze(-1)  # (extents, 1, n_kv_heads, group, 1)
-            outs = [(torch.stack(outs) * weights).sum(0).to(q.dtype)]
-        return outs[0].reshape(q.shape)
+        out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q.unflatten(1, (self.keys.shape[0], -1)),  # (1, n_kv_heads, group, head_dim)
+            self.keys[:, slot : slot + length].unsqueeze(0),
+            self.values[:, slot : slot + length].unsqueeze(0),
+        )
+        return out.reshape(q.shape)
 
-    def _attend_many(self, q: torch.Tensor, span: Span) -> torch.Tensor:
+    def _attend_tiles(self, q: torch.Tensor, span: Span) -> torch.Tensor:
         """Rows in tiles; a tile's scores over all extents stand side by side and go through one softmax.
 
         q (num_rows, heads, head_dim). Scores have the model's dtype, as in the reference; the softmax computes
@@ -195,10 +201,11 @@ class LayerCache:
             seen = range(self._first_seen(start), start + last - first)
             extents = list(clip(span.extents, seen.start, seen.stop))
             rows = grouped[:, :, first:last].flatten(1, 2)  # (kv, group * rows, head_dim)
-            parts = [torch.bmm(rows, self.keys[:, s : s + n].transpose(1, 2)) for s, n in extents]
+            parts = [products(rows, self.keys[:, s : s + n]) for s, n in extents]
             scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
             scores = scores.mul_(head_dim**-0.5).unflatten(1, (-1, last - first))
-            scores[..., -(last - first) :] += self._causal(last - first, scores)
+            if last - first > 1:
+                scores[..., first - last :] += self._causal(last - first, scores)
             if self._first_seen(seen.stop - 1) > seen.start:
                 scores += self._window(start, seen, scores)
             weights = scores.softmax(-1).flatten(1, 2).split([n for _, n in extents], dim=-1)

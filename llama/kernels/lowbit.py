@@ -88,6 +88,8 @@ def interleave(packed: Tensor, layout: Layout) -> Tensor:
     tiles = -(-packed.shape[0] // TILE)
     blocks = packed.shape[1] // layout.block_bytes
     out = packed.new_empty(tiles * TILE * packed.shape[1])
+    if AVAILABLE and out.device.type == "cpu":
+        torch.ops.llama.ask_for_large_pages(out)
     for first in range(0, tiles, TILES_AT_ONCE):
         part = packed[first * TILE : (first + TILES_AT_ONCE) * TILE]
         part = F.pad(part, (0, 0, 0, -part.shape[0] % TILE)).view(-1, TILE, blocks, layout.block_bytes)

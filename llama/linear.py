@@ -28,6 +28,8 @@ class Linear(nn.Module):
     processor multiplies fastest; `weight` is None from then on.
     """
 
+    kind = "plain"  # linears of one kind can be joined
+
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
         self.in_features = in_features
@@ -70,18 +72,27 @@ class Linear(nn.Module):
             joint.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
         return joint
 
+    def join_in(self, joint: Linear) -> None:
+        """Gives up the own weight where `joint`, which it was joined into, no longer has a plain one."""
+        if joint.weight is None:
+            self.weight = None
+
 
 class Joint:
     """Linears over one input: separate names, one product.
 
-    Not a module, so that its parts keep their own names (`wq`, `wk`, `wv`) in the state dict. Until `prepare`
-    each part is multiplied by itself.
+    Not a module, so that its parts keep their own names (`wq`, `wk`, `wv`) in `owner`'s state dict. Until `prepare`,
+    and where the parts are of different kinds, each is multiplied by itself.
     """
 
-    def __init__(self, *linears: nn.Module):
-        self.linears = linears
-        self.sizes = [linear.out_features for linear in linears]
+    def __init__(self, owner: nn.Module, *names: str):
+        self.owner = owner
+        self.names = names
         self.joint: nn.Module | None = None
+
+    @property
+    def linears(self) -> list[nn.Module]:
+        return [getattr(self.owner, name) for name in self.names]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(num_tokens, in_features) -> (num_tokens, sum of the parts' out_features)"""
@@ -90,8 +101,12 @@ class Joint:
         return self.joint(x)
 
     def prepare(self, fixed_rows: int | None = None) -> None:
-        self.joint = self.linears[0].join(self.linears)
+        linears = self.linears
+        if len({linear.kind for linear in linears}) > 1:
+            for linear in linears:
+                linear.prepare(fixed_rows)
+            return
+        self.joint = linears[0].join(linears)
         self.joint.prepare(fixed_rows)
-        if self.joint.weight is None:
-            for linear in self.linears:
-                linear.weight = None
+        for linear in linears:
+            linear.join_in(self.joint)

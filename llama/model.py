@@ -131,7 +131,7 @@ class Attention(nn.Module):
         self.wk = Linear(args.dim, kv_dim, args.attention_bias)
         self.wv = Linear(args.dim, kv_dim, args.attention_bias)
         self.wo = Linear(q_dim, args.dim, args.attention_output_bias and parallel.rank == 0)
-        self.qkv = Joint(self.wq, self.wk, self.wv)
+        self.qkv = Joint(self, "wq", "wk", "wv")
 
     def forward(self, x: torch.Tensor, rotary: Rotary, cache: LayerCache) -> torch.Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (num_tokens, q + k + v heads, head_dim)
@@ -151,7 +151,7 @@ class FeedForward(nn.Module):
         self.w1 = Linear(args.dim, hidden_dim, args.mlp_bias)
         self.w2 = Linear(hidden_dim, args.dim, args.mlp_bias and parallel.rank == 0)
         self.w3 = Linear(args.dim, hidden_dim, args.mlp_bias)
-        self.w13 = Joint(self.w1, self.w3)
+        self.w13 = Joint(self, "w1", "w3")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, up = self.w13(x).chunk(2, dim=-1)

@@ -13,6 +13,12 @@ def main(checkpoint: str, tokenizer: str) -> None:
     greedy = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, logprobs=0, prompt_logprobs=0)
     seeded = SamplingParams(temperature=1.0, max_tokens=16, ignore_eos=True, seed=4)
     completions: list[Completion] = llm.complete(prompts, greedy) + llm.complete(prompts, seeded)
+    many = [
+        SamplingParams(temperature=i % 2, max_tokens=1 + i % 7, ignore_eos=True, seed=i, n=1 + (i % 5 == 0))
+        for i in range(24)
+    ]
+    llm.engine.scheduler.chunk = 16
+    completions += llm.complete([[1, *range(i, 3 * i + 2)] for i in range(24)], many)
     streamed = "".join(llm.stream_text(prompts[0], greedy))
     assert streamed == completions[0].text, "what is streamed differs from what is returned"
     try:

@@ -345,3 +345,53 @@ def test_many_requests_give_the_same_tokens_in_every_situation(number):
     assert stats.num_preemptions >= 0.4 * number
     assert stats.num_referenced_blocks == 0
     assert run(shaken, *requests[:8]) == alone[:8]  # with whatever prefixes are cached by now
+
+
+def test_the_paged_cache_gives_the_logits_of_the_contiguous_one():
+    prompt = list(range(60))
+    engine = make_engine(chunk=11, num_blocks=9)
+    engine.add(list(range(200, 230)), params(**GREEDY))  # so that the next one starts somewhere else
+    engine.step()
+    entries = next(
+        event.prompt_logprobs
+        for event in engine.events([engine.add(prompt, params(prompt_logprobs=0, max_tokens=0))])
+    )
+    logits = tiny_model(tiny_args())(torch.tensor([prompt]), 0)[0].log_softmax(-1)
+    expected = [logits[i, token].item() for i, token in enumerate(prompt[1:])]
+    assert [entry.logprob for entry in entries[1:]] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_second_turn_of_a_conversation_computes_only_what_is_new():
+    engine = make_engine()
+    prompt = list(range(40))
+    [[answer]] = run(engine, (prompt, params(**GREEDY, max_tokens=20)))
+    computed = []
+    forward = engine.runner._forward
+    engine.runner._forward = lambda batch: computed.append(len(batch.tokens)) or forward(batch)
+    second = prompt + answer + [1, 2, 3]
+    assert run(engine, (second, params(**GREEDY))) == run(make_engine(), (second, params(**GREEDY)))
+    assert computed[0] == len(second) - (len(prompt) + len(answer) - 1) // BLOCK_SIZE * BLOCK_SIZE
+
+
+def test_a_logits_processor_changes_its_own_request_alone_and_its_failure_ends_it_alone():
+    def only_seven(tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(logits, -torch.inf).index_fill(0, torch.tensor([7]), 0.0)
+
+    def failing(tokens: list[int], logits: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError("a processor's own fault")
+
+    plain = params(**GREEDY)
+    [[expected]] = run(make_engine(), ([1, 2, 3], plain))
+    engine = make_engine()
+    ids = [
+        engine.add([1, 2, 3], p)
+        for p in (
+            plain,
+            params(**GREEDY, logits_processors=(only_seven,)),
+            params(logits_processors=(failing,)),
+        )
+    ]
+    events = list(engine.events(ids))
+    tokens = [[e.token for e in events if e.request_id == i and e.token is not None] for i in ids]
+    assert tokens == [expected, [7] * 12, []]
+    assert "a processor's own fault" in next(e.error for e in events if e.finish_reason == "error")

@@ -49,8 +49,15 @@ def single(checkpoint) -> dict:
     greedy = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, logprobs=0, prompt_logprobs=0)
     seeded = SamplingParams(temperature=1.0, max_tokens=16, ignore_eos=True, seed=4)
     completions = llm.complete(prompts, greedy)
+    many = [
+        SamplingParams(temperature=i % 2, max_tokens=1 + i % 7, ignore_eos=True, seed=i, n=1 + (i % 5 == 0))
+        for i in range(24)
+    ]
+    others = llm.complete(prompts, seeded) + llm.complete(
+        [[1, *range(i, 3 * i + 2)] for i in range(24)], many
+    )
     return {
-        "tokens": [completion.tokens for completion in completions + llm.complete(prompts, seeded)],
+        "tokens": [completion.tokens for completion in completions + others],
         "logprobs": [entry.logprob for completion in completions for entry in completion.logprobs],
         "prompt_logprobs": [e.logprob for c in completions for e in c.prompt_logprobs[1:]],
     }

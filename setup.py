@@ -1,3 +1,4 @@
+import runpy
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -10,6 +11,8 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["llama", "llama.*"]),
+    package_data={"llama.kernels": ["csrc/*"]},
+    ext_modules=runpy.run_path("llama/kernels/build.py")["extensions"](),  # by path: the package needs torch to import
     install_requires=[
         "torch>=2.11",
         "sentencepiece>=0.2",

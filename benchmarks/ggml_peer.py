@@ -23,7 +23,11 @@ from pathlib import Path
 import numpy as np
 
 TYPES = {"bf16": 30, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "q4_k": 12, "q6_k": 14}
-F32, CPU_DEVICE, BUFFER_OFFSET = 0, 0, 8  # `buffer` follows the four-byte type and its padding in struct ggml_tensor
+F32, CPU_DEVICE, BUFFER_OFFSET = (
+    0,
+    0,
+    8,
+)  # `buffer` follows the four-byte type and its padding in struct ggml_tensor
 
 
 class InitParams(ctypes.Structure):
@@ -71,7 +75,9 @@ def load_ggml() -> dict[str, ctypes._CFuncPtr]:
 class Linears:
     """One weight of each shape in a ggml type, and a graph of products for each number of activation rows."""
 
-    def __init__(self, ggml: dict[str, ctypes._CFuncPtr], threads: int, kind: str, shapes: list[list[int]]) -> None:
+    def __init__(
+        self, ggml: dict[str, ctypes._CFuncPtr], threads: int, kind: str, shapes: list[list[int]]
+    ) -> None:
         self.ggml, self.kind, self.shapes = ggml, TYPES[kind], shapes
         self.backend = ggml["cpu_init"]()
         ggml["cpu_set_n_threads"](self.backend, threads)

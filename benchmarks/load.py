@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 import torch
-from common import alternate, machine, median
+from common import alternate, machine, median, report
 
 from llama.checkpoint import convert, load_weights, open_checkpoint
 from llama.device import DTYPES
@@ -107,12 +107,12 @@ LOADERS = {"ours": load_ours, "transformers": load_transformers, "load_file": lo
 def measure(path: Path, loader: str, dtype: torch.dtype) -> dict[str, float]:
     """One load in this process."""
     if loader != "ours":
-        import safetensors.torch
-        import transformers
+        from safetensors.torch import load_file
+        from transformers import (
+            LlamaForCausalLM,  # imported here, so that the time of importing does not count
+        )
 
-        assert (
-            transformers.LlamaForCausalLM and safetensors.torch.load_file
-        )  # their modules are imported on first use
+        del load_file, LlamaForCausalLM
     torch.zeros(1 << 20).to(torch.bfloat16)
     with Peak() as peak:
         started = time.perf_counter()
@@ -174,10 +174,10 @@ def main() -> None:
         folder = Path(name)
         write_model(folder, args)
         seconds = alternate(args.rounds, **{name: lambda name=name: side(name) for name in SIDES})
-    report(args, seconds, found)
+    show(args, seconds, found)
 
 
-def report(
+def show(
     args: argparse.Namespace, seconds: dict[str, list[float]], found: dict[str, list[dict[str, float]]]
 ) -> None:
     rows = {}
@@ -200,11 +200,7 @@ def report(
     for name, ratio in ratios.items():
         print(f"{name:34} {ratio:6.2f}")
     settings = {"layers": args.layers, "dim": args.dim, "vocab": args.vocab, "dtype": args.dtype}
-    print(
-        json.dumps(
-            {"benchmark": "load", "machine": machine(), "model": settings, "rows": rows, "ratios": ratios}
-        )
-    )
+    report({"benchmark": "load", "machine": machine(), "model": settings, "rows": rows, "ratios": ratios})
 
 
 if __name__ == "__main__":

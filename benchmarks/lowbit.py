@@ -153,7 +153,9 @@ def matrix_rate(x: torch.Tensor, weight: torch.Tensor) -> float:
     return 2 * x.numel() * weight.shape[0] / seconds(lambda: torch.nn.functional.linear(x, weight))
 
 
-def compare(model: str, name: str, num_rows: int, ours: Ours, peer: Peer, layouts: list[str], rounds: int) -> Result:
+def compare(
+    model: str, name: str, num_rows: int, ours: Ours, peer: Peer, layouts: list[str], rounds: int
+) -> Result:
     """Ours, the peer and the machine's limit in turns; for prompts also our own bfloat16."""
     weights = sum(linear.in_features * linear.out_features for linear in ours.linears)
     passes = max(1, min(20, 50_000_000_000 // (ours.num_bytes * num_rows * 40)))
@@ -198,7 +200,9 @@ def show(result: Result) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--peer-python", required=True, help="an interpreter that has llama-cpp-python")
     parser.add_argument("--models", default=",".join(SHAPES))
     parser.add_argument("--formats", default=",".join(FORMATS))

@@ -1,20 +1,17 @@
 """Milliseconds that one step's sampling takes, beside a twin that sorts every row whole (ratio: twin / ours).
 
-    python benchmarks/sampling.py [--device cpu] [--repeats 15]
+    python benchmarks/sampling.py [--device cpu] [--repeats 15] [--threads N]
 
-Logits are peaked as a language model's are (`peaked`), or so flat that the nucleus is most of the vocabulary
-(`flat`, the worst case, one row of the table). Both sides run in turn; medians; JSON on the last line.
+Logits are peaked as a language model's are, or, in the lines marked "flat", so even that the nucleus is most of the
+vocabulary: the worst case. Both sides run in turn; medians; JSON on the last line.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
+from common import alternate, median, report, seconds
 
 from llama.sampling import SampleRow, SamplingParams, sample
 
@@ -51,24 +48,17 @@ def naive(logits: torch.Tensor, params: SamplingParams) -> list[int]:
     return ids.gather(-1, torch.multinomial(ranked, 1)).squeeze(-1).tolist()
 
 
-def medians(sides: list[Callable[[], object]], repeats: int) -> list[float]:
-    """The median milliseconds of each side, run in turn: A B A B."""
-    times: list[list[float]] = [[] for _ in sides]
-    for repeat in range(repeats + 1):
-        for side, taken in zip(sides, times, strict=True):
-            start = time.perf_counter()
-            side()  # ends in a list: nothing is left running on the device
-            if repeat:  # the first warms up
-                taken.append((time.perf_counter() - start) * 1e3)
-    return [statistics.median(taken) for taken in times]
-
-
 def measure(num_rows: int, vocab_size: int, mode: str, flat: bool, device: str, repeats: int) -> dict:
     logits = make_logits(num_rows, vocab_size, flat, device)
     params = SamplingParams(**MODES[mode]).resolve()
     rows = [SampleRow(params, [], 0, key=(1, 0, i)) for i in range(num_rows)]
     repeats = max(3, min(repeats, 40 * repeats // num_rows))  # the twin takes seconds for 256 large rows
-    ours, twin = medians([lambda: sample(logits, rows), lambda: naive(logits, params)], repeats)
+    taken = alternate(  # both end in lists: nothing is left running on the device
+        repeats,
+        ours=lambda: seconds(lambda: sample(logits, rows)),
+        twin=lambda: seconds(lambda: naive(logits, params)),
+    )
+    ours, twin = (median(taken[side]) * 1e3 for side in ("ours", "twin"))
     name = f"{mode} (flat)" if flat else mode
     print(
         f"{vocab_size:>8} {num_rows:>5}  {name:<20} {ours:>10.3f} {twin:>10.3f} {twin / ours:>8.1f}",
@@ -88,7 +78,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     print(f"{'vocab':>8} {'rows':>5}  {'mode':<20} {'ms':>10} {'naive ms':>10} {'ratio':>8}")
     results = [
         measure(num_rows, vocab_size, mode, False, given.device, given.repeats)
@@ -97,7 +89,7 @@ def main() -> None:
         for mode in MODES
     ]
     results += [measure(32, size, "top_p 0.9", True, given.device, given.repeats) for size in (32000, 128256)]
-    print(json.dumps({"device": given.device, "threads": torch.get_num_threads(), "results": results}))
+    report({"device": given.device, "threads": given.threads, "results": results})
 
 
 if __name__ == "__main__":

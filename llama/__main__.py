@@ -33,6 +33,9 @@ MaxSeqLen = Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and
 ChatFormat = Annotated[str | None, typer.Option(help="A chat format's name, or a Jinja template's file.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps ...")]
 DType = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
+Quantization = Annotated[
+    str | None, typer.Option(help="sym_int4, nf4, q8_0 ...; none unpacks low-bit blocks.")
+]
 Temperature = Annotated[float | None, typer.Option(help="How freely to sample; 0 takes the likeliest token.")]
 TopP = Annotated[
     float | None, typer.Option(help="Sample among the likeliest tokens that reach this probability.")
@@ -80,6 +83,7 @@ def chat(
     seed: Seed = None,
     device: Device = "auto",
     dtype: DType = "auto",
+    quantization: Quantization = None,
 ) -> None:
     """Talk with a model; Ctrl-C ends an answer, /quit the conversation."""
     if message is None and model is not None and not names_a_model(model):
@@ -100,6 +104,7 @@ def chat(
         chat_format=chat_format,
         device=device,
         dtype=dtype,
+        quantization=quantization,
     )
     conversation = terminal.Chat(llm, params, DEFAULT_SYSTEM_PROMPT if system == "default" else system)
     if message is None:
@@ -127,6 +132,7 @@ def complete(
     seed: Seed = None,
     device: Device = "auto",
     dtype: DType = "auto",
+    quantization: Quantization = None,
 ) -> None:
     """Continue a text."""
     if prompt is None:
@@ -143,7 +149,14 @@ def complete(
         seed=seed,
         echo=echo,
     )
-    llm = build(model, tokenizer_path=tokenizer, max_seq_len=max_seq_len, device=device, dtype=dtype)
+    llm = build(
+        model,
+        tokenizer_path=tokenizer,
+        max_seq_len=max_seq_len,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+    )
     pieces = llm.stream_text(prompt, params) if stream else [llm.complete([prompt], params)[0].text]
     for piece in pieces:
         if llm.rank == 0:
@@ -164,6 +177,7 @@ def batch(
     max_seq_len: MaxSeqLen = None,
     device: Device = "auto",
     dtype: DType = "auto",
+    quantization: Quantization = None,
 ) -> None:
     """Answer a file of requests in OpenAI's batch format."""
     if not source.is_file():
@@ -175,6 +189,7 @@ def batch(
         chat_format=chat_format,
         device=device,
         dtype=dtype,
+        quantization=quantization,
     )
     counts = report.run_batch(Batch(llm, source, target))
     if llm.rank == 0 and counts.failed:
@@ -252,12 +267,20 @@ def perplexity(
     tokenizer: Tokenizer = None,
     device: Device = "auto",
     dtype: DType = "auto",
+    quantization: Quantization = None,
 ) -> None:
     """Measure how well a model predicts a text."""
     if file is None:
         raise WrongCall("give the text: --file TEXT")
     text = file.read_text(encoding="utf-8")
-    llm = build(model, tokenizer_path=tokenizer, max_seq_len=window, device=device, dtype=dtype)
+    llm = build(
+        model,
+        tokenizer_path=tokenizer,
+        max_seq_len=window,
+        device=device,
+        dtype=dtype,
+        quantization=quantization,
+    )
     report.show_perplexity(llm, text, window, stride)
 
 

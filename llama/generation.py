@@ -24,11 +24,19 @@ from llama.chat import (
     Role,
     choose_format,
 )
-from llama.checkpoint import default_model, load_weights, open_checkpoint, resolve
+from llama.checkpoint import (
+    default_model,
+    load_weights,
+    open_checkpoint,
+    packed_modules,
+    resolve,
+    untied,
+)
 from llama.device import choose_device, choose_dtype
 from llama.engine import Engine, Event, Logprob
 from llama.model import ModelArgs, Transformer
 from llama.progress import progress_bar
+from llama.quantization import replace_linears, resolve_format
 from llama.runner import BLOCK_SIZE, Runner, count_blocks
 from llama.sampling import SamplingParams, sample_top_p
 from llama.scheduler import Scheduler
@@ -100,6 +108,10 @@ class Llama:
         *,
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
+        quantization: str | None = None,
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+        load_in_low_bit: str | None = None,
         kv_cache_memory: int | None = None,
         deterministic: bool = False,
         chat_format: str | None = None,
@@ -117,6 +129,9 @@ class Llama:
             device: "auto", "cpu", "cuda", "mps", ...
             dtype: "bf16", "fp16", "fp32", a torch dtype, or "auto": as stored, and on a CPU bf16 only where
                 the processor computes in it, else fp32.
+            quantization: hold the linears in a low-bit format ("sym_int4", "nf4", "q8_0", ...); None leaves them as
+                they are stored, low-bit blocks included; "none" unpacks such blocks.
+            load_in_4bit, load_in_8bit, load_in_low_bit: other spellings of sym_int4, sym_int8, and any format.
             kv_cache_memory: bytes for keys and values; None is half of what is free after loading.
             deterministic: give every request the same bits whatever shares its steps, wherever its prompt is cut
                 into chunks, with or without a cached prefix or a preemption; slower.
@@ -129,12 +144,18 @@ class Llama:
         place = choose_device(device)
         group = parallel.start(model_parallel_size, place.type)
         tokenizer = Tokenizer(str(find_tokenizer(checkpoint.tokenizer_path, tokenizer_path, checkpoint.path)))
+        if quantization != "none":
+            quantization = resolve_format(quantization, load_in_4bit, load_in_8bit, load_in_low_bit)
+        packed = packed_modules(untied(checkpoint), quantization, group.size)
+        if "output" in packed:
+            checkpoint = untied(checkpoint)
         args = replace(checkpoint.args)
         check_vocabulary(tokenizer, args)
         args.max_seq_len = max_seq_len or args.max_seq_len
         args.max_batch_size = max_batch_size or args.max_batch_size
         with torch.device("meta"):
             model = Transformer(args, group)
+        replace_linears(model, packed)
         with progress_bar("Loading", show=group.rank == 0) as advance:
             load_weights(
                 model,

@@ -6,8 +6,9 @@ arithmetic is that of the published quantizers, in float32 and in their order, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from llama.kernels import lowbit
 from llama.kernels.layouts import LAYOUTS, Layout
+from llama.linear import in_tiles
 
 NF4_MIDDLES = (
     *(-0.84809643, -0.6106329, -0.45999527, -0.33967942, -0.2346074, -0.13791174, -0.045525018, 0.03979015),
@@ -228,6 +230,16 @@ def resolve_format(
     return asked[0] if asked else None
 
 
+class StoredWeight(Protocol):
+    """What a checkpoint gives: one rank's part of a weight, not read yet."""
+
+    is_packed: bool
+
+    def read(self) -> Tensor: ...
+
+    def read_packed(self) -> tuple[Tensor, str]: ...
+
+
 class LowBitLinear(nn.Module):
     """A linear layer whose weight stays packed: `weight` uint8 (out_features, bytes) in the published layout.
 
@@ -253,6 +265,7 @@ class LowBitLinear(nn.Module):
         self.register_buffer("weight", torch.empty(shape, dtype=torch.uint8, device=device))
         self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
         self.prepared = False
+        self.fixed_rows: int | None = None
         self.variant = "auto"  # one of kernels.lowbit.variants(), to have every product computed in that way
 
     @classmethod
@@ -274,8 +287,44 @@ class LowBitLinear(nn.Module):
         """Quantize a float weight (out_features, in_features)."""
         return cls.from_packed(format, FORMATS[format].quantize(weight), bias)
 
-    def prepare(self) -> LowBitLinear:
-        """Make the kernel layout the only one, where kernels can use it; returns self. Costs one copy of the weight."""
+    @property
+    def kind(self) -> str:
+        """Linears of one kind can be joined."""
+        return self.format.name
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """What `load_weight` will be asked to take: names, and shapes in numbers."""
+        shapes: dict[str, tuple[int, ...]] = {"weight": (self.out_features, self.in_features)}
+        return shapes if self.bias is None else shapes | {"bias": (self.out_features,)}
+
+    def load_weight(self, name: str, weight: StoredWeight, device: torch.device, dtype: object) -> None:
+        """Takes a stored weight or bias: its blocks as they are where they are of this format, else quantized."""
+        if name == "bias":
+            self.bias = weight.read().float().to(device)
+            return
+        packed, stored = weight.read_packed() if weight.is_packed else (None, None)
+        if packed is None or stored.lower() != self.format.name:
+            packed = self.format.quantize(weight.read())
+        self.weight = packed.to(device)
+
+    def join(self, linears: Sequence[LowBitLinear]) -> LowBitLinear:
+        """One linear over all their rows."""
+        return join(linears)
+
+    def join_in(self, joint: LowBitLinear) -> None:
+        """Gives up the own weight, which `joint` now holds."""
+        self.weight = self.weight.new_empty(0)
+
+    def prepare(self, fixed_rows: int | None = None) -> LowBitLinear:
+        """Make the kernel layout the only one, where kernels can use it; returns self. Costs one copy of the weight.
+
+        With `fixed_rows` a row's result does not depend on the others: integer kernels see to that by themselves,
+        other products are made in tiles of that many rows.
+        """
+        self.fixed_rows = fixed_rows
+        integer = [variant for variant in lowbit.variants() if variant != "tiles"]
+        if fixed_rows is not None and integer:
+            self.variant = integer[0]
         if lowbit.AVAILABLE and not self.prepared and self.weight.device.type == "cpu":
             self.weight = lowbit.interleave(self.weight, self.format.layout)
             self.prepared = True
@@ -293,28 +342,22 @@ class LowBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) in x's dtype."""
-        rows = x.reshape(-1, self.in_features)
         if not self.prepared:
-            y = self.product_in_chunks(rows)
-        elif x.dtype in (torch.bfloat16, torch.float32):
-            y = self.product(rows)
-        else:
-            y = self.product(rows.float()).to(x.dtype)
-        return y.view(*x.shape[:-1], self.out_features)
-
-    def product(self, rows: Tensor) -> Tensor:
-        """(rows, in_features) bfloat16 or float32 -> (rows, out_features), by the compiled kernels."""
-        name = self.format.name
+            if self.fixed_rows is not None:
+                return in_tiles(self.product_in_chunks, x, self.fixed_rows)
+            return self.product_in_chunks(x)
+        if x.dtype not in (torch.bfloat16, torch.float32):
+            return self(x.float()).to(x.dtype)
         return lowbit.lowbit_linear(
-            rows.contiguous(), self.weight, self.bias, name, self.out_features, self.variant
+            x, self.weight, self.bias, self.format.layout.name, self.out_features, self.variant
         )
 
-    def product_in_chunks(self, rows: Tensor) -> Tensor:
+    def product_in_chunks(self, x: Tensor) -> Tensor:
         """The same by PyTorch's operators, from the published layout; rounds the weight to x's dtype."""
-        y = rows.new_empty((rows.shape[0], self.out_features))
+        y = x.new_empty((*x.shape[:-1], self.out_features))
         for part in row_chunks(self.out_features, self.in_features):
-            weight = self.format.layout.dequantize(self.weight[part]).to(rows.dtype)
-            y[:, part] = F.linear(rows, weight)
+            weight = self.format.layout.dequantize(self.weight[part]).to(x.dtype)
+            y[..., part] = F.linear(x, weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
@@ -345,3 +388,21 @@ def join(linears: Sequence[LowBitLinear]) -> LowBitLinear:
     return LowBitLinear.from_packed(
         linears[0].format.name, torch.cat([linear.plain() for linear in linears]), bias
     )
+
+
+def replace_linears(model: nn.Module, formats: Mapping[str, str]) -> None:
+    """Puts a LowBitLinear in the place of each linear of `model` (on the meta device) that `formats` names.
+
+    formats: module name ("layers.0.attention.wq") -> format. Raises LowBitError, with the formats that would do, where
+    a rank's columns are not whole blocks.
+    """
+    for name, format in formats.items():
+        path, _, attribute = name.rpartition(".")
+        owner = model.get_submodule(path)
+        linear = getattr(owner, attribute)
+        bias = linear.bias is not None
+        setattr(
+            owner,
+            attribute,
+            LowBitLinear(format, linear.in_features, linear.out_features, bias, device="meta"),
+        )

@@ -337,7 +337,7 @@ class Scheduler:
         self.waiting: list[Request] = []
         self._num_arrivals = 0
         self._num_preemptions = 0
-        self._step: Step | None = None  # scheduled and not yet advanced
+        self._step = Step(())  # scheduled and not yet advanced
 
     # -- requests come and go
 
@@ -354,6 +354,7 @@ class Scheduler:
         It stands beside the parent in the order of service, and runs at once if max_running allows and the
         parent has left its prompt behind; else it waits and finds what is cached, as any other request.
         """
+        assert not self._step.slices, "a request is forked between steps"
         shared = parent.num_computed_tokens
         if child.tokens[:shared] != parent.tokens[:shared] or child.salt != parent.salt:
             raise ValueError(f"request {child.id} cannot share with {parent.id}: other tokens or salt")
@@ -400,7 +401,7 @@ class Scheduler:
 
     def schedule(self) -> Step:
         """The next step; it has no slices only if no request is waiting or running."""
-        assert self._step is None or not self._step.slices, "the last step has not been advanced"
+        assert not self._step.slices, "the last step has not been advanced"
         slices: list[Slice] = []
         copies: list[tuple[int, int]] = []
         budget = self.max_step_tokens
@@ -431,7 +432,7 @@ class Scheduler:
         A step that failed is advanced too, after its requests were finished or preempted.
         """
         assert step is self._step, "only the last scheduled step is advanced, and once"
-        self._step = None
+        self._step = Step(())
         for part in step.slices:
             request = part.request
             if request.status is Status.RUNNING:  # not finished or preempted since
@@ -496,7 +497,8 @@ class Scheduler:
     def _find_slots(self, request: Request, count: int, copies: list[tuple[int, int]]) -> int:
         """Slots for a running request's next `count` tokens, at the cost of younger requests.
 
-        How many got one: fewer than `count`, or none, only if there is no younger request left.
+        How many got one: fewer than `count`, or none, only if there is no younger request left. (The last
+        one never lacks a block for a copy: those who share with it have made theirs before.)
         """
         start, blocks = request.num_computed_tokens, request.blocks
         index = start // self.block_size
@@ -507,10 +509,8 @@ class Scheduler:
                 break
             self.preempt(self.running[-1])
         num_new = min(num_wanted, self.allocator.num_available)
-        if is_shared and not num_new:
-            return 0
         if num_new:
-            shared = [blocks.pop()] if is_shared else []  # a block that is not full is the last
+            shared = [blocks.pop()] if is_shared else []  # a shared block that is not full is the last
             self._grow(request, num_new)
             copies += [(source, blocks[index]) for source in shared]
             self.allocator.free(shared)
@@ -533,8 +533,7 @@ class Scheduler:
             assert (request.blocks, request.num_computed_tokens) == ([], 0), f"{request.id} holds blocks"
         for request in self.running:
             self._check_table(request)
-        if self._step is not None:
-            self._check_step(self._step)
+        self._check_step(self._step)
 
     def _check_table(self, request: Request) -> None:
         num_computed, num_blocks = request.num_computed_tokens, len(request.blocks)

@@ -300,6 +300,14 @@ def test_a_vocabulary_is_brought_to_the_number_of_embeddings(tmp_path, source):
     assert Tokenizer(str(tmp_path / "m.gguf")).n_words == 264
 
 
+def test_llama_cpp_reads_and_tokenizes_what_is_written(tmp_path, source):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    convert(source, tmp_path / "m.gguf", "gguf")
+    model = llama_cpp.Llama(str(tmp_path / "m.gguf"), n_ctx=64, verbose=False)
+    found = [model.tokenize(text.encode(), add_bos=False, special=False) for text in TEXTS]
+    assert found == ids(source)
+
+
 def test_stop_ids_and_sampling_defaults_are_kept(tmp_path, source):
     values = {
         "temperature": 0.5,
@@ -512,6 +520,15 @@ def test_a_killed_conversion_leaves_the_old_destination_and_is_cleaned_up_by_the
     assert [line for line in warnings if "left by an interrupted run" in line]
     assert len(list((tmp_path / "copy").glob("*.pth"))) == 1
     assert nothing_is_left(tmp_path)
+
+
+def test_a_name_with_wildcards_cleans_up_its_own_leftovers_alone(tmp_path, source):
+    for name in ("c[o]py", "copy"):
+        (tmp_path / f".{name}.partial-abc").mkdir()
+    assert convert(source, tmp_path / "c[o]py", "hf") == [
+        "removed .c[o]py.partial-abc, left by an interrupted run"
+    ]
+    assert (tmp_path / ".copy.partial-abc").is_dir()
 
 
 def test_a_conversion_killed_between_its_two_renames_gets_the_old_destination_back(tmp_path, source):

@@ -139,10 +139,10 @@ def test_names_are_the_same_after_a_round_trip():
 def test_interleaving_is_the_inverse_of_deinterleaving_for_weights_and_biases():
     for rows in (torch.randn(24, 5), torch.randn(24)):
         for head_dim in (2, 4, 8, 24):
-            assert torch.equal(interleave(deinterleave(rows, head_dim), head_dim), rows)
-            assert torch.equal(deinterleave(interleave(rows, head_dim), head_dim), rows)
-    assert interleave(torch.arange(8), 8).tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
-    assert interleave(torch.arange(8), 4).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+            there = deinterleave(rows, head_dim).reshape(rows.shape)
+            assert torch.equal(interleave(there, head_dim).reshape(rows.shape), rows)
+    assert interleave(torch.arange(8), 8).flatten().tolist() == [0, 4, 1, 5, 2, 6, 3, 7]
+    assert interleave(torch.arange(8), 4).flatten().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 def test_rows_that_are_not_whole_heads_are_read_rightly(tmp_path):
@@ -187,6 +187,30 @@ def test_old_and_new_spellings_of_rotary_settings(tmp_path, keys, theta, scaling
     assert (checkpoint.args.rope_theta, checkpoint.args.rope_scaling) == (theta, scaling)
     assert checkpoint.args.max_seq_len == context
     assert checkpoint.unknown_keys == ()
+
+
+def test_keys_that_are_not_there_mean_what_they_mean_to_transformers(tmp_path, transformers):
+    args, weights = sample(n_kv_heads=8)
+    path = write_hf(tmp_path, args, weights)
+    for kind, config in (("llama", transformers.LlamaConfig), ("mistral", transformers.MistralConfig)):
+        values = hf_config(args) | {"model_type": kind, "architectures": None}
+        for key in (
+            "num_key_value_heads",
+            "max_position_embeddings",
+            "rms_norm_eps",
+            "rope_theta",
+            "tie_word_embeddings",
+        ):
+            del values[key]
+        (path / "config.json").write_text(json.dumps(values))
+        theirs, ours = config.from_pretrained(path), open_checkpoint(path).args
+        assert ours.n_kv_heads == theirs.num_key_value_heads == 8
+        assert ours.max_seq_len == theirs.max_position_embeddings
+        assert ours.norm_eps == theirs.rms_norm_eps
+        assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+        assert ours.sliding_window == getattr(theirs, "sliding_window", None)
+        (path / "config.json").write_text(json.dumps(values | {"sliding_window": None}))
+        assert open_checkpoint(path).args.sliding_window is None
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,14 @@
 import hashlib
 import json
+from dataclasses import replace
 
 import gguf
 import pytest
 import torch
 from checkpoints import sample, write_gguf, write_hf, write_meta, write_sentencepiece
 
-from llama.device import free_memory
 from llama.checkpoint import CheckpointError, default_model, estimate, inspect, verify
+from llama.device import free_memory
 from llama.model import ModelArgs, Transformer
 from llama.parallel import ModelParallel
 from llama.quantization import FORMATS
@@ -92,6 +93,13 @@ def test_low_bit_formats_pack_the_linears_alone():
         rest = 2 * (32000 * 4096 + 65 * 4096)
         assert found[name].weight_bytes == linears * form.bits_per_weight / 8 + rest
     assert list(found) == ["fp32", "bf16", *FORMATS]
+
+
+def test_a_low_bit_format_packs_an_output_layer_that_is_the_embedding_beside_it():
+    args, _ = sample(dim=256, n_heads=4, n_kv_heads=4, tie_word_embeddings=True, hidden_dim=256)
+    tied, apart = rows(args), rows(replace(args, tie_word_embeddings=False))
+    assert tied["q4_0"].weight_bytes == apart["q4_0"].weight_bytes
+    assert tied["bf16"].weight_bytes == apart["bf16"].weight_bytes - 2 * 264 * 256
 
 
 def test_what_fits_is_measured_against_the_memory_that_is_free():

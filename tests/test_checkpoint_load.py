@@ -4,7 +4,17 @@ from dataclasses import replace
 import gguf
 import pytest
 import torch
-from checkpoints import assert_equal, loaded, sample, state, write_gguf, write_hf, write_meta
+from checkpoints import (
+    LINUX,
+    anonymous_memory,
+    assert_equal,
+    loaded,
+    sample,
+    state,
+    write_gguf,
+    write_hf,
+    write_meta,
+)
 from conftest import tiny_model
 from torch import nn
 
@@ -123,6 +133,35 @@ def test_progress_counts_the_bytes_of_every_weight(tmp_path, world_size):
     assert calls[-1] == (total, total)
     assert len(calls) == len(weights)
     assert sorted(calls) == calls
+
+
+@pytest.mark.skipif(not LINUX, reason="reads /proc")
+@pytest.mark.parametrize(
+    ("kind", "dtype", "as_mapped"),
+    [
+        ("one shard", torch.float32, True),
+        ("one shard", torch.bfloat16, False),
+        ("two shards", torch.float32, False),
+        ("hf", torch.bfloat16, False),
+        ("q8_0", torch.bfloat16, False),
+    ],
+)
+def test_loading_takes_the_memory_of_the_weights_and_little_more(tmp_path, kind, dtype, as_mapped):
+    args, weights = sample(dim=512, n_layers=6, n_heads=8, n_kv_heads=8, hidden_dim=2048, vocab_size=4096)
+    if kind == "hf":
+        path = write_hf(tmp_path, args, weights)
+    elif kind == "q8_0":
+        path = write_gguf(tmp_path / "m.gguf", args, weights, gguf.GGMLQuantizationType.Q8_0)
+    else:
+        path = write_meta(tmp_path, args, weights, 1 if kind == "one shard" else 2, hidden_dim=2048)
+    largest = max(weight.numel() for weight in weights.values()) * dtype.itemsize
+    whole = sum(weight.numel() for weight in weights.values()) * dtype.itemsize
+    del weights
+    loaded(path, dtype=dtype)  # whatever is imported and allocated once
+    peak, before = [0], anonymous_memory()
+    model = loaded(path, dtype=dtype, progress=lambda *_: peak.append(anonymous_memory()))
+    assert model.norm.weight.dtype == dtype
+    assert max(peak) - before <= largest + (0 if as_mapped else whole * 1.1)
 
 
 def test_every_missing_unexpected_and_misshapen_weight_is_named_before_anything_is_read(tmp_path):

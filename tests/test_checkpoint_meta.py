@@ -42,6 +42,12 @@ def test_a_gap_in_the_shards_numbers_is_named(model):
         open_checkpoint(model)
 
 
+def test_shards_of_different_types_are_refused(model):
+    resave(model, 1, lambda weights: weights.update({"output.weight": weights["output.weight"].half()}))
+    with pytest.raises(CheckpointError, match=r"output\.weight: the shards' shapes or types do not fit"):
+        open_checkpoint(model)
+
+
 def test_shards_in_safetensors_under_mistrals_name_are_read(tmp_path):
     from safetensors.torch import save_file
 
@@ -192,7 +198,7 @@ def test_shards_that_do_not_fit_together_are_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth: norm\.weight: is not in every shard"):
         open_checkpoint(broken(1, lambda weights: weights.pop("norm.weight")))
     with pytest.raises(
-        CheckpointError, match=r"layers\.0\.attention\.wq\.weight: the shards' shapes do not fit"
+        CheckpointError, match=r"layers\.0\.attention\.wq\.weight: the shards' shapes or types do not fit"
     ):
         open_checkpoint(
             broken(2, lambda weights: weights.update({"layers.0.attention.wq.weight": torch.zeros(8, 3)}))

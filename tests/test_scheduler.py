@@ -11,6 +11,7 @@ import ast
 import dataclasses
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable
 from hashlib import sha256
 from itertools import pairwise
@@ -529,18 +530,15 @@ def test_only_the_slice_that_ends_a_request_samples():
 
 
 def test_a_prompt_never_holds_up_decoding_even_when_it_came_first():
-    simulation = start(max_step_tokens=8, max_running=8)
-    first = simulation.add(numbers(30, 1), 20)
-    others = [simulation.add([n], 20) for n in range(3)]
-    while first.num_pending_tokens > 1 or not all(other.num_computed_tokens for other in others):
+    simulation = start(max_step_tokens=8, prefix_caching=False)
+    simulation.add(numbers(20), 20)
+    for n in range(3):
+        simulation.add([n], 20)
+    for _ in range(3):
         simulation.step()
-    simulation.scheduler.preempt(first)
-    simulation.scheduler.prefixes.blocks.clear()  # nothing of it is found again
-    simulation.scheduler.prefixes._by_digest.clear()
-    simulation.scheduler.allocator.evictable.clear()
-    step = simulation.scheduler.schedule()
-    assert shape(step)[:3] == [(other.id, other.num_computed_tokens, 1) for other in others]
-    simulation.scheduler.advance(step)
+    simulation.scheduler.preempt(simulation.alive[0])
+    assert shape(simulation.step()) == [(1, 1, 1), (2, 1, 1), (3, 1, 1), (0, 0, 5)]
+    assert shape(simulation.step()) == [(0, 5, 5), (1, 2, 1), (2, 2, 1), (3, 2, 1)]
 
 
 def test_a_step_smaller_than_the_number_of_decoding_requests_serves_the_oldest():
@@ -649,6 +647,13 @@ def test_the_same_calls_give_the_same_steps():
 def test_an_idle_scheduler_gives_empty_steps():
     scheduler = Scheduler(4)
     assert scheduler.schedule() == scheduler.schedule() == Step(())
+    scheduler.advance(scheduler.schedule())
+
+
+def test_a_step_is_of_512_tokens_for_256_requests_unless_told_otherwise():
+    scheduler = Scheduler(4)
+    sizes = (scheduler.block_size, scheduler.max_step_tokens, scheduler.chunk, scheduler.max_running)
+    assert (*sizes, scheduler.prefix_caching, scheduler.prefixes.digest_size) == (16, 512, 512, 256, True, 32)
 
 
 # -- what is refused
@@ -731,6 +736,8 @@ def test_misuse_by_the_engine_is_noticed():
     step = scheduler.schedule()
     with pytest.raises(AssertionError, match="the last step has not been advanced"):
         scheduler.schedule()
+    with pytest.raises(AssertionError, match="a request is forked between steps"):
+        scheduler.fork(request, Request(1, [1, 2], 3))
     with pytest.raises(AssertionError, match="only the last scheduled step is advanced, and once"):
         scheduler.advance(Step(step.slices))
     scheduler.advance(step)
@@ -946,13 +953,24 @@ def test_a_child_waits_where_no_seat_is_free_and_finds_the_prompt_cached():
 
 
 def test_a_child_of_an_unfinished_prompt_waits_in_its_parents_place():
-    simulation = start(max_step_tokens=4)
-    parent = simulation.add(numbers(10), 3)
+    simulation = start(max_step_tokens=3)
+    parent = simulation.add(numbers(5), 3)
     later = simulation.add([1], 3)
     simulation.step()
-    child = simulation.fork(parent, numbers(10)[4:6], 3)
+    child = simulation.fork(parent, numbers(5)[3:], 3)
     assert simulation.scheduler.waiting == [child, later]
     simulation.drain()
+
+
+def test_a_child_is_refused_for_the_same_reasons_as_any_request():
+    simulation = start(num_blocks=4)
+    parent = simulation.add(numbers(5), 3)
+    simulation.step()
+    with pytest.raises(RequestTooLarge, match=r"^request 1 may grow to 17 tokens, the cache holds 16: "):
+        simulation.fork(parent, [1], 11)
+    child = simulation.fork(parent, [1], 1)
+    with pytest.raises(ValueError, match=r"^request 1 is running: a request is added once$"):
+        simulation.scheduler.fork(parent, child)
 
 
 # -- where blocks lie
@@ -971,9 +989,9 @@ def test_requests_that_grow_side_by_side_have_one_extent_each():
 
 
 def test_requests_that_may_grow_larger_than_the_pool_still_get_equal_room():
-    simulation = start(num_blocks=4096, block_size=1)
-    requests = [simulation.add([n], 4000) for n in range(32)]
-    for _ in range(100):
+    simulation = start(num_blocks=1024, block_size=1)
+    requests = [simulation.add([n], 1000) for n in range(32)]
+    for _ in range(30):
         simulation.step()
     assert [len(request.extents) for request in requests] == [1] * 32
 
@@ -1014,6 +1032,20 @@ def test_promised_room_is_given_to_others_before_anyone_is_preempted():
     fourth: list[int] = []
     allocator.allocate(fourth, 8, 8)
     assert fourth == list(range(8))
+
+
+def test_who_takes_from_promised_room_leaves_the_rest_free():
+    allocator = BlockAllocator(8, PrefixCache(4))
+    first: list[int] = []
+    allocator.allocate(first, 1, 8)
+    second: list[int] = []
+    allocator.allocate(second, 1, 1)
+    assert (first, second) == ([0], [4])
+    allocator.free(second)
+    allocator.check(Counter(first))
+    third: list[int] = []
+    allocator.allocate(third, 4, 4)
+    assert third == [4, 5, 6, 7]
 
 
 @given(st.lists(st.integers(0, 8)))

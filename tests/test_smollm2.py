@@ -34,7 +34,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def llm() -> Llama:
-    return Llama.build(max_seq_len=256, device="cpu", dtype="fp32")
+    return Llama.build(max_seq_len=256, device="cpu", dtype="fp32", quantization="none")
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,16 @@ def test_three_ranks_answer_as_one(llm):
     done = torchrun(3, "smollm2_ranks.py", *tokens)
     assert done.returncode == 0, done.stderr
     assert f"tokens {alone.tokens}" in done.stdout
+
+
+def test_blocks_that_stay_packed_give_the_logits_of_the_unpacked_weights(llm):
+    packed = Llama.build(max_seq_len=256, device="cpu", dtype="fp32")
+    tokens = packed.tokenizer.encode(" ".join(PROMPTS), bos=False, eos=False)
+    found, expected = packed.model(torch.tensor([tokens]), 0)[0], llm.model(torch.tensor([tokens]), 0)[0]
+    scores = found.log_softmax(-1)
+    divergence = (expected.log_softmax(-1).exp() * (expected.log_softmax(-1) - scores)).sum(-1).mean()
+    assert divergence < 0.02  # activations are rounded to 8 bits
+    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
 
 
 def test_the_default_model_answers_a_question(llm):

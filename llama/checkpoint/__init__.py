@@ -8,6 +8,7 @@ from .hub import resolve
 from .inspection import Estimate, Inspection, estimate, inspect
 from .load import load_weights
 from .opening import open_checkpoint
+from .packing import packed_modules, untied
 from .shapes import expected_shapes
 from .verification import Finding, verify
 from .weight import Checkpoint, CheckpointError, Weight
@@ -27,6 +28,8 @@ __all__ = [
     "legacy_source",
     "load_weights",
     "open_checkpoint",
+    "packed_modules",
     "resolve",
+    "untied",
     "verify",
 ]

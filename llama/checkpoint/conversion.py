@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..device import DTYPES
 from .opening import open_checkpoint
 from .output import clean_leftovers, staged
 from .plan import Plan
@@ -17,7 +18,6 @@ from .tokenizer_files import TokenizerFiles
 from .weight import Checkpoint, CheckpointError
 
 FORMATS = ("meta", "hf", "gguf")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
 OURS = (".pth", ".json", ".safetensors", ".bin", ".model", ".chk", ".jinja", ".txt", ".md")
 MARGIN = 16 << 20  # bytes that must stay free besides the tensors: tokenizer, headers, file system
@@ -68,11 +68,9 @@ def legacy_source(input_dir: str | Path, model_size: str) -> Path:
     Raises FileNotFoundError that lists where it looked.
     """
     size = model_size.removesuffix("f")
-    names = [f"llama-2-{size.lower()}"]
-    if model_size.endswith("f"):
-        names = [f"llama-2-{size.lower()}-chat"]
+    downloaded = f"llama-2-{size.lower()}" + ("-chat" if model_size.endswith("f") else "")
     folder = Path(input_dir).expanduser()
-    candidates = [folder / model_size, *(folder / name for name in names), folder / size, folder]
+    candidates = [folder / model_size, folder / downloaded, folder / size, folder]
     for candidate in candidates:
         if (candidate / "params.json").is_file():
             return candidate

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from ..model import ModelArgs, RopeScaling
+from .arrays import Array, Mapped
 from .files import open_file
 from .gguf_file import BLOCKS, GGUFFile, TensorHeader
 from .names import FROM_GGUF, rename
 from .settings import REQUIRED, Settings, check_args, generation_settings
 from .shapes import check_layers, is_tied
-from .weight import Array, Checkpoint, CheckpointError, Mapped, Weight, dominant_dtype
+from .weight import Checkpoint, CheckpointError, Weight, dominant_dtype
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+CHUNK = 1 << 20  # numbers that are dequantized at a time
 ROPE_FACTORS = "rope_freqs.weight"
 SAMPLING = {  # keys of general.sampling, and the names they have here
     "temp": "temperature",
@@ -32,11 +34,12 @@ _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
-class Blocks:
+class Blocks(Array):
     """A matrix in ggml's low-bit blocks; `read` dequantizes only the blocks it needs, to float32."""
 
     file: GGUFFile
     header: TensorHeader
+    dtype = torch.float32
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -51,20 +54,22 @@ class Blocks:
         return self.header.nbytes
 
     def read(self, dim: int, start: int, stop: int) -> Tensor:
-        import numpy
-        from gguf import GGMLQuantizationType
-        from gguf.quants import dequantize
+        shape = list(self.shape)
+        shape[dim] = stop - start
+        out = torch.empty(shape)
+        self.copy_to(out, dim, start, stop)
+        return out
 
-        block = BLOCKS[self.header.kind][1]
-        first, last = (
-            (start, stop)
-            if dim != len(self.shape) - 1
-            else (start // block * block, -(-stop // block) * block)
-        )
-        packed = self.packed(dim, first, last)
-        with numpy.errstate(all="ignore"):  # a damaged block may hold infinity; that is for others to find
-            values = torch.from_numpy(dequantize(packed.numpy(), GGMLQuantizationType(self.header.kind)))
-        return values.narrow(dim, start - first, stop - start)
+    def copy_to(self, out: Tensor, dim: int, start: int, stop: int) -> None:
+        block, columns = BLOCKS[self.header.kind][1], self.shape[-1]
+        skipped = 0
+        if dim == len(self.shape) - 1:  # whole blocks, then the columns asked for
+            first, last = start // block * block, -(-stop // block) * block
+            start, stop, skipped, columns = first, last, start - first, last - first
+        packed = self.packed(dim, start, stop).reshape(-1, columns // block * BLOCKS[self.header.kind][2])
+        rows = max(1, CHUNK // max(columns, 1))
+        for some, place in zip(packed.split(rows), out.view(len(packed), -1).split(rows), strict=True):
+            place.copy_(self._dequantize(some).narrow(1, skipped, place.shape[1]))
 
     def packed(self, dim: int, start: int, stop: int) -> Tensor:
         """The blocks of that part: uint8, rows first, bytes of a row last."""
@@ -77,6 +82,15 @@ class Blocks:
         if start % block or stop % block:
             raise CheckpointError(f"columns {start} to {stop} are not whole {self.stored} blocks of {block}")
         return data.narrow(dim, start // block * size, (stop - start) // block * size)
+
+    def _dequantize(self, packed: Tensor) -> Tensor:
+        """uint8 (rows, bytes) -> float32 (rows, columns)"""
+        import numpy
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        with numpy.errstate(all="ignore"):  # a damaged block may hold infinity; that is for others to find
+            return torch.from_numpy(dequantize(packed.numpy(), GGMLQuantizationType(self.header.kind)))
 
 
 def recognises(path: Path) -> bool:

@@ -13,9 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .arrays import Array, Mapped
 from .settings import Settings, shown
 from .tensor_file import TensorFile
-from .weight import Array, CheckpointError, Mapped
+from .weight import CheckpointError
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 SHIFTS = torch.arange(0, 32, 4, dtype=torch.int32)
@@ -29,7 +30,7 @@ def unpack(packed: Tensor, dim: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FourBitMatrix:
+class FourBitMatrix(Array):
     """A linear layer's matrix (out, in) in four bits; `read` dequantizes it to float32."""
 
     qweight: Mapped
@@ -38,6 +39,7 @@ class FourBitMatrix:
     g_idx: Mapped | None
     zero_offset: int = 0
     stored = "int4"
+    dtype = torch.float32
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from ..model import ModelArgs
+from .arrays import Array, Reordered
 from .files import read_json
 from .gptq import stored_arrays
 from .names import FROM_HF, interleave, is_rotary, rename
@@ -14,9 +15,13 @@ from .settings import REQUIRED, Settings, check_args, generation_settings, rope_
 from .shapes import check_layers, is_tied
 from .tensor_file import TensorFile, read_tensor_file
 from .tokenizer_files import find_tokenizer
-from .weight import Array, Checkpoint, CheckpointError, Reordered, Weight, dominant_dtype
+from .weight import Checkpoint, CheckpointError, Weight, dominant_dtype
 
-MODEL_TYPES = ("llama", "mistral")
+DEFAULTS: dict[str, dict[str, int]] = {
+    # model_type: what transformers takes for keys that are not there
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+}
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
@@ -112,7 +117,8 @@ def read_args(settings: Settings) -> tuple[ModelArgs, tuple[int, ...]]:
     """The model's shape and stop ids; raises CheckpointError for keys that ask for other mathematics."""
     _refuse_other_architectures(settings)
     stop_ids = settings.ids("eos_token_id")
-    context = settings.integer("max_position_embeddings", 2048)
+    defaults = DEFAULTS[settings.text("model_type", "llama")]
+    context = settings.integer("max_position_embeddings", defaults["max_position_embeddings"])
     rope, scaling = settings.section("rope_parameters"), settings.section("rope_scaling")
     theta = settings.number("rope_theta", 10000.0)
     scaling_settings = [section for section in (scaling, rope) if section is not None]
@@ -121,7 +127,7 @@ def read_args(settings: Settings) -> tuple[ModelArgs, tuple[int, ...]]:
         dim=settings.integer("hidden_size", REQUIRED),
         n_layers=settings.integer("num_hidden_layers", REQUIRED),
         n_heads=settings.integer("num_attention_heads", REQUIRED),
-        n_kv_heads=settings.integer("num_key_value_heads"),
+        n_kv_heads=settings.integer("num_key_value_heads", defaults.get("num_key_value_heads")),
         vocab_size=settings.integer("vocab_size", REQUIRED),
         norm_eps=settings.number("rms_norm_eps", 1e-6),
         hidden_dim=settings.integer("intermediate_size", REQUIRED),
@@ -130,19 +136,23 @@ def read_args(settings: Settings) -> tuple[ModelArgs, tuple[int, ...]]:
         rope_scaling=next((one for one in found if one is not None), None),
         tie_word_embeddings=settings.boolean("tie_word_embeddings", False),
         mlp_bias=settings.boolean("mlp_bias", False),
-        sliding_window=settings.integer("sliding_window")
-        if settings.text("model_type") == "mistral"
-        else None,
+        sliding_window=_sliding_window(settings, defaults),
     )
     linear = args.rope_scaling is not None and args.rope_scaling.kind == "linear"
     args.max_seq_len = int(context * args.rope_scaling.factor) if linear else context
-    settings.ignore("attention_bias", *_NO_EFFECT)
+    settings.ignore("attention_bias", *_NO_EFFECT)  # the stored biases themselves say which there are
     return check_args(args, settings.file), stop_ids
+
+
+def _sliding_window(settings: Settings, defaults: dict[str, int]) -> int | None:
+    """Mistral's window; null says that there is none, and no word at all means the first Mistral's."""
+    default = None if "sliding_window" in settings.values else defaults.get("sliding_window")
+    return settings.integer("sliding_window", default) if "sliding_window" in defaults else None
 
 
 def _refuse_other_architectures(settings: Settings) -> None:
     kind = settings.text("model_type", "llama")
-    if kind not in MODEL_TYPES:
+    if kind not in DEFAULTS:
         raise CheckpointError(
             f"{settings.file}: model_type {shown(kind)} is not supported; llama and mistral are"
         )

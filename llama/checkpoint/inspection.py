@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -104,8 +104,9 @@ def estimate(
 ) -> Iterator[Estimate]:
     """For each precision, what every rank needs for its weights and for `max_batch_size` full contexts.
 
-    Keys and values are float32 beside float32 weights, else 16 bits; low-bit formats pack the linears and leave
-    embeddings and norms in 16 bits. Raises ValueError for a number of ranks that does not divide the model.
+    Keys and values are float32 beside float32 weights, else 16 bits. Low-bit formats pack the linears, of which
+    the output layer is one even where it is the embedding, and leave embeddings and norms in 16 bits. Raises
+    ValueError for a number of ranks that does not divide the model.
     """
     check_divides(args, world_size)
     tokens = (max_seq_len or args.max_seq_len) * max_batch_size
@@ -113,9 +114,8 @@ def estimate(
     free = free_memory(torch.device(device))
     for precision in (*PLAIN, *FORMATS):
         dtype = PLAIN.get(precision, torch.bfloat16)
-        weights = sum(
-            _weight_bytes(name, whole, precision, world_size) for name, whole in expected_shapes(args)
-        )
+        shapes = expected_shapes(args if precision in PLAIN else replace(args, tie_word_embeddings=False))
+        weights = sum(_weight_bytes(name, whole, precision, world_size) for name, whole in shapes)
         yield Estimate(precision, weights, tokens * shape.bytes_per_token(dtype), free)
 
 

@@ -1,11 +1,12 @@
-"""Filling a model: a pipe of small generators, match -> split for this rank -> read -> cast -> assign."""
+"""Filling a model: match names and shapes -> split for this rank -> read, cast and assign, a few at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..model import check_divides
 from ..parallel import SPLIT
@@ -13,6 +14,7 @@ from .names import module_name
 from .weight import Checkpoint, CheckpointError, Weight
 
 MAX_NAMED = 8
+NUM_READERS = 4
 
 
 def load_weights(
@@ -28,24 +30,26 @@ def load_weights(
     """Replaces every parameter of `model` (usually on the meta device) by the checkpoint's, cut for `rank`.
 
     On the CPU, where `dtype` is the stored type (or None), parameters are the mapped file itself, without a copy;
-    otherwise at most one weight at a time is in memory twice.
+    otherwise they are written once, in their final type and order. On other devices the CPU holds NUM_READERS
+    weights at a time at most.
 
     A module with the methods `weight_shapes() -> {name: shape as this rank holds it, in numbers}` and
     `load_weight(name, weight, device, dtype)` takes its weights itself: it gets this rank's part, unread, and may
-    keep the stored blocks of it (`weight.read_packed`).
+    keep the stored blocks of it (`weight.read_packed`). It may be called from several threads, once for each weight.
 
     `progress` is called with the bytes done and the bytes in all. Raises CheckpointError, before anything is read,
     that names every missing, unexpected, duplicate and misshapen weight; ValueError for an uneven world size.
     """
     check_divides(checkpoint.args, world_size)
     weights = match(model, checkpoint, rank, world_size)
-    total = sum(weight.nbytes for weight in weights)
-    done = 0
-    for weight in split(weights, rank, world_size):
-        assign(model, weight, torch.device(device), dtype)
-        done += weight.nbytes * world_size if split_dim(weight.name) is not None else weight.nbytes
-        if progress:
-            progress(done, total)
+    total, done = sum(weight.nbytes for weight in weights), 0
+    place = torch.device(device)
+    with ThreadPoolExecutor(NUM_READERS) as readers:  # most of loading is the kernel's work on new pages
+        filled = readers.map(lambda part: fill(model, part, place, dtype), split(weights, rank, world_size))
+        for weight, _ in zip(weights, filled, strict=True):
+            done += weight.nbytes
+            if progress:
+                progress(done, total)
 
 
 def split_dim(name: str) -> int | None:
@@ -78,21 +82,18 @@ def split(weights: Iterable[Weight], rank: int, world_size: int) -> Iterator[Wei
     return (weight.part(split_dim(weight.name), rank, world_size) for weight in weights)
 
 
-def assign(model: nn.Module, weight: Weight, device: torch.device, dtype: torch.dtype | None) -> None:
-    """Reads one weight and makes it a parameter of the module that bears its name."""
-    path, _, attribute = weight.name.rpartition(".")
+def fill(model: nn.Module, part: Weight, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Reads this rank's part of one weight and makes it a parameter of the module that bears its name."""
+    path, _, attribute = part.name.rpartition(".")
     module = model.get_submodule(path)
-    own = getattr(module, "load_weight", None)
-    if own is not None:
-        own(attribute, weight, device, dtype)
+    if hasattr(module, "load_weight"):
+        module.load_weight(attribute, part, device, dtype)
         return
-    tensor = cast(weight, device, dtype)
-    setattr(module, attribute, nn.Parameter(tensor, requires_grad=False))
-
-
-def cast(weight: Weight, device: torch.device, dtype: torch.dtype | None) -> Tensor:
-    """The weight on `device` in `dtype` (None: as stored), contiguous; the mapped memory itself where that fits."""
-    return weight.read().to(device=device, dtype=dtype).contiguous()
+    tensor = part.mapped()
+    if tensor is None or (dtype is not None and tensor.dtype != dtype):
+        tensor = torch.empty(part.shape, dtype=dtype or part.dtype)
+        part.copy_to(tensor)
+    setattr(module, attribute, nn.Parameter(tensor.to(device), requires_grad=False))
 
 
 def _slots(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:

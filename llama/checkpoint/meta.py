@@ -9,19 +9,20 @@ from pathlib import Path
 
 from ..model import ModelArgs, RopeScaling
 from ..parallel import SPLIT
+from .arrays import Joined, Mapped
 from .files import read_json
 from .names import module_name
 from .settings import REQUIRED, Settings, check_args, generation_settings, rope_scaling
 from .shapes import check_layers, is_tied
 from .tensor_file import TensorFile, read_tensor_file
 from .tokenizer_files import find_tokenizer
-from .weight import Checkpoint, CheckpointError, Joined, Mapped, Weight, dominant_dtype
+from .weight import Checkpoint, CheckpointError, Weight, dominant_dtype
 
 IGNORED = ("rope.freqs",)
 FACTOR_32 = {
     (2048, 16),
     (3072, 28),
-}  # (dim, layers) of Llama 3.2 1B and 3B, whose files do not say their factor
+}  # (dim, layers) of Llama 3.2 1B and 3B; their files keep it to themselves
 _SHARD = re.compile(r"consolidated\.(\d{2,4})\.pth")
 _NO_EFFECT = ("max_batch_size", "model_parallel_size", "vocab_parallel", "tie_word_embeddings")
 _OTHER_MATHEMATICS = (
@@ -72,8 +73,9 @@ def shard_files(path: Path) -> list[Path]:
         raise CheckpointError(f"{path}: {gaps} missing, though consolidated.{max(numbered):02d}.pth is there")
     if numbered:
         return [numbered[number] for number in sorted(numbered)]
-    single = path / "consolidated.safetensors"
-    return sorted(path.glob("*.pth")) or ([single] if single.is_file() else [])
+    single = path / "consolidated.safetensors"  # Mistral ships it beside Hugging Face's files, which say more
+    is_alone = single.is_file() and not (path / "config.json").is_file()
+    return sorted(path.glob("*.pth")) or [single] * is_alone
 
 
 def read_args(settings: Settings, shards: list[TensorFile]) -> ModelArgs:
@@ -125,8 +127,16 @@ def _weights(args: ModelArgs, shards: list[TensorFile]) -> Iterator[Weight]:
                 raise CheckpointError(f"{first.path}: {name}: has another shape in another shard")
             yield Weight(name, pieces[0], first.path)
             continue
-        if len({(len(shape), *shape[:dim], *shape[dim + 1 :]) for shape in shapes}) > 1:
-            raise CheckpointError(f"{first.path}: {name}: the shards' shapes do not fit together")
+        if (
+            len(
+                {
+                    (piece.stored, len(piece.shape), *piece.shape[:dim], *piece.shape[dim + 1 :])
+                    for piece in pieces
+                }
+            )
+            > 1
+        ):
+            raise CheckpointError(f"{first.path}: {name}: the shards' shapes or types do not fit together")
         yield Weight(name, Joined(pieces, dim), first.path)
 
 

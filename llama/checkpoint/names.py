@@ -57,10 +57,10 @@ def is_rotary(name: str) -> bool:
 
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows of whole heads, (heads * head_dim, ...), from Hugging Face's order into Meta's; a copy."""
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    """Rows of whole heads in Hugging Face's order, as a view (heads, head_dim / 2, 2, ...) in Meta's."""
+    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2)
 
 
 def deinterleave(rows: Tensor, head_dim: int) -> Tensor:
-    """Rows of whole heads, (heads * head_dim, ...), from Meta's order into Hugging Face's; a copy."""
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+    """Rows of whole heads in Meta's order, as a view (heads, 2, head_dim / 2, ...) in Hugging Face's."""
+    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import shutil
 import tempfile
@@ -48,12 +49,9 @@ class Output:
         file.write(converted.contiguous().flatten().view(torch.uint8).numpy())
 
 
-def output(
-    weight: Weight, name: str, dtype: torch.dtype, change: Callable[[Tensor], Tensor] | None = None
-) -> Output:
-    """`weight` under another name and type; `change` keeps its shape."""
-    read = weight.read if change is None else lambda: change(weight.read())
-    return Output(name, weight.shape, dtype, read)
+def output(weight: Weight, name: str, dtype: torch.dtype) -> Output:
+    """`weight` under another name and in another type."""
+    return Output(name, weight.shape, dtype, weight.read)
 
 
 @contextmanager
@@ -96,7 +94,7 @@ def staged(destination: Path, needed: int, is_directory: bool) -> Iterator[Path]
 def clean_leftovers(destination: Path) -> list[Path]:
     """Removes what interrupted runs left beside `destination`, and puts back what one had set aside."""
     removed = []
-    for folder in sorted(destination.absolute().parent.glob(_prefix(destination) + "*")):
+    for folder in sorted(destination.absolute().parent.glob(glob.escape(_prefix(destination)) + "*")):
         if not folder.is_dir() or _is_in_use(folder):
             continue
         aside = folder / ASIDE

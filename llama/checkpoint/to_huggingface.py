@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from ..model import ModelArgs
+from .arrays import Reordered
 from .names import TO_HF, deinterleave, is_rotary, rename
 from .output import Output, output
 from .plan import Plan, json_bytes
@@ -61,8 +63,9 @@ def _outputs(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Output]:
         name = rename(weight.name, TO_HF)
         if name is None:
             raise CheckpointError(f"{weight.file}: {weight.name}: has no name in Hugging Face's format")
-        change = partial(deinterleave, head_dim=args.head_dim) if is_rotary(weight.name) else None
-        yield output(weight, name, dtype, change)
+        if is_rotary(weight.name):
+            weight = replace(weight, array=Reordered(weight.array, args.head_dim, deinterleave))
+        yield output(weight, name, dtype)
     if args.attention_bias != args.attention_output_bias:  # Hugging Face has either all four biases or none
         yield from _zero_biases(args, dtype)
 

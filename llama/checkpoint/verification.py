@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .hub import resolve
 from .huggingface import INDEXES, weight_files
 from .opening import open_checkpoint
 from .shapes import expected_shapes
@@ -31,7 +32,7 @@ def verify(path: str | Path) -> Iterator[Finding]:
 
     A checkpoint that cannot be opened gives a finding too. Raises FileNotFoundError where nothing is at `path`.
     """
-    path = Path(path).expanduser()
+    path = resolve(path)
     if path.is_dir():
         yield from _checklists(path)
     try:

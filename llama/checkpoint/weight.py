@@ -6,12 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..model import ModelArgs
+from .arrays import Array
 
 MAX_LINE = 2000
 
@@ -25,113 +26,6 @@ class CheckpointError(ValueError):
     def __init__(self, message: str) -> None:
         line = "".join(char if char.isprintable() else "?" for char in message)
         super().__init__(line if len(line) <= MAX_LINE else line[: MAX_LINE - 3] + "...")
-
-
-class Array(Protocol):
-    """A stored array that is not in memory yet."""
-
-    shape: tuple[int, ...]
-    stored: str
-    """Name of the stored type: "bfloat16", "float16", ... or a ggml block type such as "Q4_1"."""
-    nbytes: int
-
-    def read(self, dim: int, start: int, stop: int) -> Tensor:
-        """The part `start:stop` along `dim`; the mapped memory itself where that is possible."""
-        ...
-
-
-@dataclass(frozen=True)
-class Mapped:
-    """An array that lies in a mapped file as it is; parts are views, never copies."""
-
-    tensor: Tensor
-    check: Callable[[], None] = lambda: None
-    """Raises if the file has become shorter since it was mapped: touching the view would kill the process."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-    @property
-    def stored(self) -> str:
-        return str(self.tensor.dtype).removeprefix("torch.")
-
-    @property
-    def nbytes(self) -> int:
-        return self.tensor.nbytes
-
-    def read(self, dim: int, start: int, stop: int) -> Tensor:
-        self.check()
-        return self.tensor.narrow(dim, start, stop - start)
-
-
-@dataclass(frozen=True)
-class Joined:
-    """Arrays stored in several pieces, one after the other along `dim`."""
-
-    pieces: tuple[Array, ...]
-    dim: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = list(self.pieces[0].shape)
-        shape[self.dim] = sum(piece.shape[self.dim] for piece in self.pieces)
-        return tuple(shape)
-
-    @property
-    def stored(self) -> str:
-        return self.pieces[0].stored
-
-    @property
-    def nbytes(self) -> int:
-        return sum(piece.nbytes for piece in self.pieces)
-
-    def read(self, dim: int, start: int, stop: int) -> Tensor:
-        parts = [piece.read(*within) for piece, within in self._overlaps(dim, start, stop)]
-        if not parts:
-            return self.pieces[0].read(dim, 0, 0)
-        return parts[0] if len(parts) == 1 else torch.cat(parts, self.dim)
-
-    def _overlaps(self, dim: int, start: int, stop: int) -> Iterator[tuple[Array, tuple[int, int, int]]]:
-        offset = 0
-        for piece in self.pieces:
-            if dim != self.dim:
-                yield piece, (dim, start, stop)
-                continue
-            length = piece.shape[dim]
-            first, last = max(start - offset, 0), min(stop - offset, length)
-            if first < last:
-                yield piece, (dim, first, last)
-            offset += length
-
-
-@dataclass(frozen=True)
-class Reordered:
-    """Rows of another array in another rotary order, head by head; `reorder` maps (rows, ...) to (rows, ...)."""
-
-    array: Array
-    head_dim: int
-    reorder: Callable[[Tensor, int], Tensor]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def stored(self) -> str:
-        return self.array.stored
-
-    @property
-    def nbytes(self) -> int:
-        return self.array.nbytes
-
-    def read(self, dim: int, start: int, stop: int) -> Tensor:
-        if dim != 0:
-            return self.reorder(self.array.read(dim, start, stop), self.head_dim)
-        first = start // self.head_dim * self.head_dim  # whole heads, then the rows asked for
-        last = -(-stop // self.head_dim) * self.head_dim
-        heads = self.reorder(self.array.read(0, first, last), self.head_dim)
-        return heads.narrow(0, start - first, stop - start)
 
 
 @dataclass(frozen=True)
@@ -165,6 +59,11 @@ class Weight:
         return self.array.nbytes * prod(self.shape) // whole if whole else 0
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type that `read` gives: the stored one, float32 for low-bit blocks."""
+        return self.array.dtype
+
+    @property
     def numel(self) -> int:
         """How many numbers it holds."""
         return prod(self.shape)
@@ -193,6 +92,15 @@ class Weight:
         """
         return self._read(self.array.read, dim, start, stop)
 
+    def mapped(self) -> Tensor | None:
+        """All of it as the mapped memory itself, where it lies there in one piece; else None."""
+        return self._read(self.array.mapped, None, 0, None)
+
+    def copy_to(self, out: Tensor) -> None:
+        """Writes all of it into `out`, of its shape and any type, with no other copy of it where that can be."""
+        dim, start, stop = self.cut or (0, 0, self.shape[0])
+        self._guarded(self.array.copy_to, out, dim, start, stop)
+
     def read_packed(
         self, dim: int | None = None, start: int = 0, stop: int | None = None
     ) -> tuple[Tensor, str]:
@@ -210,18 +118,23 @@ class Weight:
             )
         return self._read(self.array.packed, dim, start, stop), self.stored  # type: ignore[attr-defined]
 
-    def _read(self, read: Callable[[int, int, int], Tensor], dim: int | None, start: int, stop: int | None):
+    def _read(self, read: Callable[..., Any], dim: int | None, start: int, stop: int | None) -> Any:
+        """What `read` gives for a part of this part."""
         dim = (self.cut[0] if self.cut else 0) if dim is None else dim
         stop = self.shape[dim] if stop is None else stop
         if not 0 <= start <= stop <= self.shape[dim]:
             raise ValueError(f"{self.name}: {start}:{stop} is outside dimension {dim} of {list(self.shape)}")
+        if self.cut is None:
+            return self._guarded(read, dim, start, stop)
+        cut_dim, first, last = self.cut
+        if dim == cut_dim:
+            return self._guarded(read, dim, first + start, first + stop)
+        return self._guarded(read, cut_dim, first, last).narrow(dim, start, stop - start)
+
+    def _guarded(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """Names the file and the weight in whatever is wrong with it."""
         try:
-            if self.cut is None:
-                return read(dim, start, stop)
-            cut_dim, first, last = self.cut
-            if dim == cut_dim:
-                return read(dim, first + start, first + stop)
-            return read(cut_dim, first, last).narrow(dim, start, stop - start)
+            return work(*arguments)
         except CheckpointError as error:
             raise CheckpointError(f"{self.file}: {self.name}: {error}") from error
 

@@ -8,7 +8,14 @@ from pathlib import Path
 from setuptools import Extension
 
 SOURCES = ("lowbit.cpp", "lowbit_avx512.cpp", "lowbit_avx2.cpp", "lowbit_scalar.cpp")
-FLAGS = ("-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-Wno-psabi")
+FLAGS = (
+    *("-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"),
+    *(
+        "-Wno-psabi",
+        "-Wno-uninitialized",
+        "-Wno-maybe-uninitialized",
+    ),  # what gcc 12 says of its own intrinsics
+)
 
 
 def extensions() -> list[Extension]:
@@ -16,6 +23,7 @@ def extensions() -> list[Extension]:
 
     A build that fails is a warning (`optional`): the package then runs on PyTorch operators alone. The library holds
     every instruction set's kernels and chooses at run time, so it is built for plain x86-64 (or any other processor).
+    No AMX among them: with many rows the matrix library's product on unpacked tiles uses that.
     """
     if not sys.platform.startswith("linux"):
         return []
@@ -36,5 +44,6 @@ def extensions() -> list[Extension]:
             extra_compile_args=list(FLAGS),
             language="c++",
             optional=True,
+            py_limited_api=True,
         )
     ]

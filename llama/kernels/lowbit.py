@@ -51,8 +51,8 @@ def lowbit_linear(
 ) -> Tensor:
     """x @ weight.T + bias, on CPU, with the compiled kernels.
 
-    x: (rows, columns) bfloat16 or float32, contiguous. packed: uint8, flat, as `interleave` makes it. bias: float32
-    (outputs,). Returns (rows, outputs) in x's dtype. `variant`: one of `variants()`; "auto" is "tiles" for many rows on
+    x: (..., columns) bfloat16 or float32. packed: uint8, flat, as `interleave` makes it. bias: float32 (outputs,).
+    Returns (..., outputs) in x's dtype. `variant`: one of `variants()`; "auto" is "tiles" for many rows on
     a processor with AMX, else the widest integer kernel, whose result for a row does not depend on the other rows.
     """
     return torch.ops.llama.lowbit_linear(x, packed, bias, format, outputs, variant)
@@ -62,7 +62,7 @@ if AVAILABLE:
 
     @torch.library.register_fake("llama::lowbit_linear")
     def _(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, outputs: int, variant: str) -> Tensor:
-        return x.new_empty((x.shape[0], outputs))
+        return x.new_empty((*x.shape[:-1], outputs))
 
 
 def lowbit_linear_twin(

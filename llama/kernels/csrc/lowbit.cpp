@@ -15,6 +15,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -31,15 +32,17 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kTilesTogether = 4;   // weight tiles that meet one bundle of activations while it is in the cache
-constexpr int64_t kBytesPerThread = 16384;  // of packed weights: less is not worth waking a thread for
-constexpr int64_t kPanel = 32;          // tiles that "tiles" turns into numbers at a time: 512 weight rows
-constexpr int64_t kManyRows = 192;      // from here on AMX should outrun the integer kernels
+constexpr int64_t kTilesTogether = 4;  // weight tiles that meet one bundle of activations while it is in the cache
+constexpr int64_t kBytesPerThread = 16384;   // of packed weights: less is not worth waking a thread for
+constexpr int64_t kNumbersPerThread = 8192;  // of activations to round: the same
+constexpr int64_t kPanel = 32;      // tiles that "tiles" turns into numbers at a time: 512 weight rows
+constexpr int64_t kManyRows = 192;  // from here on AMX in bfloat16 should outrun AVX-512 in int8
 
 bool has_avx512() {
 #if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
 #else
   return false;
 #endif
@@ -93,64 +96,74 @@ struct Shape {
   int64_t rows, columns, outputs, tiles;  // activation rows; weight columns, rows, and tiles of 16 rows
 };
 
-// Rounds x to int8. `memory` owns what the result points to.
-Activations quantize(const Kernel& kernel, const Shape& s, const void* x, bool bfloat16, std::vector<char>& memory) {
+template <class T>
+std::unique_ptr<T[]> uninitialized(int64_t count) { return std::unique_ptr<T[]>(new T[count]); }
+
+// Rounds x to int8. `memory` will own what the result points to.
+Activations quantize(const Kernel& kernel, const Shape& s, const void* x, bool bfloat16,
+                     std::unique_ptr<char[]>& memory) {
   const int64_t groups = s.rows * s.columns / kernel.group;
-  memory.resize(s.rows * s.columns + 12 * groups);
-  auto* scale = (float*)memory.data();
+  memory = uninitialized<char>(s.rows * s.columns + 12 * groups);
+  auto* scale = (float*)memory.get();
   Activations a{s.rows, s.columns, kernel.group, (int8_t*)(scale + 3 * groups), scale, (int32_t*)(scale + groups),
                 scale + 2 * groups};
   auto bundles = [&](int64_t begin, int64_t end) {
-    std::vector<float> floats(bfloat16 ? kMaxRows * s.columns : 0);
-    for (int64_t first = begin * kMaxRows; first < std::min(end * kMaxRows, s.rows);) {
-      const int64_t count = bundle_rows(s.rows - first);
+    const int64_t last = std::min(end * kernel.max_rows, s.rows);
+    auto floats = uninitialized<float>(bfloat16 ? std::min(kernel.max_rows, s.rows) * s.columns : 0);
+    for (int64_t first = begin * kernel.max_rows; first < last;) {
+      const int64_t count = kernel.bundle(s.rows - first);
       const float* from = (const float*)x + first * s.columns;
       if (bfloat16) {
         const auto* halves = (const uint16_t*)x + first * s.columns;
         for (int64_t i = 0; i < count * s.columns; ++i) floats[i] = from_bfloat16(halves[i]);
-        from = floats.data();
+        from = floats.get();
       }
       kernel.quantize(from, first, count, a);
       first += count;
     }
   };
-  const int64_t count = (s.rows + kMaxRows - 1) / kMaxRows;
-  if (count == 1) {
-    bundles(0, 1);
+  const int64_t count = (s.rows + kernel.max_rows - 1) / kernel.max_rows;
+  if (s.rows * s.columns < kNumbersPerThread) {
+    bundles(0, count);
   } else {
     torch::stable::parallel_for(0, count, 1, bundles);
   }
   return a;
 }
 
+// One tile's results for `count` rows, with the bias, into their places in `out` (rows, outputs).
+void write_results(const Shape& s, const float* results, int64_t tile, int64_t first, int64_t count, const float* bias,
+                   bool bfloat16, void* out) {
+  const int64_t column = tile * kTile, lanes = std::min(kTile, s.outputs - column);
+  for (int64_t m = 0; m < count; ++m) {
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const float y = results[m * kTile + lane] + (bias ? bias[column + lane] : 0.0f);
+      const int64_t at = (first + m) * s.outputs + column + lane;
+      if (bfloat16) {
+        ((uint16_t*)out)[at] = to_bfloat16(y);
+      } else {
+        ((float*)out)[at] = y;
+      }
+    }
+  }
+}
+
 void integer_product(const Kernel& kernel, const Shape& s, const uint8_t* packed, int64_t packed_bytes, const void* x,
                      const float* bias, bool bfloat16, void* out) {
-  std::vector<char> memory;
+  std::unique_ptr<char[]> memory;
   const Activations a = quantize(kernel, s, x, bfloat16, memory);
   const int64_t parts = (s.tiles + kTilesTogether - 1) / kTilesTogether;
   const int64_t grain = std::max<int64_t>(1, kBytesPerThread * parts / packed_bytes);
   torch::stable::parallel_for(0, parts, grain, [&](int64_t begin, int64_t end) {
-    float result[kMaxRows * kTile];
+    float results[kMaxRows * kTile];
     for (int64_t part = begin; part < end; ++part) {
-      for (int64_t first = 0; first < s.rows;) {
-        const int64_t count = bundle_rows(s.rows - first);
-        const int64_t last_tile = std::min((part + 1) * kTilesTogether, s.tiles);
+      const int64_t last_tile = std::min((part + 1) * kTilesTogether, s.tiles);
+      for (int64_t first = 0, count; first < s.rows; first += count) {
+        count = kernel.bundle(s.rows - first);
         for (int64_t tile = part * kTilesTogether; tile < last_tile; ++tile) {
-          kernel.product(packed, s.tiles, tile, a, first, count, result);
-          const int64_t lanes = std::min(kTile, s.outputs - tile * kTile);
-          for (int64_t m = 0; m < count; ++m) {
-            const int64_t at = (first + m) * s.outputs + tile * kTile;
-            for (int64_t lane = 0; lane < lanes; ++lane) {
-              const float y = result[m * kTile + lane] + (bias ? bias[tile * kTile + lane] : 0.0f);
-              if (bfloat16) {
-                ((uint16_t*)out)[at + lane] = to_bfloat16(y);
-              } else {
-                ((float*)out)[at + lane] = y;
-              }
-            }
-          }
+          kernel.product(packed, s.tiles, tile, a, first, count, results);
+          write_results(s, results, tile, first, count, bias, bfloat16, out);
         }
-        first += count;
       }
     }
   });
@@ -163,12 +176,16 @@ void tiled_product(const Kernel& kernel, const Shape& s, const uint8_t* packed, 
   for (int64_t tile = 0; tile < s.tiles; tile += panel) {
     const int64_t count = std::min(panel, s.tiles - tile), width = count * kTile;
     void* to = numbers.mutable_data_ptr();
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        if (bfloat16) {
-          kernel.dequantize_bfloat16(packed, s.tiles, tile + i, s.columns, width, (uint16_t*)to + i * kTile);
-        } else {
-          kernel.dequantize(packed, s.tiles, tile + i, s.columns, width, (float*)to + i * kTile);
+    const int64_t blocks = s.columns / kernel.block;
+    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t at = block * kernel.block * width + i * kTile;
+          if (bfloat16) {
+            kernel.dequantize_bfloat16(packed, s.tiles, tile + i, blocks, block, width, (uint16_t*)to + at);
+          } else {
+            kernel.dequantize(packed, s.tiles, tile + i, blocks, block, width, (float*)to + at);
+          }
         }
       }
     });
@@ -192,28 +209,33 @@ void tiled_product(const Kernel& kernel, const Shape& s, const uint8_t* packed, 
   }
 }
 
-// x (rows, columns) bfloat16 or float32; packed: interleaved bytes; bias float32 (outputs); -> (rows, outputs) as x.
+// x (..., columns) bfloat16 or float32; packed: interleaved bytes; bias float32 (outputs); -> (..., outputs) as x.
 Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::string format, int64_t outputs,
               std::string variant) {
   const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(bfloat16 || x.scalar_type() == ScalarType::Float, "lowbit_linear takes bfloat16 or float32");
-  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous() && packed.is_contiguous(), "lowbit_linear takes contiguous rows");
-  const Shape s{x.size(0), x.size(1), outputs, (outputs + kTile - 1) / kTile};
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0 && packed.is_contiguous(), "lowbit_linear takes rows of numbers");
+  if (!x.is_contiguous()) x = torch::stable::contiguous(x);
+  const int64_t columns = x.size(-1);
+  const Shape s{x.numel() / columns, columns, outputs, (outputs + kTile - 1) / kTile};
   if (variant == "auto")
     variant = has_amx_bfloat16() && bfloat16 && s.rows >= kManyRows ? "tiles" : best_instructions();
   const Kernel* kernel = find_kernel(variant == "tiles" ? best_instructions() : variant, format);
   STD_TORCH_CHECK(kernel, "lowbit_linear: this machine has no kernel '", variant, "' for '", format, "'");
-  STD_TORCH_CHECK(s.columns % kernel->block == 0, "lowbit_linear: columns are not whole blocks");
-  const int64_t blocks = s.tiles * kTile * (s.columns / kernel->block);
+  STD_TORCH_CHECK(columns % kernel->block == 0, "lowbit_linear: columns are not whole blocks");
+  const int64_t blocks = s.tiles * kTile * (columns / kernel->block);
   STD_TORCH_CHECK(blocks * kernel->block_bytes == packed.numel(), "lowbit_linear: the weight has the wrong size");
   STD_TORCH_CHECK(!bias || (bias->numel() == outputs && bias->scalar_type() == ScalarType::Float),
                   "lowbit_linear: the bias is not one float32 per output");
-  Tensor out = torch::stable::new_empty(x, {s.rows, outputs});
+  std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
+  size.back() = outputs;
+  Tensor out = torch::stable::new_empty(x, size);
   if (s.rows == 0 || outputs == 0) return out;
 
   const auto* weight = (const uint8_t*)packed.const_data_ptr();
   if (variant == "tiles") {
-    tiled_product(*kernel, s, weight, x, bias, bfloat16, out);
+    tiled_product(*kernel, s, weight, torch::stable::view(x, {s.rows, columns}), bias, bfloat16,
+                  torch::stable::view(out, {s.rows, outputs}));
   } else {
     integer_product(*kernel, s, weight, packed.numel(), x.const_data_ptr(),
                     bias ? (const float*)bias->const_data_ptr() : nullptr, bfloat16, out.mutable_data_ptr());

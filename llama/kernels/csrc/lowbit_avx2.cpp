@@ -27,6 +27,7 @@ struct Simd {
   using Bytes = Pair;
   using Ints = Pair;
   using Floats = FloatPair;
+  static constexpr int max_rows = 2;  // what 16 registers hold
   static constexpr int byte_offset = 0;  // signed weights: their sign moves to the activations
 
   static inline __m256i load_half(const uint8_t* at) { return _mm256_loadu_si256((const __m256i*)at); }
@@ -73,8 +74,10 @@ struct Simd {
   static inline Ints right(Ints v, int n) {
     return both(v, [n](__m256i x) { return _mm256_srli_epi32(x, n); });
   }
-  static inline Ints byte(Bytes v, int i) { return mask(right(v, 8 * i), 255); }
-  static inline Ints signed_byte(Bytes v, int i) {
+  template <int i>
+  static inline Ints byte(Bytes v) { return mask(right(v, 8 * i), 255); }
+  template <int i>
+  static inline Ints signed_byte(Bytes v) {
     return both(left(v, 24 - 8 * i), [](__m256i x) { return _mm256_srai_epi32(x, 24); });
   }
   static inline __m128i half(const uint8_t* at) { return _mm_loadu_si64(at); }

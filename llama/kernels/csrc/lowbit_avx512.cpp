@@ -16,6 +16,7 @@ struct Simd {
   using Bytes = __m512i;
   using Ints = __m512i;
   using Floats = __m512;
+  static constexpr int max_rows = 8;  // what 32 registers hold
   static constexpr int byte_offset = 128;  // the product wants unsigned weights: `bytes` adds 128
 
   static inline Bytes load(const uint8_t* at) {
@@ -30,7 +31,9 @@ struct Simd {
     Bytes moved = shift < 4 ? _mm512_slli_epi16(plane, 4 - shift) : _mm512_srli_epi16(plane, shift - 4);
     return _mm512_ternarylogic_epi32(codes, moved, _mm512_set1_epi8(mask << 4), 0xF8);
   }
-  static inline Bytes plain_table(const int8_t* at) { return _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)at)); }
+  static inline Bytes plain_table(const int8_t* at) {
+    return _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)at));
+  }
   static inline Bytes table(const int8_t* at) { return bytes(plain_table(at)); }
   static inline Bytes lookup(Bytes table, Bytes codes) { return _mm512_shuffle_epi8(table, codes); }
 
@@ -40,10 +43,14 @@ struct Simd {
   static inline Ints either(Ints a, Ints b) { return _mm512_or_si512(a, b); }
   static inline Ints left(Ints v, int n) { return _mm512_slli_epi32(v, n); }
   static inline Ints right(Ints v, int n) { return _mm512_srli_epi32(v, n); }
-  static inline Ints byte(Bytes v, int i) { return mask(right(v, 8 * i), 255); }
-  static inline Ints signed_byte(Bytes v, int i) { return _mm512_srai_epi32(left(v, 24 - 8 * i), 24); }
+  template <int i>
+  static inline Ints byte(Bytes v) { return mask(right(v, 8 * i), 255); }
+  template <int i>
+  static inline Ints signed_byte(Bytes v) { return _mm512_srai_epi32(left(v, 24 - 8 * i), 24); }
   static inline Ints widen(const uint8_t* at) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)at)); }
-  static inline Ints widen_signed(const uint8_t* at) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at)); }
+  static inline Ints widen_signed(const uint8_t* at) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at));
+  }
   static inline Ints dot(Ints sum, Bytes weights, const int8_t* x) {
     int32_t four;
     std::memcpy(&four, x, 4);

@@ -8,16 +8,17 @@ using Index = std::integral_constant<int, i>;
 // f(Index<0>()), f(Index<1>()) ... f(Index<count - 1>()): a loop whose counter is a constant.
 template <int count, class F>
 inline LLAMA_INLINE void repeat(F&& f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) LLAMA_INLINE { (f(Index<i>()), ...); }(std::make_integer_sequence<int, count>());
+  auto each = [&]<int... i>(std::integer_sequence<int, i...>) LLAMA_INLINE { (f(Index<i>()), ...); };
+  each(std::make_integer_sequence<int, count>());
 }
 
 struct Block {  // one block's fields, 16 rows each
   const uint8_t* field[4];
 };
 
-// A format tells its field sizes (bytes of one row, in kernel order), each group's scale<g> and lowest<g>, and
-// visit<s>(block, f), which calls f(i, column, codes) for the operands of set s: `together` groups, group<s, i>() being
-// the i-th, that share bytes and are therefore read together.
+// A format tells its field sizes (bytes of one row, in kernel order), each group's scale<g> and lowest<g> (its minimum)
+// and visit<s>(block, f), which calls f(i, column, codes) for the operands of set s: `together` groups that share bytes
+// and are therefore read together, group(s, i) being the i-th. `column` counts from the group's first.
 
 template <int Columns, int Bits, bool HasMinimum, int ScaleBytes = 2>
 struct Affine {
@@ -136,11 +137,11 @@ struct Q6K {
 };
 
 template <class Format>
-struct Walk {  // the blocks of one tile, in order
+struct Walk {  // the blocks of one tile, in order from `block` on
   Block now;
-  Walk(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t blocks) {
+  Walk(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t blocks, int64_t block = 0) {
     for (int i = 0; i < 4; ++i) {
-      now.field[i] = packed + tile * blocks * kTile * Format::sizes[i];
+      now.field[i] = packed + (tile * blocks + block) * kTile * Format::sizes[i];
       packed += tiles * blocks * kTile * Format::sizes[i];
     }
   }
@@ -197,7 +198,9 @@ void product_rows(const uint8_t* packed, int64_t tiles, int64_t tile, const Acti
         });
         if constexpr (Format::minimum) {
           const auto lowest = Format::template lowest<g>(walk.now);
-          repeat<rows>([&](auto m) LLAMA_INLINE { total[m] = Simd::fma(lowest, Simd::all(sum[g * rows + m]), total[m]); });
+          repeat<rows>([&](auto m) LLAMA_INLINE {
+            total[m] = Simd::fma(lowest, Simd::all(sum[g * rows + m]), total[m]);
+          });
         }
       });
     });
@@ -210,10 +213,11 @@ void product_rows(const uint8_t* packed, int64_t tiles, int64_t tile, const Acti
 template <class Format>
 void product(const uint8_t* packed, int64_t tiles, int64_t tile, const Activations& a, int64_t first, int64_t count,
              float* out) {
-  if (count == 8) product_rows<Format, 8>(packed, tiles, tile, a, first, out);
-  if (count == 4) product_rows<Format, 4>(packed, tiles, tile, a, first, out);
-  if (count == 2) product_rows<Format, 2>(packed, tiles, tile, a, first, out);
-  if (count == 1) product_rows<Format, 1>(packed, tiles, tile, a, first, out);
+  repeat<4>([&](auto power) {
+    constexpr int rows = 1 << power;
+    if constexpr (rows <= Simd::max_rows)
+      if (count == rows) product_rows<Format, rows>(packed, tiles, tile, a, first, out);
+  });
 }
 
 // x * (127 / largest magnitude), rounded to even; a group of zeros, or too small to divide by, gets scale 0.
@@ -246,43 +250,49 @@ void quantize(const float* x, int64_t first, int64_t count, const Activations& a
   }
 }
 
+// Four columns of 16 rows: out[column * stride + lane] = value * scale + lowest. Not inlined: it is large, and enough.
 template <class Format, class T>
-void dequantize(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t columns, int64_t stride, T* out) {
-  Walk<Format> walk(packed, tiles, tile, columns / Format::block);
-  for (int64_t b = 0; b < columns / Format::block; ++b, walk.next()) {
-    repeat<Format::block / Format::group_size / Format::together>([&](auto set) LLAMA_INLINE {
-      constexpr int s = decltype(set)::value;
-      Simd::Floats scale[Format::together], lowest[Format::together];
-      repeat<Format::together>([&](auto i) LLAMA_INLINE {
-        constexpr int g = Format::group(s, i);
-        scale[i] = Format::template scale<g>(walk.now);
-        if constexpr (Format::minimum) {
-          lowest[i] = Format::template lowest<g>(walk.now);
-        } else {
-          lowest[i] = Simd::multiply(scale[i], Simd::all(-(float)Format::offset));
-        }
-      });
-      Format::template visit<s>(walk.now, [&](auto i, int column, Simd::Bytes codes) LLAMA_INLINE {
-        T* to = out + (Format::group(s, i) * Format::group_size + column) * stride;
-        repeat<4>([&](auto c) LLAMA_INLINE {
-          auto value = Format::bytes ? Simd::signed_byte(codes, c) : Simd::byte(codes, c);
-          if constexpr (Format::table) {
-            value = Simd::left(Simd::signed_byte(Simd::lookup(Simd::plain_table(kNf4High), codes), c), 8);
-            value = Simd::add(value, Simd::signed_byte(Simd::lookup(Simd::plain_table(kNf4Low), codes), c));
-          }
-          Simd::store(to + c * stride, Simd::fma(Simd::to_float(value), scale[i], lowest[i]));
-        });
-      });
+__attribute__((noinline)) void write_columns(const Simd::Bytes& codes, const Simd::Floats& scale,
+                                             const Simd::Floats& lowest, int64_t stride, T* out) {
+  repeat<4>([&](auto c) LLAMA_INLINE {
+    auto value = Format::bytes ? Simd::template signed_byte<c>(codes) : Simd::template byte<c>(codes);
+    if constexpr (Format::table) {
+      value = Simd::left(Simd::template signed_byte<c>(Simd::lookup(Simd::plain_table(kNf4High), codes)), 8);
+      value = Simd::add(value, Simd::template signed_byte<c>(Simd::lookup(Simd::plain_table(kNf4Low), codes)));
+    }
+    Simd::store(out + c * stride, Simd::fma(Simd::to_float(value), scale, lowest));
+  });
+}
+
+template <class Format, class T>
+void dequantize(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t blocks, int64_t block, int64_t stride,
+                T* out) {
+  constexpr int together = Format::together;
+  const Walk<Format> walk(packed, tiles, tile, blocks, block);
+  repeat<Format::block / Format::group_size / together>([&](auto set) LLAMA_INLINE {
+    constexpr int s = decltype(set)::value;
+    Simd::Floats scale[together], lowest[together];
+    repeat<together>([&](auto i) LLAMA_INLINE {
+      constexpr int g = Format::group(s, i);
+      scale[i] = Format::template scale<g>(walk.now);
+      if constexpr (Format::minimum) {
+        lowest[i] = Format::template lowest<g>(walk.now);
+      } else {
+        lowest[i] = Simd::multiply(scale[i], Simd::all(-(float)Format::offset));
+      }
     });
-    out += Format::block * stride;
-  }
+    Format::template visit<s>(walk.now, [&](auto i, int column, Simd::Bytes codes) LLAMA_INLINE {
+      T* to = out + (Format::group(s, i) * Format::group_size + column) * stride;
+      write_columns<Format, T>(codes, scale[i], lowest[i], stride, to);
+    });
+  });
 }
 
 template <class Format>
 constexpr Kernel kernel() {
   constexpr int bytes = Format::sizes[0] + Format::sizes[1] + Format::sizes[2] + Format::sizes[3];
-  return {Format::block, Format::group_size, bytes, quantize<Format>, product<Format>, dequantize<Format, float>,
-          dequantize<Format, uint16_t>};
+  return {Format::block, Format::group_size, bytes, Simd::max_rows, quantize<Format>, product<Format>,
+          dequantize<Format, float>, dequantize<Format, uint16_t>};
 }
 
 const Kernel* find_kernel(const std::string& format) {

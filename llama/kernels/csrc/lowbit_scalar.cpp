@@ -1,5 +1,7 @@
 // Plain C++ for every other processor; what the compiler makes of loops over 16 lanes.
 #include "lowbit.h"
+#undef LLAMA_INLINE
+#define LLAMA_INLINE  // without vector registers it would only make the code long
 #include <algorithm>
 #include <cstring>
 #include <type_traits>
@@ -17,6 +19,7 @@ struct Simd {
   using Bytes = Lanes<uint8_t, 64>;
   using Ints = Lanes<int32_t, 16>;
   using Floats = Lanes<float, 16>;
+  static constexpr int max_rows = 1;
   static constexpr int byte_offset = 0;
 
   template <class To, class F>
@@ -49,8 +52,10 @@ struct Simd {
   static inline Ints either(const Ints& a, const Ints& b) { return each<Ints>([&](int i) { return a.v[i] | b.v[i]; }); }
   static inline Ints left(const Ints& v, int n) { return each<Ints>([&](int i) { return v.v[i] * (1 << n); }); }
   static inline Ints right(const Ints& v, int n) { return each<Ints>([&](int i) { return v.v[i] >> n; }); }
-  static inline Ints byte(const Bytes& v, int c) { return each<Ints>([&](int i) { return v.v[4 * i + c]; }); }
-  static inline Ints signed_byte(const Bytes& v, int c) {
+  template <int c>
+  static inline Ints byte(const Bytes& v) { return each<Ints>([&](int i) { return v.v[4 * i + c]; }); }
+  template <int c>
+  static inline Ints signed_byte(const Bytes& v) {
     return each<Ints>([&](int i) { return (int8_t)v.v[4 * i + c]; });
   }
   static inline Ints widen(const uint8_t* at) { return each<Ints>([&](int i) { return at[i]; }); }

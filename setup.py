@@ -12,7 +12,9 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["llama", "llama.*"]),
     package_data={"llama.kernels": ["csrc/*"]},
-    ext_modules=runpy.run_path("llama/kernels/build.py")["extensions"](),  # by path: the package needs torch to import
+    ext_modules=runpy.run_path("llama/kernels/build.py")[
+        "extensions"
+    ](),  # by path: the package needs torch to import
     install_requires=[
         "torch>=2.11",
         "sentencepiece>=0.2",

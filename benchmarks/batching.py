@@ -184,7 +184,7 @@ def run_llama(work: Work) -> Outcome:
     params = [
         SamplingParams(temperature=0.0, max_tokens=r.num_tokens, ignore_eos=True) for r in work.requests
     ]
-    llm.complete([[5] * 16], params[0])
+    llm.complete([[5] * 16], replace(params[0], max_tokens=4))
     completions = []
     elapsed = seconds(lambda: completions.extend(llm.complete([r.prompt for r in work.requests], params)))
     return Outcome(work.requests, elapsed, [completion.tokens for completion in completions])
@@ -374,7 +374,7 @@ def main() -> None:
         "--sides", nargs="+", default=list(SIDES), choices=SIDES, metavar="SIDE", help=", ".join(SIDES)
     )
     parser.add_argument(
-        "--padded-requests", type=int, default=8, help="how many requests the padded batch has"
+        "--padded-requests", type=int, default=8, choices=(4, 8, 16, 32), help="how many the padded batch has"
     )
     parser.add_argument("--rounds", type=int, default=1)
     options = parser.parse_args()

@@ -15,6 +15,7 @@ from llama.batch import Batch
 from llama.chat import DEFAULT_SYSTEM_PROMPT
 from llama.generation import Llama
 from llama.progress import progress_bar
+from llama.quantization import resolve_format
 from llama.sampling import SamplingParams
 
 app = typer.Typer(
@@ -228,8 +229,24 @@ def convert(
             max_shard_size=max_shard_size,
             progress=advance,
         )
-    for warning in warnings:
-        print(f"llama: warning: {warning}", file=sys.stderr)
+    warn(warnings)
+
+
+@app.command()
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint of any format.")],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="The directory to write.")],
+    type: Annotated[
+        str, typer.Option(help="sym_int4, asym_int4, sym_int5, asym_int5, sym_int8, nf4, q4_0 ...")
+    ],
+) -> None:
+    """Write a checkpoint in a low-bit format, which loads at once."""
+    format = resolve_format(type)
+    with progress_bar("Writing", show=True) as advance:
+        warnings = checkpoint.save_low_bit(
+            checkpoint.open_checkpoint(path_of(source)), target, format, advance
+        )
+    warn(warnings)
 
 
 @app.command()
@@ -282,6 +299,11 @@ def perplexity(
         quantization=quantization,
     )
     report.show_perplexity(llm, text, window, stride)
+
+
+def warn(warnings: list[str]) -> None:
+    for warning in warnings:
+        print(f"llama: warning: {warning}", file=sys.stderr)
 
 
 def path_of(model: str | None) -> Path:

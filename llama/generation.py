@@ -25,11 +25,13 @@ from llama.chat import (
     choose_format,
 )
 from llama.checkpoint import (
+    Checkpoint,
     default_model,
     load_weights,
     open_checkpoint,
     packed_modules,
     resolve,
+    save_low_bit,
     untied,
 )
 from llama.device import choose_device, choose_dtype
@@ -176,6 +178,7 @@ class Llama:
             defaults=checkpoint.generation_defaults,
             stop_ids=checkpoint.stop_ids,
         )
+        llm.checkpoint, llm.quantization = checkpoint, quantization
         if group.rank == 0:
             print(f"Loaded in {time.time() - started:.2f} seconds")
         return llm
@@ -193,6 +196,8 @@ class Llama:
     ):
         self.model = model
         self.tokenizer = tokenizer
+        self.checkpoint: Checkpoint | None = None  # what `build` loaded
+        self.quantization: str | None = None
         self.rank = model.parallel.rank
         self.chat_format = choose_format(chat_format, tokenizer)
         self.defaults = defaults or {}
@@ -206,6 +211,26 @@ class Llama:
             seed=seed,
             stop_ids=tokenizer.stop_ids | frozenset(stop_ids),
         )
+
+    @staticmethod
+    def load_low_bit(directory: str | Path, **options: Any) -> Llama:
+        """`build` for a directory that `save_low_bit` or BigDL-LLM wrote. Raises ValueError for any other."""
+        checkpoint = open_checkpoint(directory)
+        if not any(weight.is_packed for weight in checkpoint.weights()):
+            raise ValueError(f"{directory} is no low-bit checkpoint: load it with Llama.build")
+        return Llama.build(directory, **options)
+
+    def save_low_bit(self, directory: str | Path) -> None:
+        """Writes the model in the low-bit format that it was built in; it loads again without being quantized.
+
+        Raises ValueError where it was built in none.
+        """
+        if self.quantization in (None, "none"):
+            raise ValueError(
+                "this model is not quantized: build it with quantization='sym_int4', say, to save it so"
+            )
+        if self.rank == 0:
+            save_low_bit(self.checkpoint, directory, self.quantization)
 
     # ---- the reference's calls
 

@@ -10,6 +10,7 @@ from .load import load_weights
 from .opening import open_checkpoint
 from .packing import packed_modules, untied
 from .shapes import expected_shapes
+from .to_lowbit import save_low_bit
 from .verification import Finding, verify
 from .weight import Checkpoint, CheckpointError, Weight
 
@@ -30,6 +31,7 @@ __all__ = [
     "open_checkpoint",
     "packed_modules",
     "resolve",
+    "save_low_bit",
     "untied",
     "verify",
 ]

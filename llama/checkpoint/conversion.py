@@ -43,11 +43,26 @@ def convert(
     """
     if to not in FORMATS:
         raise ValueError(f"cannot convert to {to!r}; {', '.join(FORMATS)} are possible")
-    source, destination = Path(src).expanduser(), Path(dst).expanduser()
+    checkpoint = open_checkpoint(src)
+    return write_plan(
+        checkpoint.path,
+        dst,
+        lambda: _plan(checkpoint, to, _dtype(checkpoint, dtype), shards, max_shard_size),
+        progress,
+    )
+
+
+def write_plan(
+    source: Path,
+    dst: str | Path,
+    make_plan: Callable[[], Plan],
+    progress: Callable[[int, int], None] | None = None,
+) -> list[str]:
+    """Carries a plan out at `dst`, all or nothing; gives warnings, one line each."""
+    destination = Path(dst).expanduser()
     warnings = [f"removed {path.name}, left by an interrupted run" for path in clean_leftovers(destination)]
-    checkpoint = open_checkpoint(source)
     _check_destination(source, destination)
-    plan = _plan(checkpoint, to, _dtype(checkpoint, dtype), shards, max_shard_size)
+    plan = make_plan()
     done = 0
 
     def count(nbytes: int) -> None:

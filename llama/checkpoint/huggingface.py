@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path, PurePath
 from typing import Any
+
+import torch
 
 from ..model import ModelArgs
 from .arrays import Array, Reordered
 from .files import read_json
 from .gptq import stored_arrays
-from .names import FROM_HF, interleave, is_rotary, rename
+from .lowbit import Packed, as_matrix, low_bit_format
+from .names import FROM_HF, interleave, is_rotary, module_name, rename
 from .settings import REQUIRED, Settings, check_args, generation_settings, rope_scaling, shown
-from .shapes import check_layers, is_tied
+from .shapes import check_layers, expected_shapes, is_tied
 from .tensor_file import TensorFile, read_tensor_file
 from .tokenizer_files import find_tokenizer
 from .weight import Checkpoint, CheckpointError, Weight, dominant_dtype
@@ -53,7 +57,7 @@ def open_huggingface(path: Path) -> Checkpoint:
     files = [read_tensor_file(file) for file in weight_files(path)]
     args, stop_ids = read_args(settings)
     arrays = list(_arrays(path, settings, files))
-    weights = list(_weights(args, arrays))
+    weights = list(_weights(args, arrays, low_bit_format(settings)))
     check_layers(args, weights, settings.file)
     names = {weight.name for weight in weights}
     args.attention_bias = "layers.0.attention.wq.bias" in names
@@ -188,7 +192,9 @@ def _arrays(path: Path, settings: Settings, files: list[TensorFile]) -> Iterator
     yield from stored_arrays(quantization, files)
 
 
-def _weights(args: ModelArgs, arrays: list[tuple[str, Array, Path]]) -> Iterator[Weight]:
+def _weights(args: ModelArgs, arrays: list[tuple[str, Array, Path]], low_bit: str | None) -> Iterator[Weight]:
+    one_layer = expected_shapes(replace(args, n_layers=1, tie_word_embeddings=False))
+    rows = {module_name(name): shape[0] for name, shape in one_layer if len(shape) == 2}
     for stored_name, array, file in arrays:
         if stored_name.endswith("rotary_emb.inv_freq"):
             continue
@@ -197,13 +203,16 @@ def _weights(args: ModelArgs, arrays: list[tuple[str, Array, Path]]) -> Iterator
                 f"{file}: {stored_name}: has shape {list(array.shape)}; 1 or 2 dimensions are expected"
             )
         name = rename(stored_name, FROM_HF) or stored_name
+        is_packed = low_bit is not None and array.dtype == torch.uint8 and module_name(name) in rows
+        if is_packed:
+            array = as_matrix(array, rows[module_name(name)], f"{file}: {stored_name}")
         if is_rotary(name):
             if array.shape[0] % args.head_dim:
                 raise CheckpointError(
                     f"{file}: {stored_name}: {array.shape[0]} rows are not whole heads of {args.head_dim}"
                 )
             array = Reordered(array, args.head_dim, interleave)
-        yield Weight(name, array, file)
+        yield Weight(name, Packed(array, low_bit) if is_packed else array, file)
 
 
 def _generation_config(path: Path) -> tuple[dict[str, float], tuple[int, ...]]:

@@ -64,7 +64,9 @@ def main() -> None:
     limits = machine()
     print(limits, flush=True)
     torch.manual_seed(0)
-    llm = Llama.build(max_seq_len=options.context + options.steps + WARM_UP + 1, dtype="bf16")
+    llm = Llama.build(
+        max_seq_len=options.context + options.steps + WARM_UP + 1, dtype="bf16", quantization="none"
+    )
     prompts = {"short": 1, "long": options.context - WARM_UP - options.steps // 2}
     sides = {name: partial(step_time, llm, length, options.steps) for name, length in prompts.items()}
     times = {name: median(figures) for name, figures in alternate(options.rounds, **sides).items()}

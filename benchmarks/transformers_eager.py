@@ -26,7 +26,7 @@ DECODE = 64
 def ours():
     from llama import Llama, SamplingParams
 
-    llm = Llama.build(max_seq_len=1024, dtype="bf16")
+    llm = Llama.build(max_seq_len=1024, dtype="bf16", quantization="none")
 
     def run(prompt: list[int], num_tokens: int) -> None:
         params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)

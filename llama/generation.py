@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -180,6 +181,9 @@ class Llama:
         )
         llm.checkpoint, llm.quantization = checkpoint, quantization
         if group.rank == 0:
+            if checkpoint.unknown_keys:
+                unknown = ", ".join(checkpoint.unknown_keys)
+                print(f"{checkpoint.path}: settings that have no effect here: {unknown}", file=sys.stderr)
             print(f"Loaded in {time.time() - started:.2f} seconds")
         return llm
 

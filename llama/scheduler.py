@@ -119,7 +119,7 @@ class CachedBlock:
 
     block: int
     digest: bytes
-    parent: CachedBlock | bytes  # the first block of a sequence hangs on its salt
+    parent: CachedBlock | bytes = field(repr=False)  # the first block of a sequence hangs on its salt
     tokens: bytes
 
 

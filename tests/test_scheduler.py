@@ -608,6 +608,7 @@ def test_a_preempted_request_takes_its_old_place_and_finds_its_cached_blocks():
     assert simulation.scheduler.waiting == [first, second]
     assert shape(simulation.step()) == [(0, 8, 3), (1, 8, 3)]
     assert (first.num_preemptions, first.num_cached_tokens) == (1, 0)
+    assert simulation.scheduler.stats().num_preemptions == 2
 
 
 def test_outputs_do_not_change_when_requests_are_preempted_at_every_other_step():
@@ -1007,14 +1008,23 @@ def test_in_a_pool_full_of_cached_blocks_new_requests_still_lie_together():
     assert sum(len(request.extents) for request in requests) <= 2 * 8
 
 
-def test_a_full_pool_is_used_to_its_last_block():
-    simulation = start(num_blocks=7, block_size=1, prefix_caching=False)
-    first, second = simulation.add([1], 6), simulation.add([2], 4)
-    for _ in range(3):
-        simulation.step()
-    assert simulation.scheduler.stats().num_referenced_blocks == 6
-    assert sorted(first.blocks + second.blocks) != list(range(6))  # each has room of its own
-    simulation.drain()
+def test_a_pool_is_used_to_its_last_block_and_who_gets_none_pauses_before_anyone_is_preempted():
+    simulation = start(num_blocks=5, block_size=1, prefix_caching=False)
+    first, second = simulation.add([1], 3), simulation.add([2], 3)
+    simulation.step()
+    simulation.step()
+    assert shape(simulation.scheduler.schedule()) == [(0, 2, 1)]
+    assert sorted(first.blocks + second.blocks) == list(range(5))
+    assert simulation.scheduler.stats().num_preemptions == 0
+
+
+def test_room_is_promised_as_far_as_it_was_asked_for():
+    allocator = BlockAllocator(8, PrefixCache(4))
+    first: list[int] = []
+    allocator.allocate(first, 2, 4)
+    second: list[int] = []
+    allocator.allocate(second, 1, 1)
+    assert (first, second) == ([0, 1], [4])
 
 
 def test_promised_room_is_given_to_others_before_anyone_is_preempted():
@@ -1041,11 +1051,10 @@ def test_who_takes_from_promised_room_leaves_the_rest_free():
     second: list[int] = []
     allocator.allocate(second, 1, 1)
     assert (first, second) == ([0], [4])
-    allocator.free(second)
-    allocator.check(Counter(first))
     third: list[int] = []
-    allocator.allocate(third, 4, 4)
-    assert third == [4, 5, 6, 7]
+    allocator.allocate(third, 3, 3)
+    assert third == [5, 6, 7]
+    allocator.check(Counter(first + second + third))
 
 
 @given(st.lists(st.integers(0, 8)))

@@ -246,7 +246,16 @@ class Engine:
 
     def _run(self, step: Step) -> list[Event]:
         num_logits = [self._num_logits(piece) for piece in step.slices]
-        output = self.runner.run(step, num_logits)
+        try:
+            output = self.runner.run(step, num_logits)
+        except BaseException as error:  # also Ctrl-C: nobody knows what of the step is in the cache
+            for piece in step.slices:
+                choices = self._choices[piece.request]
+                self._events += [
+                    self._end(choice, "error", error=f"the step failed: {error}") for choice in choices
+                ]
+            self.scheduler.advance(step)
+            raise
         self.scheduler.advance(step)
         events: list[Event] = []
         rows: list[int] = []

@@ -395,3 +395,24 @@ def test_a_logits_processor_changes_its_own_request_alone_and_its_failure_ends_i
     tokens = [[e.token for e in events if e.request_id == i and e.token is not None] for i in ids]
     assert tokens == [expected, [7] * 12, []]
     assert "a processor's own fault" in next(e.error for e in events if e.finish_reason == "error")
+
+
+def test_a_step_that_fails_ends_its_requests_and_not_the_engine():
+    engine = make_engine(prefix_caching=False)
+    expected = run(make_engine(), ([1, 2, 3], params(**GREEDY)))
+    ids = [engine.add(prompt, params(**GREEDY)) for prompt in prompts(3)]
+    engine.step()
+    forward = engine.runner._forward
+
+    def fail(batch):
+        engine.runner._forward = forward
+        raise MemoryError("no room")
+
+    engine.runner._forward = fail
+    with pytest.raises(MemoryError):
+        engine.step()
+    events = engine.step()
+    assert sorted(event.request_id for event in events) == ids
+    assert {(event.finish_reason, event.error) for event in events} == {("error", "the step failed: no room")}
+    assert engine.stats().num_referenced_blocks == 0
+    assert run(engine, ([1, 2, 3], params(**GREEDY))) == expected

@@ -164,24 +164,34 @@ class LayerCache:
     def _attend(self, q: torch.Tensor, span: Span) -> torch.Tensor:
         if self.fixed_rows is not None:
             return self._attend_fixed(q, span, self.fixed_rows)
-        if span.num_rows == 1 and span.context <= SHORT_CONTEXT and q.device.type == "cpu":
-            extents = list(clip(span.extents, self._first_seen(span.context - 1), span.context))
-            if len(extents) == 1:
-                return self._attend_short(q, *extents[0])
+        if span.num_rows == 1:
+            return self._attend_row(
+                q, list(clip(span.extents, self._first_seen(span.context - 1), span.context))
+            )
         return self._attend_tiles(q, span)
 
-    def _attend_short(self, q: torch.Tensor, slot: int, length: int) -> torch.Tensor:
-        """One row over one short extent: a single operator. q (1, heads, head_dim).
+    def _attend_row(self, q: torch.Tensor, extents: list[Extent]) -> torch.Tensor:
+        """One row, in as few operators as can be: this runs for every request in every layer of every step.
 
-        The heads that share a key head are handed over as if they were query rows of it: the operator then
-        reads each key once for all of them.
+        q (1, heads, head_dim). The heads that share a key head are handled as rows of it, so that each key is read
+        once for all of them.
         """
-        out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q.unflatten(1, (self.keys.shape[0], -1)),  # (1, n_kv_heads, group, head_dim)
-            self.keys[:, slot : slot + length].unsqueeze(0),
-            self.values[:, slot : slot + length].unsqueeze(0),
-        )
-        return out.reshape(q.shape)
+        grouped = q.view(self.keys.shape[0], -1, q.shape[-1])  # (n_kv_heads, group, head_dim)
+        slot, length = extents[0]
+        if len(extents) == 1 and length <= SHORT_CONTEXT and q.device.type == "cpu":
+            out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                grouped.unsqueeze(0),
+                self.keys[:, slot : slot + length].unsqueeze(0),
+                self.values[:, slot : slot + length].unsqueeze(0),
+            )
+            return out.view(q.shape)
+        parts = [torch.bmm(self.keys[:, s : s + n], grouped.transpose(1, 2)) for s, n in extents]
+        scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # (n_kv_heads, length, group)
+        weights = scores.mul_(q.shape[-1] ** -0.5).transpose(1, 2).softmax(-1)
+        if len(extents) == 1:
+            return torch.bmm(weights, self.values[:, slot : slot + length]).view(q.shape)
+        pieces = zip(weights.split([n for _, n in extents], dim=-1), extents, strict=True)
+        return sum(torch.bmm(w, self.values[:, s : s + n]) for w, (s, n) in pieces).view(q.shape)
 
     def _attend_tiles(self, q: torch.Tensor, span: Span) -> torch.Tensor:
         """Rows in tiles; a tile's scores over all extents stand side by side and go through one softmax.
@@ -204,8 +214,7 @@ class LayerCache:
             parts = [products(rows, self.keys[:, s : s + n]) for s, n in extents]
             scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
             scores = scores.mul_(head_dim**-0.5).unflatten(1, (-1, last - first))
-            if last - first > 1:
-                scores[..., first - last :] += self._causal(last - first, scores)
+            scores[..., first - last :] += self._causal(last - first, scores)
             if self._first_seen(seen.stop - 1) > seen.start:
                 scores += self._window(start, seen, scores)
             weights = scores.softmax(-1).flatten(1, 2).split([n for _, n in extents], dim=-1)

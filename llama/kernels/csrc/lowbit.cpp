@@ -219,7 +219,7 @@ Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::string f
   const int64_t columns = x.size(-1);
   const Shape s{x.numel() / columns, columns, outputs, (outputs + kTile - 1) / kTile};
   if (variant == "auto")
-    variant = has_amx_bfloat16() && bfloat16 && s.rows >= kManyRows ? "tiles" : best_instructions();
+    variant = bfloat16 && s.rows >= kManyRows && has_amx_bfloat16() ? "tiles" : best_instructions();
   const Kernel* kernel = find_kernel(variant == "tiles" ? best_instructions() : variant, format);
   STD_TORCH_CHECK(kernel, "lowbit_linear: this machine has no kernel '", variant, "' for '", format, "'");
   STD_TORCH_CHECK(columns % kernel->block == 0, "lowbit_linear: columns are not whole blocks");

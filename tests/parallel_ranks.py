@@ -1,13 +1,14 @@
-"""Runs on every rank under torchrun: a model on all ranks, its answers as JSON on rank 0's standard output."""
+"""Runs on every rank under torchrun: a model on all ranks, each rank's answers as a JSON file in a directory."""
 
 import json
 import sys
+from pathlib import Path
 
 from llama import Llama, SamplingParams
 from llama.generation import Completion
 
 
-def main(checkpoint: str, tokenizer: str) -> None:
+def main(checkpoint: str, tokenizer: str, directory: str) -> None:
     llm = Llama.build(checkpoint, tokenizer, max_seq_len=64, device="cpu", dtype="fp32")
     prompts = [[1, 5, 9, 11], [1, 7], [1, *range(20, 50)]]
     greedy = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, logprobs=0, prompt_logprobs=0)
@@ -35,7 +36,7 @@ def main(checkpoint: str, tokenizer: str) -> None:
         "prompt_logprobs": [e.logprob for c in completions[:3] for e in c.prompt_logprobs[1:]],
         "refusal": refusal,
     }
-    print(f"rank {llm.rank}: {json.dumps(answers)}", flush=True)
+    (Path(directory) / f"{llm.rank}.json").write_text(json.dumps(answers))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -64,15 +63,11 @@ def single(checkpoint) -> dict:
 
 
 @pytest.mark.parametrize(("ranks", "shards"), [(2, 8), (4, 1)])
-def test_ranks_together_answer_as_one_and_all_get_the_answer(checkpoint, single, ranks, shards):
-    done = torchrun(
-        ranks, "parallel_ranks.py", checkpoint / f"{shards}-shards", checkpoint / "tokenizer.model"
-    )
+def test_ranks_together_answer_as_one_and_all_get_the_answer(checkpoint, single, ranks, shards, tmp_path):
+    model, tokenizer = checkpoint / f"{shards}-shards", checkpoint / "tokenizer.model"
+    done = torchrun(ranks, "parallel_ranks.py", model, tokenizer, tmp_path)
     assert done.returncode == 0, done.stderr
-    answers = {
-        int(r): json.loads(text)
-        for r, text in re.findall(r"rank (\d): (\{.*?\})$", done.stdout, re.MULTILINE)
-    }
+    answers = {int(file.stem): json.loads(file.read_text()) for file in tmp_path.iterdir()}
     assert sorted(answers) == list(range(ranks))
     assert all(answer == answers[0] for answer in answers.values())
     assert answers[0]["tokens"] == single["tokens"]

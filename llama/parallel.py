@@ -7,7 +7,6 @@ carries everything on the CPU.
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
 from dataclasses import dataclass
@@ -104,7 +103,6 @@ def start(model_parallel_size: int | None = None, device: str | None = None) -> 
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend)
-        atexit.register(dist.destroy_process_group)  # its threads must not outlive what they stand on
     from fairscale.nn.model_parallel import initialize
 
     if not initialize.model_parallel_is_initialized():

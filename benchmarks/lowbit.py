@@ -5,7 +5,9 @@
 Both sides hold random weights of the same shapes in the same number of bits (nf4 and the 4-bit formats against Q4_0
 or Q4_1, and so on), fused as each engine fuses them, and take turns in one run. Rows are the activation rows of a step:
 1 is decoding one stream, 32 a batch, 512 a prompt. Shares are of the machine's own limits, measured in the same turns:
-packed bytes over read bandwidth for one row, operations over the rate of a bfloat16 product for many.
+packed bytes over read bandwidth for one row, operations over the rate of a bfloat16 product for many. The bandwidth is
+that of torch.sum over a large buffer, which prefetches less than the kernels do: a share can exceed 100 %. Two threads
+need two idle cores; where others compute, only --threads 1 gives ratios that mean something.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -66,14 +67,23 @@ class ModelParallel:
             body = torch.tensor([len(values), *values], dtype=torch.int64)
             head, rest = body[:STEP_CAPACITY], body[STEP_CAPACITY:]
             message[: len(head)] = head
-        dist.broadcast(message, self.leader, group=self.control)
+        self._broadcast(message)
         length = int(message[0]) + 1
         if length > STEP_CAPACITY:
             if self.rank != 0:
                 rest = torch.empty(length - STEP_CAPACITY, dtype=torch.int64)
-            dist.broadcast(rest, self.leader, group=self.control)
+            self._broadcast(rest)
             message = torch.cat((message, rest))
         return message[1:length].tolist()
+
+    def _broadcast(self, message: torch.Tensor) -> None:
+        """Fills `message` with rank 0's, and waits until gloo's own thread has let go of it.
+
+        That thread needs the interpreter to do so; one that ends in the meantime, after a last answer, aborts.
+        """
+        dist.broadcast(message, self.leader, group=self.control)
+        while message._use_count() > 1:
+            time.sleep(0)
 
     def broadcast_json(self, value: Any = None) -> Any:
         """Rank 0's value, on every rank, as JSON: nothing that is received can run."""

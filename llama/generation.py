@@ -31,7 +31,6 @@ from llama.checkpoint import (
     load_weights,
     open_checkpoint,
     packed_modules,
-    resolve,
     save_low_bit,
     untied,
 )
@@ -143,7 +142,7 @@ class Llama:
         Raises FileNotFoundError or ValueError, in one line, for what cannot be loaded.
         """
         started = time.time()
-        checkpoint = open_checkpoint(default_model() if ckpt_dir is None else resolve(ckpt_dir))
+        checkpoint = open_checkpoint(default_model() if ckpt_dir is None else ckpt_dir)
         place = choose_device(device)
         group = parallel.start(model_parallel_size, place.type)
         tokenizer = Tokenizer(str(find_tokenizer(checkpoint.tokenizer_path, tokenizer_path, checkpoint.path)))
@@ -311,7 +310,11 @@ class Llama:
 
     def embed(self, texts: Sequence[str | list[int]], pooling: str = "mean") -> torch.Tensor:
         """One vector of length 1 a text, (texts, dim) float32: the "mean" of its states, or the "last" one."""
-        return self.vectors(self.prompt_tokens(texts), self._resolved(None, 1)[0], pooling)
+        params = SamplingParams().resolve()
+        requests = [(prompt, params) for prompt in self.prompt_tokens(texts)]
+        for prompt, _ in requests:
+            self.engine.check(prompt, params, pooling)
+        return unit_vectors(self._led(lambda: self.engine.run(requests, pooling), Event))
 
     def stream_text(self, prompt: str | list[int], params: SamplingParams | None = None) -> Iterator[str]:
         """The pieces of one continuation as they come; joined they are `complete`'s text."""
@@ -379,16 +382,6 @@ class Llama:
             params,
             stop=(*params.stop, *self.chat_format.stop),
             stop_token_ids=(*params.stop_token_ids, *self.chat_format.stop_ids),
-        )
-
-    def vectors(
-        self, prompts: list[list[int]], params: SamplingParams, pooling: str = "mean"
-    ) -> torch.Tensor:
-        """`embed` for token ids."""
-        for prompt in prompts:
-            self.engine.check(prompt, params, pooling)
-        return unit_vectors(
-            self._led(lambda: self.engine.run([(p, params) for p in prompts], pooling), Event)
         )
 
     # ---- how it is done

@@ -33,7 +33,6 @@ import logging
 import os
 import random
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -41,7 +40,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import machine, matrix_rate, median, read_bandwidth, report, seconds
+from common import Peer, machine, matrix_rate, median, read_bandwidth, report, seconds
 from padded import PaddedModel
 
 from llama import Llama, SamplingParams
@@ -190,39 +189,20 @@ def run_llama(work: Work) -> Outcome:
     return Outcome(work.requests, elapsed, [completion.tokens for completion in completions])
 
 
-class LlamaCpp:
-    """llama.cpp in a child process of another interpreter; `llamacpp_peer.py` has the protocol."""
+FLASH = ["flash attention", "no flash attention"]
 
-    SETTINGS = ["flash attention", "no flash attention"]
 
-    def __init__(self, python: str, file: Path):
-        script = Path(__file__).with_name("llamacpp_peer.py")
-        command = [python, str(script), str(torch.get_num_threads())]
-        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.ask(load=str(file))
-
-    def ask(self, **request: object) -> dict:
-        self.child.stdin.write(json.dumps(request) + "\n")
-        self.child.stdin.flush()
-        answer = self.child.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"llama.cpp's process ended with status {self.child.wait()}")
-        return json.loads(answer)
-
-    def run(self, requests: list[Request], setting: str) -> Outcome:
-        prompts, num_tokens = [r.prompt for r in requests], [r.num_tokens for r in requests]
-        answer = self.ask(prompts=prompts, num_tokens=num_tokens, flash=setting == self.SETTINGS[0])
-        return Outcome(requests, answer["seconds"], answer["tokens"], setting)
-
-    def close(self) -> None:
-        self.child.stdin.close()
-        self.child.wait()
+def ask_llamacpp(peer: Peer, requests: list[Request], setting: str) -> Outcome:
+    prompts, num_tokens = [r.prompt for r in requests], [r.num_tokens for r in requests]
+    answer = peer.ask(prompts=prompts, num_tokens=num_tokens, flash=setting == FLASH[0])
+    return Outcome(requests, answer["seconds"], answer["tokens"], setting)
 
 
 def run_llamacpp(work: Work) -> Outcome:
-    peer = LlamaCpp(work.peer_python, work.directory / "model.gguf")
+    peer = Peer(work.peer_python, "llamacpp_peer.py", torch.get_num_threads())
     try:
-        return work.at_best("llama.cpp", LlamaCpp.SETTINGS, work.some(8), peer.run)
+        peer.ask(load=str(work.directory / "model.gguf"))
+        return work.at_best("llama.cpp", FLASH, work.some(8), partial(ask_llamacpp, peer))
     finally:
         peer.close()
 

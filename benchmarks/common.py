@@ -6,8 +6,10 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -61,6 +63,26 @@ def machine() -> dict[str, object]:
         "read_GB_per_s": round(read_bandwidth() / 1e9, 1),
         "bf16_TFLOP_per_s": round(matrix_rate() / 1e12, 2),
     }
+
+
+class Peer:
+    """Another engine in a child process of another interpreter; it answers each line of JSON with one."""
+
+    def __init__(self, python: str, script: str, *arguments: object):
+        command = [python, str(Path(__file__).with_name(script)), *map(str, arguments)]
+        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, **request: object) -> dict:
+        self.child.stdin.write(json.dumps(request) + "\n")
+        self.child.stdin.flush()
+        answer = self.child.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"the peer ended with status {self.child.wait()} at {str(request)[:200]}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self.child.stdin.close()
+        self.child.wait()
 
 
 def report(result: dict[str, object]) -> None:

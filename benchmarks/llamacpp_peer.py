@@ -4,7 +4,9 @@ Run by another interpreter that has llama-cpp-python 0.3.36 (and need not have t
 threads. One request a line on standard input, one answer a line on standard output:
 
     {"load": "model.gguf"}  ->  {"vocab_size": 32000}
-    {"prompts": [[1, 2], ...], "num_tokens": [16, ...], "flash": true}  ->  {"seconds": 1.5, "tokens": [[3, ...], ...]}
+    {"prompts": [[1, 2], ...], "num_tokens": [16, ...], "flash": true}
+        ->  {"seconds": 1.5, "prefill_seconds": 0.5, "tokens": [[3, ...], ...]}
+    {"quantize": "model.gguf", "to": "small.gguf", "type": "q4_0"}  ->  {}     every matrix in that type
 
 All prompts are computed in batches of up to 2048 tokens, whatever their sequences; then every step decodes one token of
 every sequence that is not done. The next token is the likeliest one, found by numpy in microseconds: no sampler runs.
@@ -95,8 +97,8 @@ class Context:
         logits = cpp.llama_get_logits_ith(self.context, index)
         return int(np.ctypeslib.as_array(logits, (self.vocab_size,)).argmax())
 
-    def generate(self, prompts: list[list[int]], num_tokens: list[int]) -> list[list[int]]:
-        """Continues every prompt; `num_tokens` must not grow from one to the next."""
+    def prefill(self, prompts: list[list[int]]) -> list[list[int]]:
+        """The first token after each prompt, as a list of one."""
         entries = [
             (token, position, sequence, position == len(prompt) - 1)
             for sequence, prompt in enumerate(prompts)
@@ -106,12 +108,28 @@ class Context:
         for chunk in chunks(entries, BATCH):
             for sequence, token in self.decode(chunk).items():
                 outputs[sequence].append(token)
+        return outputs
+
+    def generate(self, prompts: list[list[int]], outputs: list[list[int]], num_tokens: list[int]) -> None:
+        """Fills `outputs` up to `num_tokens`, which must not grow from one prompt to the next."""
         for step in range(1, max(num_tokens)):
             active = [sequence for sequence, count in enumerate(num_tokens) if count > step]
             entries = [(outputs[s][-1], len(prompts[s]) + step - 1, s, True) for s in active]
             for sequence, token in self.decode(entries).items():
                 outputs[sequence].append(token)
-        return outputs
+
+
+FILE_TYPES = {"q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q4_k": 14, "q6_k": 18}  # llama_ftype
+
+
+def quantize(source: str, target: str, type: str, threads: int) -> dict:
+    """Writes the model with every matrix in one type, the output layer too."""
+    params = cpp.llama_model_quantize_default_params()
+    params.nthread, params.ftype, params.pure, params.allow_requantize = threads, FILE_TYPES[type], True, True
+    status = cpp.llama_model_quantize(source.encode(), target.encode(), params)
+    if status != 0:
+        raise RuntimeError(f"llama_model_quantize gave status {status} for {source}")
+    return {}
 
 
 def run(model: Model, prompts: list[list[int]], num_tokens: list[int], flash: bool) -> dict:
@@ -123,10 +141,16 @@ def run(model: Model, prompts: list[list[int]], num_tokens: list[int], flash: bo
     context.decode([(prompts[0][0], 0, 0, True)])
     context.clear()
     start = time.perf_counter()
-    outputs = context.generate(prompts, num_tokens)
-    seconds = time.perf_counter() - start
+    outputs = context.prefill(prompts)
+    prefilled = time.perf_counter()
+    context.generate(prompts, outputs, num_tokens)
+    done = time.perf_counter()
     context.close()
-    return {"seconds": seconds, "tokens": [tokens for _, tokens in sorted(zip(order, outputs, strict=True))]}
+    return {
+        "seconds": done - start,
+        "prefill_seconds": prefilled - start,
+        "tokens": [tokens for _, tokens in sorted(zip(order, outputs, strict=True))],
+    }
 
 
 def main() -> None:
@@ -139,6 +163,8 @@ def main() -> None:
         if "load" in request:
             model = Model(request["load"], threads)
             answer = {"vocab_size": model.vocab_size}
+        elif "quantize" in request:
+            answer = quantize(request["quantize"], request["to"], request["type"], threads)
         else:
             answer = run(model, **request)
         print(json.dumps(answer), flush=True)

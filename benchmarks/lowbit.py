@@ -13,15 +13,12 @@ need two idle cores; where others compute, only --threads 1 gives ratios that me
 from __future__ import annotations
 
 import argparse
-import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
-from common import alternate, machine, median, report, seconds
+from common import Peer, alternate, machine, median, report, seconds
 
 from llama.kernels import lowbit
 from llama.quantization import FORMATS, LowBitLinear
@@ -61,32 +58,6 @@ SHAPES = {
     "tinyllama-1.1b": Shape(22, 2048, 256, 5632, 32000),
     "smollm2-135m": Shape(30, 576, 192, 1536, 49152),
 }
-
-
-class Peer:
-    """llama.cpp in a child process of another interpreter; `ggml_peer.py` has the protocol."""
-
-    def __init__(self, python: str, threads: int) -> None:
-        script = Path(__file__).with_name("ggml_peer.py")
-        self.child = subprocess.Popen(
-            [python, str(script), str(threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def ask(self, **request: object) -> dict:
-        self.child.stdin.write(json.dumps(request) + "\n")
-        self.child.stdin.flush()
-        answer = self.child.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"the peer ended with status {self.child.wait()} at {request}")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        self.child.stdin.close()
-        self.child.wait()
 
 
 class Ours:
@@ -217,7 +188,7 @@ def main() -> None:
     limits = machine()
     print(limits, flush=True)
     results = []
-    peer = Peer(options.peer_python, options.threads)
+    peer = Peer(options.peer_python, "ggml_peer.py", options.threads)
     for model in options.models.split(","):
         shape = SHAPES[model]
         for name in options.formats.split(","):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from setuptools import Extension
 
-SOURCES = ("lowbit.cpp", "lowbit_avx512.cpp", "lowbit_avx2.cpp", "lowbit_scalar.cpp")
+SOURCES = ("attention.cpp", "lowbit.cpp", "lowbit_avx512.cpp", "lowbit_avx2.cpp", "lowbit_scalar.cpp")
 FLAGS = (
     *("-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"),
     *(
@@ -36,7 +36,7 @@ def extensions() -> list[Extension]:
         Extension(
             "llama.kernels._lowbit",
             sources=[str(here / source) for source in SOURCES],
-            depends=[str(here / "lowbit.h"), str(here / "lowbit_kernels.h")],
+            depends=[str(header) for header in sorted(here.glob("*.h"))],
             include_dirs=include_paths(),
             library_dirs=library_paths(),
             libraries=["torch_cpu"],

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "lowbit.h"
+#include "processor.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -37,24 +38,6 @@ constexpr int64_t kBytesPerThread = 16384;   // of packed weights: less is not w
 constexpr int64_t kNumbersPerThread = 8192;  // of activations to round: the same
 constexpr int64_t kPanel = 32;      // tiles that "tiles" turns into numbers at a time: 512 weight rows
 constexpr int64_t kManyRows = 192;  // from here on AMX in bfloat16 should outrun AVX-512 in int8
-
-bool has_avx512() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni");
-#else
-  return false;
-#endif
-}
-
-bool has_avx2() {
-#if defined(__x86_64__)
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-#else
-  return false;
-#endif
-}
 
 bool has_amx_bfloat16() {
 #if defined(__x86_64__)
@@ -76,20 +59,6 @@ const Kernel* find_kernel(const std::string& instructions, const std::string& fo
 const std::string& best_instructions() {
   static const std::string best = has_avx512() ? "avx512_vnni" : has_avx2() ? "avx2" : "scalar";
   return best;
-}
-
-float from_bfloat16(uint16_t value) {
-  const uint32_t bits = (uint32_t)value << 16;
-  float out;
-  std::memcpy(&out, &bits, 4);
-  return out;
-}
-
-uint16_t to_bfloat16(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  if (value != value) return 0x7fc0;
-  return (uint16_t)((bits + (bits >> 16 & 1) + 0x7fff) >> 16);
 }
 
 struct Shape {

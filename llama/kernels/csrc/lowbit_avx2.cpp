@@ -1,4 +1,5 @@
 // AVX2 with FMA: every x86-64 server and nearly every laptop since 2013. A tile is two halves of eight rows.
+#include "attention.h"
 #include "lowbit.h"
 #if defined(__x86_64__)
 #include <algorithm>
@@ -27,7 +28,7 @@ struct Simd {
   using Bytes = Pair;
   using Ints = Pair;
   using Floats = FloatPair;
-  static constexpr int max_rows = 2;  // what 16 registers hold
+  static constexpr int max_rows = 2, max_heads = 4, num_sums = 4;  // what 16 registers hold
   static constexpr int byte_offset = 0;  // signed weights: their sign moves to the activations
 
   static inline __m256i load_half(const uint8_t* at) { return _mm256_loadu_si256((const __m256i*)at); }
@@ -113,6 +114,26 @@ struct Simd {
   static inline Floats fma(Floats a, Floats b, Floats c) {
     return {_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)};
   }
+  static inline Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
+  static inline Floats maximum(Floats a, Floats b) { return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)}; }
+  static inline float sum(Floats v) {
+    const __m256 eight = _mm256_add_ps(v.a, v.b);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+  static inline Ints round(Floats v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
+  static inline Floats floats_of(Ints v) { return {_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)}; }
+  static inline Floats times_power_of_two(Floats v, Ints n) {
+    return floats_of(add(Ints{_mm256_castps_si256(v.a), _mm256_castps_si256(v.b)}, left(n, 23)));
+  }
+  static inline Floats numbers(const float* at) { return {_mm256_loadu_ps(at), _mm256_loadu_ps(at + 8)}; }
+  static inline Floats numbers(const uint16_t* at) {  // bfloat16
+    const auto* halves = (const __m128i*)at;
+    return floats_of(left({_mm256_cvtepu16_epi32(_mm_loadu_si128(halves)),
+                           _mm256_cvtepu16_epi32(_mm_loadu_si128(halves + 1))}, 16));
+  }
+  static inline Floats numbers(const int8_t* at) { return to_float(widen_signed((const uint8_t*)at)); }
   static inline Floats floats(const uint8_t* at) {
     return {_mm256_loadu_ps((const float*)at), _mm256_loadu_ps((const float*)at + 8)};
   }
@@ -133,9 +154,11 @@ struct Simd {
 };
 
 #include "lowbit_kernels.h"
+#include "attention_kernels.h"
 
 }  // namespace
 const Kernel* find(const std::string& format) { return find_kernel(format); }
+AttentionKernels attention() { return kAttention; }
 }  // namespace llama::avx2
 #pragma GCC pop_options
 #endif

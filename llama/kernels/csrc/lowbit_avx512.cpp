@@ -1,4 +1,5 @@
 // AVX-512 with VNNI: Ice Lake, Zen 4 and later.
+#include "attention.h"
 #include "lowbit.h"
 #if defined(__x86_64__)
 #include <algorithm>
@@ -16,7 +17,7 @@ struct Simd {
   using Bytes = __m512i;
   using Ints = __m512i;
   using Floats = __m512;
-  static constexpr int max_rows = 8;  // what 32 registers hold
+  static constexpr int max_rows = 8, max_heads = 8, num_sums = 16;  // what 32 registers hold
   static constexpr int byte_offset = 128;  // the product wants unsigned weights: `bytes` adds 128
 
   static inline Bytes load(const uint8_t* at) {
@@ -63,6 +64,18 @@ struct Simd {
   static inline Floats multiply(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
   static inline Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
   static inline Floats floats(const uint8_t* at) { return _mm512_loadu_ps(at); }
+  static inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+  static inline Floats maximum(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+  static inline float sum(Floats v) { return _mm512_reduce_add_ps(v); }
+  static inline Ints round(Floats v) { return _mm512_cvtps_epi32(v); }
+  static inline Floats times_power_of_two(Floats v, Ints n) {
+    return _mm512_castsi512_ps(add(_mm512_castps_si512(v), left(n, 23)));
+  }
+  static inline Floats numbers(const float* at) { return _mm512_loadu_ps(at); }
+  static inline Floats numbers(const uint16_t* at) {  // bfloat16
+    return _mm512_castsi512_ps(left(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)at)), 16));
+  }
+  static inline Floats numbers(const int8_t* at) { return to_float(widen_signed((const uint8_t*)at)); }
   static inline Floats halves(const uint8_t* at) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)at)); }
   static inline void store(float* at, Floats v) { _mm512_storeu_ps(at, v); }
   static inline void store(uint16_t* at, Floats v) {  // bfloat16, rounded to even
@@ -73,9 +86,11 @@ struct Simd {
 };
 
 #include "lowbit_kernels.h"
+#include "attention_kernels.h"
 
 }  // namespace
 const Kernel* find(const std::string& format) { return find_kernel(format); }
+AttentionKernels attention() { return kAttention; }
 }  // namespace llama::avx512
 #pragma GCC pop_options
 #endif

@@ -1,5 +1,7 @@
 // Plain C++ for every other processor; what the compiler makes of loops over 16 lanes.
+#include "attention.h"
 #include "lowbit.h"
+#include "processor.h"
 #undef LLAMA_INLINE
 #define LLAMA_INLINE  // without vector registers it would only make the code long
 #include <algorithm>
@@ -19,7 +21,7 @@ struct Simd {
   using Bytes = Lanes<uint8_t, 64>;
   using Ints = Lanes<int32_t, 16>;
   using Floats = Lanes<float, 16>;
-  static constexpr int max_rows = 1;
+  static constexpr int max_rows = 1, max_heads = 4, num_sums = 1;
   static constexpr int byte_offset = 0;
 
   template <class To, class F>
@@ -81,6 +83,35 @@ struct Simd {
   static inline Floats fma(const Floats& a, const Floats& b, const Floats& c) {
     return each<Floats>([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });
   }
+  static inline Floats add(const Floats& a, const Floats& b) {
+    return each<Floats>([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  static inline Floats maximum(const Floats& a, const Floats& b) {
+    return each<Floats>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+  }
+  static inline float sum(const Floats& v) {
+    float total = 0;
+    for (float number : v.v) total += number;
+    return total;
+  }
+  static inline Ints round(const Floats& v) {  // what is not a number gives 0
+    return each<Ints>([&](int i) { return v.v[i] == v.v[i] ? (int32_t)__builtin_rintf(v.v[i]) : 0; });
+  }
+  static inline Floats times_power_of_two(const Floats& v, const Ints& n) {
+    return each<Floats>([&](int i) {
+      int32_t bits;
+      float number;
+      std::memcpy(&bits, v.v + i, 4);
+      bits += n.v[i] * (1 << 23);
+      std::memcpy(&number, &bits, 4);
+      return number;
+    });
+  }
+  static inline Floats numbers(const float* at) { return floats((const uint8_t*)at); }
+  static inline Floats numbers(const uint16_t* at) {
+    return each<Floats>([&](int i) { return from_bfloat16(at[i]); });
+  }
+  static inline Floats numbers(const int8_t* at) { return each<Floats>([&](int i) { return (float)at[i]; }); }
   static inline Floats floats(const uint8_t* at) {
     Floats out;
     std::memcpy(out.v, at, 64);
@@ -107,7 +138,9 @@ struct Simd {
 };
 
 #include "lowbit_kernels.h"
+#include "attention_kernels.h"
 
 }  // namespace
 const Kernel* find(const std::string& format) { return find_kernel(format); }
+AttentionKernels attention() { return kAttention; }
 }  // namespace llama::scalar

@@ -297,7 +297,7 @@ def measure(side: str, work: Work) -> tuple[Outcome, dict[str, object]]:
     """One run of a side, and its row of the result."""
     limits = {
         "read_GB_per_s": round(read_bandwidth() / 1e9, 1),
-        "bf16_TFLOP_per_s": round(matrix_rate() / 1e12, 2),
+        "bf16_TFLOP_per_s": round(matrix_rate(torch.bfloat16) / 1e12, 2),
     }
     outcome = SIDES[side](work)
     gc.collect()  # the model is gone before the next one comes

@@ -13,6 +13,13 @@ from pathlib import Path
 
 import torch
 
+from llama.device import choose_dtype
+from llama.linear import Linear
+
+DTYPE = choose_dtype(
+    "auto", torch.bfloat16, torch.device("cpu")
+)  # what a model that is stored in 16 bits computes in
+
 
 def seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
@@ -35,18 +42,21 @@ def median(figures: list[float]) -> float:
     return statistics.median(figures)
 
 
-def read_bandwidth(num_bytes: int = 1 << 30) -> float:
-    """Bytes per second that all threads together read from memory: the best of five sums over a large buffer."""
-    buffer = torch.ones(num_bytes // 4)
-    buffer.sum()
-    return num_bytes / min(seconds(buffer.sum) for _ in range(5))
+def read_bandwidth(buffer: torch.Tensor | None = None, repetitions: int = 5) -> float:
+    """Bytes per second that all threads together read from memory: the best of some sums over a large buffer."""
+    if buffer is None:
+        buffer = torch.ones(1 << 28)
+        buffer.sum()
+    return buffer.numel() * buffer.element_size() / min(seconds(buffer.sum) for _ in range(repetitions))
 
 
-def matrix_rate(dtype: torch.dtype = torch.bfloat16) -> float:
-    """Floating-point operations per second of a product of 512 rows by a 2048 x 5632 matrix: the best of five."""
-    x, w = torch.randn(512, 5632, dtype=dtype), torch.randn(2048, 5632, dtype=dtype)
-    torch.nn.functional.linear(x, w)
-    return 2 * 512 * 2048 * 5632 / min(seconds(lambda: torch.nn.functional.linear(x, w)) for _ in range(5))
+def matrix_rate(dtype: torch.dtype = DTYPE, repetitions: int = 5) -> float:
+    """Operations per second of a product of 512 rows by a 2048 x 5632 matrix, prepared as the model's are."""
+    linear = Linear(5632, 2048).to(dtype)
+    linear.prepare()
+    x = torch.randn(512, 5632, dtype=dtype)
+    linear(x)
+    return 2 * 512 * 2048 * 5632 / min(seconds(lambda: linear(x)) for _ in range(repetitions))
 
 
 def machine() -> dict[str, object]:
@@ -61,7 +71,8 @@ def machine() -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "read_GB_per_s": round(read_bandwidth() / 1e9, 1),
-        "bf16_TFLOP_per_s": round(matrix_rate() / 1e12, 2),
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "matrix_TFLOP_per_s": round(matrix_rate() / 1e12, 3),
     }
 
 

@@ -35,6 +35,7 @@ class InitParams(ctypes.Structure):
 
 
 SIGNATURES = {
+    "ggml_log_set": (None, c_void_p, c_void_p),
     "ggml_init": (c_void_p, InitParams),
     "ggml_free": (None, c_void_p),
     "ggml_nbytes": (c_size_t, c_void_p),
@@ -59,6 +60,11 @@ SIGNATURES = {
 }
 
 
+@ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
+def silent(level: int, text: bytes, user_data: object) -> None:
+    """Takes ggml's log, which would go to standard error."""
+
+
 def load_ggml() -> dict[str, ctypes._CFuncPtr]:
     """ggml's functions by name, from the libraries inside llama-cpp-python (found without importing it)."""
     folder = Path(importlib.util.find_spec("llama_cpp").submodule_search_locations[0]) / "lib"
@@ -69,6 +75,7 @@ def load_ggml() -> dict[str, ctypes._CFuncPtr]:
         function = next(getattr(library, name) for library in libraries if hasattr(library, name))
         function.restype, function.argtypes = result, arguments
         functions[name.removeprefix("ggml_").removeprefix("backend_")] = function
+    functions["log_set"](silent, None)
     return functions
 
 

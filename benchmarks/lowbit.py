@@ -5,7 +5,8 @@
 Both sides hold random weights of the same shapes in the same number of bits (nf4 and the 4-bit formats against Q4_0
 or Q4_1, and so on), fused as each engine fuses them, and take turns in one run. Rows are the activation rows of a step:
 1 is decoding one stream, 32 a batch, 512 a prompt. Shares are of the machine's own limits, measured in the same turns:
-packed bytes over read bandwidth for one row, operations over the rate of a bfloat16 product for many. The bandwidth is
+packed bytes over read bandwidth for one row, operations over the rate of an unpacked product for many (bfloat16
+where the processor computes in it, else float32, as the engine chooses). The bandwidth is
 that of torch.sum over a large buffer, which prefetches less than the kernels do: a share can exceed 100 %. Two threads
 need two idle cores; where others compute, only --threads 1 gives ratios that mean something.
 """
@@ -14,13 +15,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
-from common import Peer, alternate, machine, median, report, seconds
+from common import DTYPE, Peer, alternate, machine, matrix_rate, median, read_bandwidth, report, seconds
 
 from llama.kernels import lowbit
+from llama.linear import Linear
 from llama.quantization import FORMATS, LowBitLinear
 
 PEERS = {
@@ -81,23 +85,25 @@ class Ours:
         return seconds(lambda: [linear(inputs[linear.in_features]) for linear in self.linears])
 
 
-class PackedBfloat16:
-    """Our own bfloat16 linears at the same shapes, prepacked for the matrix library; one layer, counted per layer."""
+class Unpacked:
+    """Our own unpacked linears at the same shapes; one layer, counted per layer."""
 
     def __init__(self, shape: Shape) -> None:
-        self.counts: dict[tuple[int, int], int] = {}
-        for size in shape.fused():
-            self.counts[size] = self.counts.get(size, 0) + 1
-        reorder = torch.ops.mkldnn._reorder_linear_weight
-        self.weights = {size: reorder(torch.randn(size).bfloat16(), 512) for size in self.counts}
+        self.counts = Counter(shape.fused())
+        self.linears = {size: self.linear(*size) for size in self.counts}
+
+    @staticmethod
+    def linear(rows: int, columns: int) -> Linear:
+        linear = Linear(columns, rows).to(DTYPE)
+        linear.prepare()
+        return linear
 
     def run(self, num_rows: int) -> float:
-        total = 0.0
-        for (rows, columns), count in self.counts.items():
-            x, weight = torch.randn(num_rows, columns).bfloat16(), self.weights[rows, columns]
-            call = (x, weight, None, "none", [], "")
-            total += count * seconds(lambda call=call: torch.ops.mkldnn._linear_pointwise(*call))
-        return total
+        inputs = {columns: torch.randn(num_rows, columns, dtype=DTYPE) for _, columns in self.counts}
+        return sum(
+            count * seconds(partial(self.linears[size], inputs[size[1]]))
+            for size, count in self.counts.items()
+        )
 
 
 @dataclass(frozen=True)
@@ -113,39 +119,28 @@ class Result:
     peer_seconds: float
     ratio: float
     share_of_limit: float
-    ratio_to_bf16: float | None
-
-
-def read_rate(buffer: torch.Tensor) -> float:
-    """Bytes a second of one pass over a buffer."""
-    return buffer.numel() * buffer.element_size() / seconds(buffer.sum)
-
-
-def matrix_rate(x: torch.Tensor, weight: torch.Tensor) -> float:
-    """Operations a second of one product."""
-    return 2 * x.numel() * weight.shape[0] / seconds(lambda: torch.nn.functional.linear(x, weight))
+    ratio_to_unpacked: float | None
 
 
 def compare(
     model: str, name: str, num_rows: int, ours: Ours, peer: Peer, layouts: list[str], rounds: int
 ) -> Result:
-    """Ours, the peer and the machine's limit in turns; for prompts also our own bfloat16."""
+    """Ours, the peer and the machine's limit in turns; for prompts also our own unpacked weights."""
     weights = sum(linear.in_features * linear.out_features for linear in ours.linears)
     passes = max(1, min(20, 50_000_000_000 // (ours.num_bytes * num_rows * 40)))
     sides: dict[str, Callable[[], float]] = {
-        "ours": lambda: median([ours.run(num_rows, torch.bfloat16) for _ in range(passes)]),
+        "ours": lambda: median([ours.run(num_rows, DTYPE) for _ in range(passes)]),
         "peer": lambda: median([peer.ask(run=num_rows)["seconds"] for _ in range(passes)]),
     }
     if num_rows == 1:
         buffer, work = torch.ones(1 << 27), ours.num_bytes
-        sides["limit"] = lambda: read_rate(buffer)
+        sides["limit"] = lambda: read_bandwidth(buffer, repetitions=1)
     else:
-        x, weight = torch.randn(512, 5632).bfloat16(), torch.randn(2048, 5632).bfloat16()
         work = 2 * weights * num_rows
-        sides["limit"] = lambda: matrix_rate(x, weight)
+        sides["limit"] = lambda: matrix_rate(DTYPE, repetitions=1)
     if num_rows >= 512:
-        wide = PackedBfloat16(SHAPES[model])
-        sides["bf16"] = lambda: wide.run(num_rows)
+        unpacked = Unpacked(SHAPES[model])
+        sides["unpacked"] = lambda: unpacked.run(num_rows)
     figures = {side: median(found) for side, found in alternate(rounds, **sides).items()}
     return Result(
         model=model,
@@ -157,17 +152,19 @@ def compare(
         peer_seconds=figures["peer"],
         ratio=round(figures["peer"] / figures["ours"], 3),
         share_of_limit=round(work / figures["ours"] / figures["limit"], 3),
-        ratio_to_bf16=round(figures["bf16"] / figures["ours"], 3) if "bf16" in figures else None,
+        ratio_to_unpacked=(
+            round(figures["unpacked"] / figures["ours"], 3) if "unpacked" in figures else None
+        ),
     )
 
 
 def show(result: Result) -> None:
-    limit = "read bandwidth" if result.num_rows == 1 else "bf16 matrix rate"
-    bf16 = f", {result.ratio_to_bf16:.2f}x our bf16" if result.ratio_to_bf16 else ""
+    limit = "read bandwidth" if result.num_rows == 1 else "matrix rate"
+    unpacked = f", {result.ratio_to_unpacked:.2f}x our unpacked" if result.ratio_to_unpacked else ""
     print(
         f"{result.model} {result.format:9} {result.num_rows:4} rows  {1e3 * result.seconds:8.2f} ms  "
         f"{result.peer} {1e3 * result.peer_seconds:8.2f} ms ({', '.join(result.peer_layouts)})  "
-        f"{result.ratio:.2f}x, {100 * result.share_of_limit:.0f} % of {limit}{bf16}",
+        f"{result.ratio:.2f}x, {100 * result.share_of_limit:.0f} % of {limit}{unpacked}",
         flush=True,
     )
 

@@ -7,13 +7,13 @@ Each format of ours meets its ggml twin (nf4 and the 4-bit formats Q4_0 or Q4_1,
 on both sides, the output layer too. "1.1b" has TinyLlama's shape and random weights; "smollm2" is the embedded default.
 Three works, whose sides take turns in one run:
 
-    prefill   one prompt of 512 tokens, up to its first token; also by our own bfloat16 model
+    prefill   one prompt of 512 tokens, up to its first token; also by our own unpacked model
     decode    one stream, each token after a prompt of 512
     batch     32 streams, each step after prompts of 32
 
 llama.cpp runs with or without flash attention, whichever is faster when both are tried. Ratios are of medians, above 1
 where ours is faster. Shares are of the machine's limits, measured in the same turns: the packed bytes and keys and
-values that a token reads over read bandwidth (decode), operations of the linears over the rate of a bfloat16 product
+values that a token reads over read bandwidth (decode), operations of the linears over the rate of an unpacked product
 (prefill, batch). Run it on a machine that does nothing else. The last line is JSON.
 """
 
@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 from batching import SHAPES, write_model
-from common import Peer, alternate, machine, matrix_rate, median, read_bandwidth, report, seconds
+from common import DTYPE, Peer, alternate, machine, matrix_rate, median, read_bandwidth, report, seconds
 from lowbit import PEERS
 
 from llama import Llama, SamplingParams
@@ -105,16 +105,16 @@ class Result:
     ratio: float
     target: float | None
     share_of_limit: float
-    ratio_to_bf16: float | None
+    ratio_to_unpacked: float | None
 
     def show(self) -> None:
-        limit = "read bandwidth" if self.work == "decode" else "bf16 matrix rate"
-        bf16 = f", {self.ratio_to_bf16:.2f}x our bf16" if self.ratio_to_bf16 else ""
+        limit = "read bandwidth" if self.work == "decode" else "matrix rate"
+        unpacked = f", {self.ratio_to_unpacked:.2f}x our unpacked" if self.ratio_to_unpacked else ""
         target = f" (target {self.target})" if self.target else ""
         print(
             f"{self.model:8}{self.format:10}{self.work:8}{1e3 * self.seconds:9.2f} ms   "
             f"{self.peer} {1e3 * self.peer_seconds:9.2f} ms   {self.ratio:.2f}x{target}, "
-            f"{100 * self.share_of_limit:.0f} % of {limit}{bf16}",
+            f"{100 * self.share_of_limit:.0f} % of {limit}{unpacked}",
             flush=True,
         )
 
@@ -127,7 +127,7 @@ class Contest:
     format: str
     llm: Llama
     peer: Peer
-    bfloat16: Llama | None
+    unpacked: Llama | None
 
     def run(self, name: str, rounds: int) -> Result:
         work, llm = WORKS[name], self.llm
@@ -138,8 +138,8 @@ class Contest:
             "peer": lambda: theirs(min(tried, key=tried.get)),
             "limit": read_bandwidth if name == "decode" else matrix_rate,
         }
-        if name == "prefill" and self.bfloat16:
-            sides["bf16"] = lambda: run_ours(self.bfloat16, work)
+        if name == "prefill" and self.unpacked:
+            sides["unpacked"] = lambda: run_ours(self.unpacked, work)
         figures = {side: median(found) for side, found in alternate(rounds, **sides).items()}
         share = self.effort(work, name == "decode") / figures["ours"] / figures["limit"]
         targets = TARGETS if self.model == "1.1b" else SMOLLM2_TARGETS
@@ -154,7 +154,7 @@ class Contest:
             round(figures["peer"] / figures["ours"], 3),
             targets.get(self.format, targets.get("")),
             round(share, 3),
-            round(figures["bf16"] / figures["ours"], 3) if "bf16" in figures else None,
+            round(figures["unpacked"] / figures["ours"], 3) if "unpacked" in figures else None,
         )
 
     def effort(self, work: Work, is_read: bool) -> float:
@@ -163,7 +163,7 @@ class Contest:
         if is_read:
             context = work.prompt_tokens + work.num_tokens // 2
             read = sum(FORMATS[m.format.name].packed_columns(m.in_features) * m.out_features for m in linears)
-            return read + context * self.llm.model.cache_shape.bytes_per_token(torch.bfloat16)
+            return read + context * self.llm.model.cache_shape.bytes_per_token(DTYPE)
         rows = work.prompt_tokens if work.num_tokens == 1 else work.num_prompts
         output = self.llm.model.output
         sizes = [
@@ -183,7 +183,7 @@ def prepare_model(model: str, folder: Path) -> tuple[Path, Path]:
 
 def build(path: Path, **options: object) -> Llama:
     with redirect_stdout(sys.stderr):
-        return Llama.build(path, max_seq_len=1024, max_batch_size=32, dtype="bf16", **options)
+        return Llama.build(path, max_seq_len=1024, max_batch_size=32, **options)
 
 
 @contextmanager
@@ -212,14 +212,14 @@ def main() -> None:
             folder = Path(name)
             ours, theirs = prepare_model(model, folder)
             args = open_checkpoint(ours).args
-            bfloat16 = build(ours, quantization="none") if "prefill" in options.works else None
+            unpacked = build(ours, quantization="none") if "prefill" in options.works else None
             for format in options.formats.split(","):
                 if args.dim % FORMATS[format].block or args.hidden_dim % FORMATS[format].block:
                     print(f"{model} {format}: its columns are not whole blocks", file=sys.stderr)
                     continue
                 peer = Peer(options.peer_python, "llamacpp_peer.py", torch.get_num_threads())
                 with loaded(peer, theirs, folder / "small.gguf", PEERS[format]):
-                    contest = Contest(model, format, build(ours, quantization=format), peer, bfloat16)
+                    contest = Contest(model, format, build(ours, quantization=format), peer, unpacked)
                     for work in options.works.split(","):
                         results.append(contest.run(work, options.rounds))
                         results[-1].show()

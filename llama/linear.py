@@ -51,12 +51,13 @@ class Linear(nn.Module):
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
 
     def prepare(self, fixed_rows: int | None = None) -> None:
-        """On a CPU that computes in bfloat16: replaces `weight` by oneDNN's own blocked copy of it.
+        """On a CPU that has instructions for bfloat16: replaces `weight` by oneDNN's own blocked copy of it.
 
         With `fixed_rows`, products are made in tiles of that many rows (see `in_tiles`).
         """
         self.fixed_rows = fixed_rows
-        if self.weight.dtype == torch.bfloat16 and self.weight.device.type == "cpu":
+        is_bfloat16 = self.weight.dtype == torch.bfloat16 and self.weight.device.type == "cpu"
+        if is_bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACK_ROWS)
             self.weight = None
 

@@ -72,9 +72,9 @@ std::unique_ptr<T[]> uninitialized(int64_t count) { return std::unique_ptr<T[]>(
 Activations quantize(const Kernel& kernel, const Shape& s, const void* x, bool bfloat16,
                      std::unique_ptr<char[]>& memory) {
   const int64_t groups = s.rows * s.columns / kernel.group;
-  memory = uninitialized<char>(s.rows * s.columns + 12 * groups);
+  memory = uninitialized<char>(s.rows * s.columns * kernel.code_bytes + 12 * groups);
   auto* scale = (float*)memory.get();
-  Activations a{s.rows, s.columns, kernel.group, (int8_t*)(scale + 3 * groups), scale, (int32_t*)(scale + groups),
+  Activations a{s.rows, s.columns, kernel.group, scale + 3 * groups, scale, (int32_t*)(scale + groups),
                 scale + 2 * groups};
   auto bundles = [&](int64_t begin, int64_t end) {
     const int64_t last = std::min(end * kernel.max_rows, s.rows);

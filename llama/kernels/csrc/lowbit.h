@@ -11,11 +11,30 @@ constexpr int64_t kTile = 16;    // weight rows side by side: the 32-bit lanes o
 constexpr int64_t kMaxRows = 8;  // most activation rows that share one pass over a weight tile
 constexpr int64_t kPrefetch = 8192;  // bytes ahead of each load: hardware prefetchers lose several streams at once
 
+// nf4's levels times 32639 as 256 * high + low: products stay in integers, to 15 bits of each level. `low` is signed
+// where `Carry`, else it counts from 0 to 255.
+struct Levels {
+  alignas(16) int8_t high[16], low[16];
+};
+template <bool Carry>
+constexpr Levels nf4_levels() {
+  constexpr int levels[16] = {-32639, -22723, -17138, -12890, -9284, -6031, -2972, 0,
+                              2597,   5253,   8033,   11029,  14384, 18363, 23597, 32639};
+  Levels out{};
+  for (int i = 0; i < 16; ++i) {
+    const int low = Carry ? ((levels[i] + 128) & 255) - 128 : levels[i] & 255;
+    out.high[i] = (int8_t)((levels[i] - low) / 256);
+    out.low[i] = (int8_t)low;
+  }
+  return out;
+}
+constexpr Levels kNf4 = nf4_levels<true>();
+
 // Activations rounded to int8, one scale per group of columns. Rows lie in bundles of `Kernel::bundle(rows left)`;
 // inside a bundle everything is ordered [group][row], so that a kernel walks it from front to back.
 struct Activations {
   int64_t rows, columns, group;
-  int8_t* codes;   // [group][row][column]
+  void* codes;     // [group][row][column], in the type and order that the kernel's sums take
   float* scale;    // x = code * scale
   int32_t* start;  // -offset * sum of codes: where an integer product starts, so that weights may stay unsigned
   float* sum;      // scale * sum of codes: what a weight group's minimum is multiplied by
@@ -23,7 +42,7 @@ struct Activations {
 
 // One format's kernels for one instruction set. `packed` is the interleaved layout of `tiles` tiles.
 struct Kernel {
-  int64_t block, group, block_bytes;
+  int64_t block, group, block_bytes, code_bytes;
   int64_t max_rows;  // of a bundle: a power of two
   int64_t bundle(int64_t left) const {
     int64_t rows = max_rows;

@@ -28,8 +28,8 @@ struct Simd {
   using Bytes = Pair;
   using Ints = Pair;
   using Floats = FloatPair;
-  static constexpr int max_rows = 2, max_heads = 4, num_sums = 4;  // what 16 registers hold
-  static constexpr int byte_offset = 0;  // signed weights: their sign moves to the activations
+  static constexpr int max_rows = 4, max_heads = 4, num_sums = 4;  // what 16 registers hold
+  static constexpr int byte_offset = 0;
 
   static inline __m256i load_half(const uint8_t* at) { return _mm256_loadu_si256((const __m256i*)at); }
   static inline Bytes load(const uint8_t* at) {
@@ -42,7 +42,6 @@ struct Simd {
   static inline Bytes high(Bytes v) {
     return low(both(v, [](__m256i h) { return _mm256_srli_epi16(h, 4); }));
   }
-  static inline Bytes bytes(Bytes v) { return v; }
   template <int mask, int shift>  // codes | (plane >> shift & mask) << 4
   static inline Bytes merge(Bytes codes, Bytes plane) {
     return both(codes, plane, [](__m256i c, __m256i p) {
@@ -50,13 +49,9 @@ struct Simd {
       return _mm256_or_si256(c, _mm256_and_si256(moved, _mm256_set1_epi8(mask << 4)));
     });
   }
-  static inline Bytes plain_table(const int8_t* at) {
-    __m256i t = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)at));
-    return {t, t};
-  }
-  static inline Bytes table(const int8_t* at) { return plain_table(at); }
-  static inline Bytes lookup(Bytes table, Bytes codes) {
-    return both(table, codes, [](__m256i t, __m256i c) { return _mm256_shuffle_epi8(t, c); });
+  static inline Bytes lookup(const int8_t* table, Bytes codes) {
+    const __m256i t = _mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table));
+    return both(codes, [t](__m256i c) { return _mm256_shuffle_epi8(t, c); });
   }
 
   static inline Ints all(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
@@ -88,25 +83,81 @@ struct Simd {
   static inline Ints widen_signed(const uint8_t* at) {
     return {_mm256_cvtepi8_epi32(half(at)), _mm256_cvtepi8_epi32(half(at + 8))};
   }
-  // Sums of two neighbouring products must fit in 16 bits: codes up to 63 do, and so do magnitudes up to 128.
-  static inline __m256i four_products(__m256i sum, __m256i weights, __m256i x) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(weights, x), _mm256_set1_epi16(1)));
+  template <class T>
+  static inline __m256i four_bytes(const T* x) {  // as a float: gcc makes one instruction of that
+    return _mm256_castps_si256(_mm256_broadcast_ss((const float*)x));
   }
-  static inline __m256i four(const int8_t* x) {
-    int32_t v;
-    std::memcpy(&v, x, 4);
-    return _mm256_set1_epi32(v);
-  }
-  static inline Ints dot(Ints sum, Bytes weights, const int8_t* x) {
-    const __m256i v = four(x);
-    return both(sum, weights, [v](__m256i s, __m256i w) { return four_products(s, w, v); });
-  }
-  static inline Ints dot_bytes(Ints sum, Bytes weights, const int8_t* x) {
-    const __m256i v = four(x);
-    return both(sum, weights, [v](__m256i s, __m256i w) {
-      return four_products(s, _mm256_abs_epi8(w), _mm256_sign_epi8(v, w));
-    });
-  }
+  // Sums of products with four activations, which lie in `order`; `weights` is done once for all rows.
+  //
+  // Two products of a small code and an activation (up to 127) make 16 bits, and so do several such pairs.
+  template <int highest>
+  struct CodeSum {
+    using Code = int8_t;
+    static constexpr int order[4] = {0, 1, 2, 3}, most = 32767 / (2 * 127 * highest);
+    Pair value, pairs;
+    int waiting;
+
+    static inline LLAMA_INLINE Bytes weights(Bytes codes) { return codes; }
+    inline LLAMA_INLINE void start(int32_t v) {
+      value = all(v);
+      waiting = 0;
+    }
+    inline LLAMA_INLINE void add(Bytes weights, const Code* x) {
+      const __m256i v = four_bytes(x);
+      const Pair more = both(weights, [v](__m256i w) { return _mm256_maddubs_epi16(w, v); });
+      pairs = waiting ? both(pairs, more, [](__m256i s, __m256i p) { return _mm256_add_epi16(s, p); }) : more;
+      if (++waiting == most) widen();
+    }
+    inline LLAMA_INLINE Ints total() {
+      if (waiting) widen();
+      return value;
+    }
+    inline LLAMA_INLINE void widen() {
+      value = both(value, pairs, [](__m256i s, __m256i p) {
+        return _mm256_add_epi32(s, _mm256_madd_epi16(p, _mm256_set1_epi16(1)));
+      });
+      waiting = 0;
+    }
+  };
+  // Signed weights are multiplied in 16 bits: of a lane's four columns 0 and 2 in one register, 1 and 3 in another.
+  struct WordSum {
+    using Code = int16_t;
+    static constexpr int order[4] = {0, 2, 1, 3};
+    struct Weights {
+      Pair even, odd;
+    };
+    Pair value;
+
+    inline LLAMA_INLINE void start(int32_t v) { value = all(v); }
+    inline LLAMA_INLINE void add(const Weights& weights, const Code* x) {
+      add(weights.even, four_bytes(x));
+      add(weights.odd, four_bytes(x + 2));
+    }
+    inline LLAMA_INLINE void add(Pair weights, __m256i x) {
+      value = both(value, weights, [x](__m256i s, __m256i w) { return _mm256_add_epi32(s, _mm256_madd_epi16(w, x)); });
+    }
+    inline LLAMA_INLINE Ints total() { return value; }
+  };
+  struct ByteSum : WordSum {
+    static inline LLAMA_INLINE Weights weights(Bytes v) {
+      return {both(v, [](__m256i w) { return _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8); }),
+              both(v, [](__m256i w) { return _mm256_srai_epi16(w, 8); })};
+    }
+  };
+  struct LevelSum : WordSum {
+    static constexpr Levels levels = nf4_levels<false>();
+
+    static inline LLAMA_INLINE Weights weights(Bytes codes) {
+      const __m256i ones = _mm256_set1_epi16(255);
+      return {both(lookup(levels.high, codes), lookup(levels.low, codes),
+                   [ones](__m256i h, __m256i l) {
+                     return _mm256_or_si256(_mm256_slli_epi16(h, 8), _mm256_and_si256(l, ones));
+                   }),
+              both(lookup(levels.high, codes), lookup(levels.low, codes), [ones](__m256i h, __m256i l) {
+                return _mm256_or_si256(_mm256_andnot_si256(ones, h), _mm256_srli_epi16(l, 8));
+              })};
+    }
+  };
 
   static inline Floats all(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
   static inline Floats to_float(Ints v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }

@@ -18,7 +18,7 @@ struct Simd {
   using Ints = __m512i;
   using Floats = __m512;
   static constexpr int max_rows = 8, max_heads = 8, num_sums = 16;  // what 32 registers hold
-  static constexpr int byte_offset = 128;  // the product wants unsigned weights: `bytes` adds 128
+  static constexpr int byte_offset = 128;  // the product wants unsigned weights: signed ones get 128 more
 
   static inline Bytes load(const uint8_t* at) {
     __builtin_prefetch(at + kPrefetch);
@@ -26,17 +26,14 @@ struct Simd {
   }
   static inline Bytes low(Bytes v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
   static inline Bytes high(Bytes v) { return low(_mm512_srli_epi16(v, 4)); }
-  static inline Bytes bytes(Bytes v) { return _mm512_xor_si512(v, _mm512_set1_epi8((char)128)); }
   template <int mask, int shift>  // codes | (plane >> shift & mask) << 4
   static inline Bytes merge(Bytes codes, Bytes plane) {
     Bytes moved = shift < 4 ? _mm512_slli_epi16(plane, 4 - shift) : _mm512_srli_epi16(plane, shift - 4);
     return _mm512_ternarylogic_epi32(codes, moved, _mm512_set1_epi8(mask << 4), 0xF8);
   }
-  static inline Bytes plain_table(const int8_t* at) {
-    return _mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)at));
+  static inline Bytes lookup(const int8_t* table, Bytes codes) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table)), codes);
   }
-  static inline Bytes table(const int8_t* at) { return bytes(plain_table(at)); }
-  static inline Bytes lookup(Bytes table, Bytes codes) { return _mm512_shuffle_epi8(table, codes); }
 
   static inline Ints all(int32_t v) { return _mm512_set1_epi32(v); }
   static inline Ints add(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
@@ -52,12 +49,40 @@ struct Simd {
   static inline Ints widen_signed(const uint8_t* at) {
     return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at));
   }
-  static inline Ints dot(Ints sum, Bytes weights, const int8_t* x) {
-    int32_t four;
-    std::memcpy(&four, x, 4);
-    return _mm512_dpbusd_epi32(sum, weights, all(four));
-  }
-  static inline Ints dot_bytes(Ints sum, Bytes weights, const int8_t* x) { return dot(sum, weights, x); }
+  // Sums of products with four activations, which lie in `order`; `weights` is done once for all rows.
+  template <int highest>
+  struct CodeSum {
+    using Code = int8_t;
+    static constexpr int order[4] = {0, 1, 2, 3};
+    Ints value;
+
+    static inline LLAMA_INLINE Bytes weights(Bytes codes) { return codes; }
+    inline LLAMA_INLINE void start(int32_t v) { value = all(v); }
+    inline LLAMA_INLINE void add(Bytes weights, const Code* x) {
+      int32_t four;
+      std::memcpy(&four, x, 4);
+      value = _mm512_dpbusd_epi32(value, weights, all(four));
+    }
+    inline LLAMA_INLINE Ints total() { return value; }
+  };
+  struct ByteSum : CodeSum<255> {
+    static inline LLAMA_INLINE Bytes weights(Bytes v) { return _mm512_xor_si512(v, _mm512_set1_epi8((char)128)); }
+  };
+  struct LevelSum {
+    using Code = int8_t;
+    static constexpr int order[4] = {0, 1, 2, 3};
+    struct Weights {
+      Bytes high, low;
+    };
+    ByteSum high, low;
+
+    static inline LLAMA_INLINE Weights weights(Bytes codes) {
+      return {ByteSum::weights(lookup(kNf4.high, codes)), ByteSum::weights(lookup(kNf4.low, codes))};
+    }
+    inline LLAMA_INLINE void start(int32_t v) { high.start(v), low.start(v); }
+    inline LLAMA_INLINE void add(const Weights& w, const Code* x) { high.add(w.high, x), low.add(w.low, x); }
+    inline LLAMA_INLINE Ints total() { return Simd::add(left(high.value, 8), low.value); }
+  };
 
   static inline Floats all(float v) { return _mm512_set1_ps(v); }
   static inline Floats to_float(Ints v) { return _mm512_cvtepi32_ps(v); }

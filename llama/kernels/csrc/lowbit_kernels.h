@@ -16,26 +16,26 @@ struct Block {  // one block's fields, 16 rows each
   const uint8_t* field[4];
 };
 
-// A format tells its field sizes (bytes of one row, in kernel order), each group's scale<g> and lowest<g> (its minimum)
-// and visit<s>(block, f), which calls f(i, column, codes) for the operands of set s: `together` groups that share bytes
-// and are therefore read together, group(s, i) being the i-th. `column` counts from the group's first.
+// A format tells its field sizes (bytes of one row, in kernel order), each group's scale<g> and lowest<g> (its minimum),
+// visit<g>(block, f), which calls f(column, codes) for the operands of group g, `column` counting from the group's
+// first, and the Sum that multiplies such codes by activations.
 
 template <int Columns, int Bits, bool HasMinimum, int ScaleBytes = 2>
 struct Affine {
-  static constexpr int block = Columns, group_size = Columns, together = 1;
+  static constexpr int block = Columns, group_size = Columns;
   static constexpr bool minimum = HasMinimum, bytes = Bits == 8, table = false;
+  using Sum = std::conditional_t<bytes, Simd::ByteSum, Simd::CodeSum<(1 << Bits) - 1>>;
   static constexpr int offset = HasMinimum || bytes ? 0 : 1 << (Bits - 1);
   static constexpr int sizes[4] = {bytes ? Columns : Columns / 2, Bits == 5 ? Columns / 8 : 0, ScaleBytes,
                                    HasMinimum ? 2 : 0};
 
-  static constexpr int group(int, int) { return 0; }
-  template <int s, class F>
+  template <int g, class F>
   static inline LLAMA_INLINE void visit(const Block& b, F&& f) {
     constexpr int vectors = sizes[0] / 4;
     repeat<vectors>([&](auto i) LLAMA_INLINE {
       auto codes = Simd::load(b.field[0] + 64 * i);
       if constexpr (bytes) {
-        f(Index<0>(), 4 * i, codes);
+        f(4 * i, codes);
       } else {
         auto low = Simd::low(codes), high = Simd::high(codes);
         if constexpr (Bits == 5) {  // a plane holds one bit of eight operands
@@ -43,8 +43,8 @@ struct Affine {
           low = Simd::template merge<1, i % 8>(low, Simd::load(b.field[1] + 64 * (i / 8)));
           high = Simd::template merge<1, next % 8>(high, Simd::load(b.field[1] + 64 * (next / 8)));
         }
-        f(Index<0>(), 4 * i, low);
-        f(Index<0>(), 4 * i + Columns / 2, high);
+        f(4 * i, low);
+        f(4 * i + Columns / 2, high);
       }
     });
   }
@@ -57,22 +57,18 @@ struct Affine {
   static inline Simd::Floats lowest(const Block& b) { return Simd::halves(b.field[3]); }
 };
 
-// Levels times 32639, split into 256 * high + low: the products stay in integers, to 15 bits of each level.
-alignas(16) constexpr int8_t kNf4High[16] = {-127, -89, -67, -50, -36, -24, -12, 0, 10, 21, 31, 43, 56, 72, 92, 127};
-alignas(16) constexpr int8_t kNf4Low[16] = {-127, 61, 14, -90, -68, 113, 100, 0, 37, -123, 97, 21, 48, -69, 45, 127};
-
 struct NormalFloat4 {
-  static constexpr int block = 64, group_size = 64, together = 1, offset = 0;
+  static constexpr int block = 64, group_size = 64, offset = 0;
   static constexpr bool minimum = false, bytes = true, table = true;
   static constexpr int sizes[4] = {32, 0, 2, 0};
+  using Sum = Simd::LevelSum;
 
-  static constexpr int group(int, int) { return 0; }
-  template <int s, class F>
+  template <int g, class F>
   static inline LLAMA_INLINE void visit(const Block& b, F&& f) {
     repeat<8>([&](auto i) LLAMA_INLINE {
       auto codes = Simd::load(b.field[0] + 64 * i);
-      f(Index<0>(), 4 * i, Simd::high(codes));
-      f(Index<0>(), 4 * i + 32, Simd::low(codes));
+      f(4 * i, Simd::high(codes));
+      f(4 * i + 32, Simd::low(codes));
     });
   }
   template <int g>
@@ -82,17 +78,16 @@ struct NormalFloat4 {
 };
 
 struct Q4K {
-  static constexpr int block = 256, group_size = 32, together = 2, offset = 0;
+  static constexpr int block = 256, group_size = 32, offset = 0;
   static constexpr bool minimum = true, bytes = false, table = false;
   static constexpr int sizes[4] = {128, 12, 2, 2};
+  using Sum = Simd::CodeSum<15>;
 
-  static constexpr int group(int s, int i) { return 2 * s + i; }
-  template <int s, class F>
+  template <int g, class F>
   static inline LLAMA_INLINE void visit(const Block& b, F&& f) {
     repeat<8>([&](auto i) LLAMA_INLINE {
-      auto codes = Simd::load(b.field[0] + 64 * (8 * s + i));
-      f(Index<0>(), 4 * i, Simd::low(codes));
-      f(Index<1>(), 4 * i, Simd::high(codes));
+      auto codes = Simd::load(b.field[0] + 64 * (g / 2 * 8 + i));
+      f(4 * i, g % 2 ? Simd::high(codes) : Simd::low(codes));
     });
   }
   // Six bits from twelve bytes: groups 0-3 in the low bits of bytes `first` + 0..3; groups 4-7 have their low four
@@ -115,19 +110,21 @@ struct Q4K {
 };
 
 struct Q6K {
-  static constexpr int block = 256, group_size = 16, together = 2, offset = 32;
+  static constexpr int block = 256, group_size = 16, offset = 32;
   static constexpr bool minimum = false, bytes = false, table = false;
   static constexpr int sizes[4] = {128, 64, 16, 2};
 
-  static constexpr int group(int s, int i) { return s / 4 * 8 + s % 4 + 4 * i; }
-  template <int s, class F>
+  using Sum = Simd::CodeSum<63>;
+
+  template <int g, class F>
   static inline LLAMA_INLINE void visit(const Block& b, F&& f) {
-    constexpr int half = s / 4, part = s % 4;  // of 128 columns; of 16, another 16 lying 64 columns further
+    constexpr int half = g / 8, part = g % 4;  // of 128 columns; of 16, another 16 lying 64 columns further
+    constexpr bool further = g / 4 % 2;
     repeat<4>([&](auto i) LLAMA_INLINE {
       auto codes = Simd::load(b.field[0] + 64 * (16 * half + 4 * part + i));
       auto plane = Simd::load(b.field[1] + 64 * (8 * half + 4 * (part % 2) + i));
-      f(Index<0>(), 4 * i, Simd::template merge<3, part / 2 * 2>(Simd::low(codes), plane));
-      f(Index<1>(), 4 * i, Simd::template merge<3, part / 2 * 2 + 4>(Simd::high(codes), plane));
+      codes = further ? Simd::high(codes) : Simd::low(codes);
+      f(4 * i, Simd::template merge<3, part / 2 * 2 + 4 * further>(codes, plane));
     });
   }
   template <int g>
@@ -152,9 +149,10 @@ struct Walk {  // the blocks of one tile, in order from `block` on
 
 template <class Format, int rows>
 void product_rows(const uint8_t* packed, int64_t tiles, int64_t tile, const Activations& a, int64_t first, float* out) {
-  constexpr int groups = Format::block / Format::group_size, together = Format::together;
+  using Sum = typename Format::Sum;
+  constexpr int groups = Format::block / Format::group_size;
   const int64_t blocks = a.columns / Format::block, groups_before = first * (a.columns / Format::group_size);
-  const int8_t* x = a.codes + first * a.columns;
+  const auto* x = (const typename Sum::Code*)a.codes + first * a.columns;
   const float *scale = a.scale + groups_before, *sum = a.sum + groups_before;
   const int32_t* start = a.start + groups_before;
   typename Simd::Floats total[rows];
@@ -162,47 +160,27 @@ void product_rows(const uint8_t* packed, int64_t tiles, int64_t tile, const Acti
 
   Walk<Format> walk(packed, tiles, tile, blocks);
   for (int64_t b = 0; b < blocks; ++b, walk.next()) {
-    repeat<groups / together>([&](auto set) LLAMA_INLINE {
-      constexpr int s = decltype(set)::value;
-      typename Simd::Ints acc[together][rows];
-      repeat<together * rows>([&](auto at) LLAMA_INLINE {
-        constexpr int i = at / rows, m = at % rows;
-        acc[i][m] = Simd::all(start[Format::group(s, i) * rows + m]);
-      });
-      if constexpr (Format::table) {
-        typename Simd::Ints coarse[rows];
-        repeat<rows>([&](auto m) LLAMA_INLINE { coarse[m] = acc[0][m]; });
-        const auto high = Simd::table(kNf4High), low = Simd::table(kNf4Low);
-        Format::template visit<s>(walk.now, [&](auto, int column, Simd::Bytes codes) LLAMA_INLINE {
-          auto w_high = Simd::lookup(high, codes), w_low = Simd::lookup(low, codes);
-          repeat<rows>([&](auto m) LLAMA_INLINE {
-            coarse[m] = Simd::dot_bytes(coarse[m], w_high, x + m * Format::group_size + column);
-            acc[0][m] = Simd::dot_bytes(acc[0][m], w_low, x + m * Format::group_size + column);
-          });
+    repeat<groups>([&](auto group) LLAMA_INLINE {
+      constexpr int g = group;
+      Sum acc[rows];
+      repeat<rows>([&](auto m) LLAMA_INLINE { acc[m].start(start[g * rows + m]); });
+      Format::template visit<g>(walk.now, [&](int column, Simd::Bytes codes) LLAMA_INLINE {
+        const auto weights = Sum::weights(codes);
+        repeat<rows>([&](auto m) LLAMA_INLINE {
+          acc[m].add(weights, x + (g * rows + m) * Format::group_size + column);
         });
-        repeat<rows>([&](auto m) LLAMA_INLINE { acc[0][m] = Simd::add(Simd::left(coarse[m], 8), acc[0][m]); });
-      } else {
-        Format::template visit<s>(walk.now, [&](auto i, int column, Simd::Bytes codes) LLAMA_INLINE {
-          if constexpr (Format::bytes) codes = Simd::bytes(codes);
-          repeat<rows>([&](auto m) LLAMA_INLINE {
-            const int8_t* at = x + (Format::group(s, i) * rows + m) * Format::group_size + column;
-            acc[i][m] = Format::bytes ? Simd::dot_bytes(acc[i][m], codes, at) : Simd::dot(acc[i][m], codes, at);
-          });
+      });
+      const auto d = Format::template scale<g>(walk.now);
+      repeat<rows>([&](auto m) LLAMA_INLINE {
+        const auto factor = Simd::multiply(d, Simd::all(scale[g * rows + m]));
+        total[m] = Simd::fma(Simd::to_float(acc[m].total()), factor, total[m]);
+      });
+      if constexpr (Format::minimum) {
+        const auto lowest = Format::template lowest<g>(walk.now);
+        repeat<rows>([&](auto m) LLAMA_INLINE {
+          total[m] = Simd::fma(lowest, Simd::all(sum[g * rows + m]), total[m]);
         });
       }
-      repeat<together>([&](auto i) LLAMA_INLINE {
-        constexpr int g = Format::group(s, i);
-        const auto d = Format::template scale<g>(walk.now);
-        repeat<rows>([&](auto m) LLAMA_INLINE {
-          total[m] = Simd::fma(Simd::to_float(acc[i][m]), Simd::multiply(d, Simd::all(scale[g * rows + m])), total[m]);
-        });
-        if constexpr (Format::minimum) {
-          const auto lowest = Format::template lowest<g>(walk.now);
-          repeat<rows>([&](auto m) LLAMA_INLINE {
-            total[m] = Simd::fma(lowest, Simd::all(sum[g * rows + m]), total[m]);
-          });
-        }
-      });
     });
     x += rows * Format::block;
     start += rows * groups, scale += rows * groups, sum += rows * groups;
@@ -223,6 +201,7 @@ void product(const uint8_t* packed, int64_t tiles, int64_t tile, const Activatio
 // x * (127 / largest magnitude), rounded to even; a group of zeros, or too small to divide by, gets scale 0.
 template <class Format>
 void quantize(const float* x, int64_t first, int64_t count, const Activations& a) {
+  using Code = typename Format::Sum::Code;
   constexpr int group = Format::group_size;
   constexpr float round_to_even = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
   const int32_t offset = Format::bytes ? Simd::byte_offset : Format::offset;
@@ -237,12 +216,13 @@ void quantize(const float* x, int64_t first, int64_t count, const Activations& a
       float peak;
       std::memcpy(&peak, &largest, 4);
       const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
-      int8_t* codes = a.codes + at * group;
       for (int i = 0; i < group; ++i) {
-        const int32_t code = (int32_t)((from[i] * inverse + round_to_even) - round_to_even);
-        codes[i] = (int8_t)code;
-        sum += code;
+        bits[i] = (int32_t)((from[i] * inverse + round_to_even) - round_to_even);
+        sum += bits[i];
       }
+      Code* codes = (Code*)a.codes + at * group;
+      for (int i = 0; i < group; i += 4)
+        for (int c = 0; c < 4; ++c) codes[i + c] = (Code)bits[i + Format::Sum::order[c]];
       a.scale[at] = peak <= 1e-30f ? 0.0f : peak / 127.0f;  // not a number stays so
       a.start[at] = -offset * sum;
       a.sum[at] = a.scale[at] * sum;
@@ -257,8 +237,8 @@ __attribute__((noinline)) void write_columns(const Simd::Bytes& codes, const Sim
   repeat<4>([&](auto c) LLAMA_INLINE {
     auto value = Format::bytes ? Simd::template signed_byte<c>(codes) : Simd::template byte<c>(codes);
     if constexpr (Format::table) {
-      value = Simd::left(Simd::template signed_byte<c>(Simd::lookup(Simd::plain_table(kNf4High), codes)), 8);
-      value = Simd::add(value, Simd::template signed_byte<c>(Simd::lookup(Simd::plain_table(kNf4Low), codes)));
+      value = Simd::left(Simd::template signed_byte<c>(Simd::lookup(kNf4.high, codes)), 8);
+      value = Simd::add(value, Simd::template signed_byte<c>(Simd::lookup(kNf4.low, codes)));
     }
     Simd::store(out + c * stride, Simd::fma(Simd::to_float(value), scale, lowest));
   });
@@ -267,23 +247,18 @@ __attribute__((noinline)) void write_columns(const Simd::Bytes& codes, const Sim
 template <class Format, class T>
 void dequantize(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t blocks, int64_t block, int64_t stride,
                 T* out) {
-  constexpr int together = Format::together;
   const Walk<Format> walk(packed, tiles, tile, blocks, block);
-  repeat<Format::block / Format::group_size / together>([&](auto set) LLAMA_INLINE {
-    constexpr int s = decltype(set)::value;
-    Simd::Floats scale[together], lowest[together];
-    repeat<together>([&](auto i) LLAMA_INLINE {
-      constexpr int g = Format::group(s, i);
-      scale[i] = Format::template scale<g>(walk.now);
-      if constexpr (Format::minimum) {
-        lowest[i] = Format::template lowest<g>(walk.now);
-      } else {
-        lowest[i] = Simd::multiply(scale[i], Simd::all(-(float)Format::offset));
-      }
-    });
-    Format::template visit<s>(walk.now, [&](auto i, int column, Simd::Bytes codes) LLAMA_INLINE {
-      T* to = out + (Format::group(s, i) * Format::group_size + column) * stride;
-      write_columns<Format, T>(codes, scale[i], lowest[i], stride, to);
+  repeat<Format::block / Format::group_size>([&](auto group) LLAMA_INLINE {
+    constexpr int g = group;
+    const Simd::Floats scale = Format::template scale<g>(walk.now);
+    Simd::Floats lowest;
+    if constexpr (Format::minimum) {
+      lowest = Format::template lowest<g>(walk.now);
+    } else {
+      lowest = Simd::multiply(scale, Simd::all(-(float)Format::offset));
+    }
+    Format::template visit<g>(walk.now, [&](int column, Simd::Bytes codes) LLAMA_INLINE {
+      write_columns<Format, T>(codes, scale, lowest, stride, out + (g * Format::group_size + column) * stride);
     });
   });
 }
@@ -291,7 +266,7 @@ void dequantize(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t bloc
 template <class Format>
 constexpr Kernel kernel() {
   constexpr int bytes = Format::sizes[0] + Format::sizes[1] + Format::sizes[2] + Format::sizes[3];
-  return {Format::block, Format::group_size, bytes, Simd::max_rows, quantize<Format>, product<Format>,
+  return {Format::block, Format::group_size, bytes, sizeof(typename Format::Sum::Code), Simd::max_rows, quantize<Format>, product<Format>,
           dequantize<Format, float>, dequantize<Format, uint16_t>};
 }
 

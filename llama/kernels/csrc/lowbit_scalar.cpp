@@ -37,15 +37,12 @@ struct Simd {
   }
   static inline Bytes low(const Bytes& v) { return each<Bytes>([&](int i) { return v.v[i] & 15; }); }
   static inline Bytes high(const Bytes& v) { return each<Bytes>([&](int i) { return v.v[i] >> 4; }); }
-  static inline Bytes bytes(const Bytes& v) { return v; }
   template <int mask, int shift>  // codes | (plane >> shift & mask) << 4
   static inline Bytes merge(const Bytes& codes, const Bytes& plane) {
     return each<Bytes>([&](int i) { return codes.v[i] | (plane.v[i] >> shift & mask) << 4; });
   }
-  static inline Bytes plain_table(const int8_t* at) { return each<Bytes>([&](int i) { return (uint8_t)at[i % 16]; }); }
-  static inline Bytes table(const int8_t* at) { return plain_table(at); }
-  static inline Bytes lookup(const Bytes& table, const Bytes& codes) {
-    return each<Bytes>([&](int i) { return table.v[codes.v[i]]; });
+  static inline Bytes lookup(const int8_t* table, const Bytes& codes) {
+    return each<Bytes>([&](int i) { return (uint8_t)table[codes.v[i]]; });
   }
 
   static inline Ints all(int32_t v) { return each<Ints>([&](int) { return v; }); }
@@ -62,18 +59,39 @@ struct Simd {
   }
   static inline Ints widen(const uint8_t* at) { return each<Ints>([&](int i) { return at[i]; }); }
   static inline Ints widen_signed(const uint8_t* at) { return each<Ints>([&](int i) { return (int8_t)at[i]; }); }
-  static inline Ints dot(const Ints& sum, const Bytes& w, const int8_t* x) {
-    return each<Ints>([&](int i) {
-      const uint8_t* c = w.v + 4 * i;
-      return sum.v[i] + c[0] * x[0] + c[1] * x[1] + c[2] * x[2] + c[3] * x[3];
-    });
-  }
-  static inline Ints dot_bytes(const Ints& sum, const Bytes& w, const int8_t* x) {
-    return each<Ints>([&](int i) {
-      const int8_t* c = (const int8_t*)w.v + 4 * i;
-      return sum.v[i] + c[0] * x[0] + c[1] * x[1] + c[2] * x[2] + c[3] * x[3];
-    });
-  }
+  // Sums of products with four activations, which lie in `order`; `weights` is done once for all rows.
+  template <class Weight>
+  struct Sum {
+    using Code = int8_t;
+    static constexpr int order[4] = {0, 1, 2, 3};
+    Ints value;
+
+    static Bytes weights(const Bytes& codes) { return codes; }
+    void start(int32_t v) { value = all(v); }
+    void add(const Bytes& w, const Code* x) {
+      value = each<Ints>([&](int i) {
+        const auto* c = (const Weight*)w.v + 4 * i;
+        return value.v[i] + c[0] * x[0] + c[1] * x[1] + c[2] * x[2] + c[3] * x[3];
+      });
+    }
+    Ints total() { return value; }
+  };
+  template <int highest>
+  using CodeSum = Sum<uint8_t>;
+  using ByteSum = Sum<int8_t>;
+  struct LevelSum {
+    using Code = int8_t;
+    static constexpr int order[4] = {0, 1, 2, 3};
+    struct Weights {
+      Bytes high, low;
+    };
+    ByteSum high, low;
+
+    static Weights weights(const Bytes& codes) { return {lookup(kNf4.high, codes), lookup(kNf4.low, codes)}; }
+    void start(int32_t v) { high.start(v), low.start(v); }
+    void add(const Weights& w, const Code* x) { high.add(w.high, x), low.add(w.low, x); }
+    Ints total() { return Simd::add(left(high.value, 8), low.value); }
+  };
 
   static inline Floats all(float v) { return each<Floats>([&](int) { return v; }); }
   static inline Floats to_float(const Ints& v) { return each<Floats>([&](int i) { return (float)v.v[i]; }); }

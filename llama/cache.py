@@ -14,9 +14,10 @@ from itertools import chain
 
 import torch
 
+from llama.kernels.attention import attend_rows, row_table, serves
+
 Extent = tuple[int, int]  # (first slot, number of slots)
 
-SHORT_CONTEXT = 256  # tokens up to which one row is fastest through one fused operator
 FEW_ROWS = 64  # up to which the keys are the left factor of the scores
 TILE_ROWS = 128  # query rows whose scores exist at one time
 TILE_SCORES = 1 << 24  # and the most scores that one tile may hold
@@ -36,6 +37,10 @@ class Span:
     context: int  # the request's tokens once this step's are stored
     extents: tuple[Extent, ...]  # in the order of positions, for at least `context` tokens
 
+    def seen(self, window: int | None) -> list[Extent]:
+        """What the last row looks at."""
+        return list(clip(self.extents, first_seen(self.context - 1, window), self.context))
+
 
 @dataclass(frozen=True)
 class CacheShape:
@@ -47,7 +52,8 @@ class CacheShape:
     sliding_window: int | None = None
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
-        return 2 * self.n_layers * self.n_kv_heads * self.head_dim * dtype.itemsize
+        scale = torch.float32.itemsize if dtype == torch.int8 else 0
+        return 2 * self.n_layers * self.n_kv_heads * (self.head_dim * dtype.itemsize + scale)
 
 
 def clip(extents: Sequence[Extent], start: int, stop: int) -> Iterator[Extent]:
@@ -60,6 +66,11 @@ def clip(extents: Sequence[Extent], start: int, stop: int) -> Iterator[Extent]:
         position += length
 
 
+def first_seen(position: int, window: int | None) -> int:
+    """The first position that the token at `position` looks at."""
+    return 0 if window is None else max(0, position + 1 - window)
+
+
 def products(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """rows (heads, n, head_dim) times keys (heads, length, head_dim): (heads, n, length).
 
@@ -70,8 +81,59 @@ def products(rows: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return torch.bmm(rows, keys.transpose(1, 2))
 
 
+@dataclass(frozen=True)
+class Store:
+    """Keys or values, of all layers or of one: `numbers` (..., n_kv_heads, num_slots, head_dim).
+
+    Where the numbers are int8, `scales` (..., n_kv_heads, num_slots) float32 has what one step is worth.
+    """
+
+    numbers: torch.Tensor
+    scales: torch.Tensor | None
+
+    @classmethod
+    def empty(cls, size: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> Store:
+        scales = torch.empty(size[:-1], device=device) if dtype == torch.int8 else None
+        return cls(torch.empty(size, device=device, dtype=dtype), scales)
+
+    def layers(self) -> list[Store]:
+        numbers = self.numbers.unbind()
+        scales = [None] * len(numbers) if self.scales is None else self.scales.unbind()
+        return [Store(*layer) for layer in zip(numbers, scales, strict=True)]
+
+    def put(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """Stores rows (num_tokens, n_kv_heads, head_dim) of one layer in `slots` (num_tokens,) int64."""
+        rows = rows.transpose(0, 1)
+        if self.scales is not None:
+            scales = rows.abs().amax(-1).float() / 127
+            self.scales.index_copy_(1, slots, scales)
+            rows = (rows / scales.clamp_min(1e-30).unsqueeze(-1)).round_().to(torch.int8)
+        self.numbers.index_copy_(1, slots, rows)
+
+    def run(self, extent: Extent, dtype: torch.dtype) -> torch.Tensor:
+        """One layer's (n_kv_heads, length, head_dim) in `dtype`: a view, or a copy of int8."""
+        slot, length = extent
+        numbers = self.numbers[:, slot : slot + length]
+        if self.scales is None:
+            return numbers
+        return (numbers * self.scales[:, slot : slot + length].unsqueeze(-1)).to(dtype)
+
+    def clear(self, extent: Extent) -> None:
+        """Makes one layer's slots zeros."""
+        slot, length = extent
+        self.numbers[:, slot : slot + length] = 0
+        if self.scales is not None:
+            self.scales[:, slot : slot + length] = 0
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copies `length` slots of every layer."""
+        self.numbers[:, :, target : target + length] = self.numbers[:, :, source : source + length]
+        if self.scales is not None:
+            self.scales[:, :, target : target + length] = self.scales[:, :, source : source + length]
+
+
 class KVCache:
-    """A pool of slots for every layer: keys and values, each (n_kv_heads, num_slots, head_dim).
+    """A pool of slots for every layer: keys and values, in the model's dtype or in int8.
 
     The operating system gives memory to a slot when it is first written. With `fixed_rows` (the block size)
     attention is computed in a way that gives a row the same bits whatever else runs.
@@ -87,10 +149,11 @@ class KVCache:
     ):
         self.shape = shape
         self.num_slots = num_slots
+        self.device = device
         self.fixed_rows = fixed_rows
         size = (shape.n_layers, shape.n_kv_heads, num_slots, shape.head_dim)
-        self.keys = torch.empty(size, device=device, dtype=dtype)
-        self.values = torch.empty(size, device=device, dtype=dtype)
+        self.keys = Store.empty(size, device, dtype)
+        self.values = Store.empty(size, device, dtype)
 
     def layers(self, spans: Sequence[Span]) -> list[LayerCache]:
         """Each layer's view of the cache for a step made of `spans`."""
@@ -99,17 +162,19 @@ class KVCache:
             for span in spans
             for slot, length in clip(span.extents, span.context - span.num_rows, span.context)
         )
-        slots = torch.tensor(list(chain.from_iterable(runs)), device=self.keys.device)
+        slots = torch.tensor(list(chain.from_iterable(runs)), device=self.device)
         window = self.shape.sliding_window
+        single = [(span.first_row, span.seen(window)) for span in spans if span.num_rows == 1]
+        table = row_table(single) if self.fixed_rows is None else row_table(())
         return [
-            LayerCache(keys, values, slots, tuple(spans), window, self.fixed_rows)
-            for keys, values in zip(self.keys, self.values, strict=True)
+            LayerCache(keys, values, slots, tuple(spans), table, window, self.fixed_rows)
+            for keys, values in zip(self.keys.layers(), self.values.layers(), strict=True)
         ]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copies `length` slots of every layer."""
-        for stored in (self.keys, self.values):
-            stored[:, :, target : target + length] = stored[:, :, source : source + length]
+        self.keys.copy(source, target, length)
+        self.values.copy(source, target, length)
 
 
 class ContiguousCache(KVCache):
@@ -128,7 +193,9 @@ class ContiguousCache(KVCache):
         if length <= self.capacity:
             return
         capacity = max(length, 2 * self.capacity, 64)
-        self.keys, self.values = (self._grown(stored, capacity) for stored in (self.keys, self.values))
+        self.keys, self.values = (
+            Store(self._grown(store.numbers, capacity), None) for store in (self.keys, self.values)
+        )
         self.num_slots = self.num_rows * capacity
 
     def _grown(self, stored: torch.Tensor, capacity: int) -> torch.Tensor:
@@ -147,63 +214,62 @@ class ContiguousCache(KVCache):
 class LayerCache:
     """One layer's part of the cache in one step."""
 
-    keys: torch.Tensor  # (n_kv_heads, num_slots, head_dim)
-    values: torch.Tensor
+    keys: Store  # of one layer
+    values: Store
     slots: torch.Tensor  # (num_tokens,) int64: where this step's tokens are stored
     spans: tuple[Span, ...]
+    table: torch.Tensor  # of the spans of one row, as `attend_rows` reads it
     sliding_window: int | None
     fixed_rows: int | None = None
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """Stores k, v (num_tokens, n_kv_heads, head_dim); q and the result are (num_tokens, heads, head_dim)."""
-        self.keys.index_copy_(1, self.slots, k.transpose(0, 1))
-        self.values.index_copy_(1, self.slots, v.transpose(0, 1))
-        parts = [self._attend(q[s.first_row : s.first_row + s.num_rows], s) for s in self.spans]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        self.keys.put(self.slots, k)
+        self.values.put(self.slots, v)
+        out = q.new_empty(q.shape)
+        done = len(self.table) > 0 and serves(q)
+        if done:
+            stored = (self.keys.numbers, self.values.numbers, self.keys.scales, self.values.scales)
+            attend_rows(q, *stored, self.table, out)
+        for span in self.spans:
+            if span.num_rows > 1 or not done:
+                rows = slice(span.first_row, span.first_row + span.num_rows)
+                self._attend(q[rows], span, out[rows])
+        return out
 
-    def _attend(self, q: torch.Tensor, span: Span) -> torch.Tensor:
+    def _attend(self, q: torch.Tensor, span: Span, out: torch.Tensor) -> None:
         if self.fixed_rows is not None:
-            return self._attend_fixed(q, span, self.fixed_rows)
-        if span.num_rows == 1:
-            return self._attend_row(
-                q, list(clip(span.extents, self._first_seen(span.context - 1), span.context))
-            )
-        return self._attend_tiles(q, span)
+            self._attend_fixed(q, span, out, self.fixed_rows)
+        elif span.num_rows == 1:
+            out[:] = self._attend_row(q, span.seen(self.sliding_window))
+        else:
+            self._attend_tiles(q, span, out)
 
     def _attend_row(self, q: torch.Tensor, extents: list[Extent]) -> torch.Tensor:
-        """One row, in as few operators as can be: this runs for every request in every layer of every step.
+        """One row where `attend_rows` does not serve, in as few operators as can be.
 
         q (1, heads, head_dim). The heads that share a key head are handled as rows of it, so that each key is read
         once for all of them.
         """
-        grouped = q.view(self.keys.shape[0], -1, q.shape[-1])  # (n_kv_heads, group, head_dim)
-        slot, length = extents[0]
-        if len(extents) == 1 and length <= SHORT_CONTEXT and q.device.type == "cpu":
-            out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                grouped.unsqueeze(0),
-                self.keys[:, slot : slot + length].unsqueeze(0),
-                self.values[:, slot : slot + length].unsqueeze(0),
-            )
-            return out.view(q.shape)
-        parts = [torch.bmm(self.keys[:, s : s + n], grouped.transpose(1, 2)) for s, n in extents]
+        grouped = q.reshape(self.num_heads, -1, q.shape[-1])  # (n_kv_heads, group, head_dim)
+        parts = [torch.bmm(self.keys.run(e, q.dtype), grouped.transpose(1, 2)) for e in extents]
         scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # (n_kv_heads, length, group)
         weights = scores.mul_(q.shape[-1] ** -0.5).transpose(1, 2).softmax(-1)
-        if len(extents) == 1:
-            return torch.bmm(weights, self.values[:, slot : slot + length]).view(q.shape)
-        pieces = zip(weights.split([n for _, n in extents], dim=-1), extents, strict=True)
-        return sum(torch.bmm(w, self.values[:, s : s + n]) for w, (s, n) in pieces).view(q.shape)
+        return self._mix(weights, extents).view(q.shape)
 
-    def _attend_tiles(self, q: torch.Tensor, span: Span) -> torch.Tensor:
+    def _mix(self, weights: torch.Tensor, extents: list[Extent]) -> torch.Tensor:
+        """weights (n_kv_heads, rows, length over all extents) times their values: (n_kv_heads, rows, head_dim)"""
+        pieces = zip(weights.split([n for _, n in extents], dim=-1), extents, strict=True)
+        return sum(torch.bmm(piece, self.values.run(extent, weights.dtype)) for piece, extent in pieces)
+
+    def _attend_tiles(self, q: torch.Tensor, span: Span, out: torch.Tensor) -> None:
         """Rows in tiles; a tile's scores over all extents stand side by side and go through one softmax.
 
         q (num_rows, heads, head_dim). Scores have the model's dtype, as in the reference; the softmax computes
         in float32.
         """
         num_rows, heads, head_dim = q.shape
-        grouped = q.unflatten(1, (self.keys.shape[0], -1)).permute(
-            1, 2, 0, 3
-        )  # (kv, group, num_rows, head_dim)
-        out = torch.empty_like(q)
+        grouped = q.unflatten(1, (self.num_heads, -1)).permute(1, 2, 0, 3)  # (kv, group, num_rows, head_dim)
         tile = max(1, min(TILE_ROWS, TILE_SCORES // (heads * span.context)))
         for first in range(0, num_rows, tile):
             last = min(first + tile, num_rows)
@@ -211,20 +277,16 @@ class LayerCache:
             seen = range(self._first_seen(start), start + last - first)
             extents = list(clip(span.extents, seen.start, seen.stop))
             rows = grouped[:, :, first:last].flatten(1, 2)  # (kv, group * rows, head_dim)
-            parts = [products(rows, self.keys[:, s : s + n]) for s, n in extents]
+            parts = [products(rows, self.keys.run(extent, q.dtype)) for extent in extents]
             scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
             scores = scores.mul_(head_dim**-0.5).unflatten(1, (-1, last - first))
             scores[..., first - last :] += self._causal(last - first, scores)
             if self._first_seen(seen.stop - 1) > seen.start:
                 scores += self._window(start, seen, scores)
-            weights = scores.softmax(-1).flatten(1, 2).split([n for _, n in extents], dim=-1)
-            mixed = sum(
-                torch.bmm(w, self.values[:, s : s + n]) for w, (s, n) in zip(weights, extents, strict=True)
-            )
+            mixed = self._mix(scores.softmax(-1).flatten(1, 2), extents)
             out[first:last] = mixed.unflatten(1, (-1, last - first)).permute(2, 0, 1, 3).flatten(1, 2)
-        return out
 
-    def _attend_fixed(self, q: torch.Tensor, span: Span, size: int) -> torch.Tensor:
+    def _attend_fixed(self, q: torch.Tensor, span: Span, out: torch.Tensor, size: int) -> None:
         """Rows in tiles of `size` positions, each computed whole even if the step has only one row of it.
 
         Every product then has a shape that depends on the row's position alone, and oneDNN and MKL give a row of
@@ -232,22 +294,21 @@ class LayerCache:
         in a copy. q (num_rows, heads, head_dim).
         """
         heads, head_dim = q.shape[1:]
-        out = torch.empty_like(q)
         start = span.context - span.num_rows
         for tile in range(start // size * size, span.context, size):
             first, last = max(tile, start), min(tile + size, span.context)
-            for slot, length in clip(
+            for extent in clip(
                 span.extents, last, tile + size
-            ):  # a hidden token has weight 0, and 0 * NaN
-                self.keys[:, slot : slot + length] = 0
-                self.values[:, slot : slot + length] = 0
+            ):  # a hidden token has weight 0, and 0 * NaN is NaN
+                self.keys.clear(extent)
+                self.values.clear(extent)
             rows = q.new_zeros(size, heads, head_dim)
             rows[first - tile : last - tile] = q[first - start : last - start]
-            rows = rows.unflatten(1, (self.keys.shape[0], -1)).permute(1, 2, 0, 3).flatten(1, 2)
+            rows = rows.unflatten(1, (self.num_heads, -1)).permute(1, 2, 0, 3).flatten(1, 2)
             seen = range(self._first_seen(tile), tile + size)
             extents = list(clip(span.extents, seen.start, seen.stop))
-            keys = torch.cat([self.keys[:, s : s + n] for s, n in extents], dim=1)
-            values = torch.cat([self.values[:, s : s + n] for s, n in extents], dim=1)
+            keys = torch.cat([self.keys.run(extent, q.dtype) for extent in extents], dim=1)
+            values = torch.cat([self.values.run(extent, q.dtype) for extent in extents], dim=1)
             scores = torch.bmm(rows, keys.transpose(1, 2)).mul_(head_dim**-0.5).unflatten(1, (-1, size))
             scores[..., -size:] += self._causal(size, scores)
             if self.sliding_window is not None:
@@ -255,10 +316,14 @@ class LayerCache:
             mixed = torch.bmm(scores.softmax(-1).flatten(1, 2), values)
             mixed = mixed.unflatten(1, (-1, size)).permute(2, 0, 1, 3).flatten(1, 2)
             out[first - start : last - start] = mixed[first - tile : last - tile]
-        return out
+
+    @property
+    def num_heads(self) -> int:
+        """Of keys and values."""
+        return self.keys.numbers.shape[0]
 
     def _first_seen(self, position: int) -> int:
-        return 0 if self.sliding_window is None else max(0, position + 1 - self.sliding_window)
+        return first_seen(position, self.sliding_window)
 
     @staticmethod
     def _causal(num_rows: int, like: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,13 @@ def choose_dtype(dtype: str | torch.dtype, stored: torch.dtype | None, device: t
     return torch.bfloat16
 
 
+def choose_kv_dtype(kv_dtype: str, model_dtype: torch.dtype) -> torch.dtype:
+    """What keys and values are stored in: "auto" is as the model computes, "int8" a quarter or half of that."""
+    if kv_dtype not in ("auto", "int8"):
+        raise ValueError(f"kv_dtype is {kv_dtype!r}: give auto or int8")
+    return torch.int8 if kv_dtype == "int8" else model_dtype
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that could be allocated on `device` now."""
     if device.type == "cuda":

@@ -34,7 +34,7 @@ from llama.checkpoint import (
     save_low_bit,
     untied,
 )
-from llama.device import choose_device, choose_dtype
+from llama.device import choose_device, choose_dtype, choose_kv_dtype
 from llama.engine import Engine, Event, Logprob
 from llama.model import ModelArgs, Transformer
 from llama.progress import progress_bar
@@ -115,6 +115,7 @@ class Llama:
         load_in_8bit: bool = False,
         load_in_low_bit: str | None = None,
         kv_cache_memory: int | None = None,
+        kv_dtype: str = "auto",
         deterministic: bool = False,
         chat_format: str | None = None,
     ) -> Llama:
@@ -135,6 +136,8 @@ class Llama:
                 they are stored, low-bit blocks included; "none" unpacks such blocks.
             load_in_4bit, load_in_8bit, load_in_low_bit: other spellings of sym_int4, sym_int8, and any format.
             kv_cache_memory: bytes for keys and values; None is half of what is free after loading.
+            kv_dtype: "auto" stores keys and values as the model computes, "int8" in 8 bits with a scale for each
+                token and head: room for two to four times as many tokens, and less to read of long contexts.
             deterministic: give every request the same bits whatever shares its steps, wherever its prompt is cut
                 into chunks, with or without a cached prefix or a preemption; slower.
             chat_format: a format's name or the path of a Jinja template; None asks the model.
@@ -174,6 +177,7 @@ class Llama:
             tokenizer,
             seed=seed,
             kv_cache_memory=kv_cache_memory,
+            kv_dtype=kv_dtype,
             chat_format=chat_format,
             defaults=checkpoint.generation_defaults,
             stop_ids=checkpoint.stop_ids,
@@ -193,6 +197,7 @@ class Llama:
         *,
         seed: int = 1,
         kv_cache_memory: int | None = None,
+        kv_dtype: str = "auto",
         chat_format: str | None = None,
         defaults: dict[str, Any] | None = None,
         stop_ids: Sequence[int] = (),
@@ -204,8 +209,8 @@ class Llama:
         self.rank = model.parallel.rank
         self.chat_format = choose_format(chat_format, tokenizer)
         self.defaults = defaults or {}
-        num_blocks = model.parallel.broadcast_json(count_blocks(model, kv_cache_memory))
-        dtype = model.norm.weight.dtype
+        dtype = choose_kv_dtype(kv_dtype, model.norm.weight.dtype)
+        num_blocks = model.parallel.broadcast_json(count_blocks(model, kv_cache_memory, dtype))
         self.engine = Engine(
             Runner(model, num_blocks, BLOCK_SIZE, dtype),
             Scheduler(num_blocks, BLOCK_SIZE),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama.kernels import lowbit
+from llama.kernels import library, lowbit
 from llama.kernels.layouts import LAYOUTS, Layout
 from llama.linear import in_tiles
 
@@ -325,7 +325,7 @@ class LowBitLinear(nn.Module):
         integer = [variant for variant in lowbit.variants() if variant != "tiles"]
         if fixed_rows is not None and integer:
             self.variant = integer[0]
-        if lowbit.AVAILABLE and not self.prepared and self.weight.device.type == "cpu":
+        if library.AVAILABLE and not self.prepared and self.weight.device.type == "cpu":
             self.weight = lowbit.interleave(self.weight, self.format.layout)
             self.prepared = True
         return self

@@ -80,7 +80,7 @@ class Output:
 
 
 class Runner:
-    """A model and the pool of `num_blocks` blocks in which it keeps every request's keys and values."""
+    """A model and the pool of `num_blocks` blocks in which it keeps every request's keys and values, in `dtype`."""
 
     def __init__(self, model: Transformer, num_blocks: int, block_size: int, dtype: torch.dtype):
         self.model = model
@@ -117,10 +117,10 @@ class Runner:
         return Output(self.model.logits(states[batch.wanted]), states)
 
 
-def count_blocks(model: Transformer, kv_cache_memory: int | None) -> int:
+def count_blocks(model: Transformer, kv_cache_memory: int | None, dtype: torch.dtype) -> int:
     """How many cache blocks fit into the memory; no more than max_batch_size sequences could ever use."""
     args = model.params
-    block_bytes = BLOCK_SIZE * model.cache_shape.bytes_per_token(model.norm.weight.dtype)
+    block_bytes = BLOCK_SIZE * model.cache_shape.bytes_per_token(dtype)
     memory = kv_cache_memory
     if memory is None:
         memory = int(MEMORY_SHARE * free_memory(model.norm.weight.device))

@@ -4,13 +4,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llama.kernels import lowbit
+from llama.kernels import library, lowbit
 from llama.kernels.layouts import LAYOUTS, TILE
 from llama.quantization import FORMATS, LowBitLinear
 
 VARIANTS = ["avx512_vnni", "avx2", "scalar", "tiles"]
 INTEGER_VARIANTS = VARIANTS[:3]
-compiled = pytest.mark.skipif(not lowbit.AVAILABLE, reason="the kernels were not compiled")
+compiled = pytest.mark.skipif(not library.AVAILABLE, reason="the kernels were not compiled")
 
 
 @pytest.fixture(autouse=True)
@@ -216,17 +216,17 @@ def test_a_linear_computes_in_the_variant_it_is_told():
 
 
 def test_without_a_compiled_library_weights_stay_plain(monkeypatch):
-    monkeypatch.setattr(lowbit, "AVAILABLE", False)
+    monkeypatch.setattr(library, "AVAILABLE", False)
     linear = LowBitLinear.from_weight("nf4", torch.randn(4, 64)).prepare()
     assert lowbit.variants() == []
     assert linear.weight.shape == (4, 34)
 
 
 def test_a_library_that_does_not_load_is_named_and_done_without(monkeypatch, tmp_path):
-    (tmp_path / "_lowbit_broken.so").write_bytes(b"not a library")
-    monkeypatch.setattr(lowbit, "__file__", str(tmp_path / "lowbit.py"))
-    with pytest.warns(UserWarning, match="_lowbit_broken.so does not load, PyTorch operators do its work"):
-        assert not lowbit.load_library()
+    (tmp_path / "_kernels_broken.so").write_bytes(b"not a library")
+    monkeypatch.setattr(library, "__file__", str(tmp_path / "library.py"))
+    with pytest.warns(UserWarning, match="_kernels_broken.so does not load, PyTorch operators do its work"):
+        assert not library.load_library()
 
 
 def test_the_twin_rounds_activations_to_255_steps():

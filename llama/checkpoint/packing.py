@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ..kernels import lowbit
+from ..kernels import library
 from ..quantization import FORMATS
 from .load import split_dim
 from .names import module_name
@@ -24,7 +24,7 @@ def packed_modules(checkpoint: Checkpoint, quantization: str | None, world_size:
 
     Call it on what `untied` returns: an output layer that is the embedding is a linear of its own here.
     """
-    if quantization == DENSE or (quantization is None and not lowbit.AVAILABLE):
+    if quantization == DENSE or (quantization is None and not library.AVAILABLE):
         return {}
     modules = {}
     for weight in checkpoint.weights():

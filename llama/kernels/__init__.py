@@ -1,4 +1,5 @@
 """The few operators that PyTorch lacks, each with its PyTorch twin.
 
-`lowbit`: products with packed low-bit weights (C++ in `csrc/`, built by setup.py as an optional extension).
+`lowbit`: products with packed low-bit weights. `attention`: single rows that look at their own keys and values. Both
+are C++ in `csrc/`, which setup.py builds as an optional extension and `library` loads.
 """

@@ -1,4 +1,4 @@
-"""What setup.py builds: one shared library with the low-bit kernels, optional, without Python in it."""
+"""What setup.py builds: one shared library with the kernels, optional, without Python in it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def extensions() -> list[Extension]:
     here = Path("llama/kernels/csrc")
     return [
         Extension(
-            "llama.kernels._lowbit",
+            "llama.kernels._kernels",
             sources=[str(here / source) for source in SOURCES],
             depends=[str(header) for header in sorted(here.glob("*.h"))],
             include_dirs=include_paths(),

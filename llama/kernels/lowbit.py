@@ -7,31 +7,16 @@ tile filled with zero rows. It has the same bytes as the published layout, and `
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama.kernels import library
 from llama.kernels.layouts import LAYOUTS, TILE, Field, Layout, pack_bits, unpack_bits
 
 TILES_AT_ONCE = 64  # rows are rearranged 1024 at a time, so that temporaries stay small
-
-
-def load_library() -> bool:
-    """Load the compiled kernels that stand beside this file; False where none were built or they do not fit."""
-    for path in sorted(Path(__file__).parent.glob("_lowbit*.so")):
-        try:
-            torch.ops.load_library(path)
-            return True
-        except OSError as error:
-            warnings.warn(f"{path.name} does not load, PyTorch operators do its work: {error}", stacklevel=2)
-    return False
-
-
-AVAILABLE = load_library()
 
 
 def variants() -> list[str]:
@@ -40,10 +25,7 @@ def variants() -> list[str]:
     "avx512_vnni", "avx2" and "scalar" round the activations to int8, one scale for each of the weight's groups of
     columns. "tiles" rounds nothing: it turns some hundred weight rows at a time into x's dtype for a matrix product.
     """
-    if not AVAILABLE:
-        return []
-    bits = torch.ops.llama.lowbit_instruction_sets()
-    return [name for bit, name in ((1, "avx512_vnni"), (2, "avx2")) if bits & bit] + ["scalar", "tiles"]
+    return [*library.instruction_sets(), "tiles"] if library.AVAILABLE else []
 
 
 def lowbit_linear(
@@ -58,7 +40,7 @@ def lowbit_linear(
     return torch.ops.llama.lowbit_linear(x, packed, bias, format, outputs, variant)
 
 
-if AVAILABLE:
+if library.AVAILABLE:
 
     @torch.library.register_fake("llama::lowbit_linear")
     def _(x: Tensor, packed: Tensor, bias: Tensor | None, format: str, outputs: int, variant: str) -> Tensor:
@@ -88,7 +70,7 @@ def interleave(packed: Tensor, layout: Layout) -> Tensor:
     tiles = -(-packed.shape[0] // TILE)
     blocks = packed.shape[1] // layout.block_bytes
     out = packed.new_empty(tiles * TILE * packed.shape[1])
-    if AVAILABLE and out.device.type == "cpu":
+    if library.AVAILABLE and out.device.type == "cpu":
         torch.ops.llama.ask_for_large_pages(out)
     for first in range(0, tiles, TILES_AT_ONCE):
         part = packed[first * TILE : (first + TILES_AT_ONCE) * TILE]

@@ -228,14 +228,14 @@ int64_t instruction_sets() { return (has_avx512() ? 1 : 0) | (has_avx2() ? 2 : 0
 STABLE_TORCH_LIBRARY(llama, m) {
   m.def("lowbit_linear(Tensor x, Tensor packed, Tensor? bias, str format, int outputs, str variant) -> Tensor");
   m.def("ask_for_large_pages(Tensor memory) -> ()");
-  m.def("lowbit_instruction_sets() -> int");
+  m.def("instruction_sets() -> int");
 }
 STABLE_TORCH_LIBRARY_IMPL(llama, CPU, m) {
   m.impl("lowbit_linear", TORCH_BOX(&linear));
   m.impl("ask_for_large_pages", TORCH_BOX(&ask_for_large_pages));
 }
 STABLE_TORCH_LIBRARY_IMPL(llama, CompositeExplicitAutograd, m) {
-  m.impl("lowbit_instruction_sets", TORCH_BOX(&instruction_sets));
+  m.impl("instruction_sets", TORCH_BOX(&instruction_sets));
 }
 
 }  // namespace llama

@@ -1,0 +1,30 @@
+"""The compiled kernels, if they are there: one shared library, built by setup.py from `csrc/`."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import torch
+
+
+def load_library() -> bool:
+    """Load the compiled kernels that stand beside this file; False where none were built or they do not fit."""
+    for path in sorted(Path(__file__).parent.glob("_kernels*.so")):
+        try:
+            torch.ops.load_library(path)
+            return True
+        except OSError as error:
+            warnings.warn(f"{path.name} does not load, PyTorch operators do its work: {error}", stacklevel=2)
+    return False
+
+
+AVAILABLE = load_library()
+
+
+def instruction_sets() -> list[str]:
+    """What this processor runs of what the kernels are written for, best first; empty where nothing was compiled."""
+    if not AVAILABLE:
+        return []
+    bits = torch.ops.llama.instruction_sets()
+    return [name for bit, name in ((1, "avx512_vnni"), (2, "avx2")) if bits & bit] + ["scalar"]

@@ -37,6 +37,7 @@ DType = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
 Quantization = Annotated[
     str | None, typer.Option(help="sym_int4, nf4, q8_0 ...; none unpacks low-bit blocks.")
 ]
+KvDtype = Annotated[str, typer.Option(help="auto, or int8: keys and values in 8 bits, for long contexts.")]
 Temperature = Annotated[float | None, typer.Option(help="How freely to sample; 0 takes the likeliest token.")]
 TopP = Annotated[
     float | None, typer.Option(help="Sample among the likeliest tokens that reach this probability.")
@@ -85,6 +86,7 @@ def chat(
     device: Device = "auto",
     dtype: DType = "auto",
     quantization: Quantization = None,
+    kv_dtype: KvDtype = "auto",
 ) -> None:
     """Talk with a model; Ctrl-C ends an answer, /quit the conversation."""
     if message is None and model is not None and not names_a_model(model):
@@ -106,6 +108,7 @@ def chat(
         device=device,
         dtype=dtype,
         quantization=quantization,
+        kv_dtype=kv_dtype,
     )
     conversation = terminal.Chat(llm, params, DEFAULT_SYSTEM_PROMPT if system == "default" else system)
     if message is None:
@@ -134,6 +137,7 @@ def complete(
     device: Device = "auto",
     dtype: DType = "auto",
     quantization: Quantization = None,
+    kv_dtype: KvDtype = "auto",
 ) -> None:
     """Continue a text."""
     if prompt is None:
@@ -157,6 +161,7 @@ def complete(
         device=device,
         dtype=dtype,
         quantization=quantization,
+        kv_dtype=kv_dtype,
     )
     pieces = llm.stream_text(prompt, params) if stream else [llm.complete([prompt], params)[0].text]
     for piece in pieces:
@@ -179,6 +184,7 @@ def batch(
     device: Device = "auto",
     dtype: DType = "auto",
     quantization: Quantization = None,
+    kv_dtype: KvDtype = "auto",
 ) -> None:
     """Answer a file of requests in OpenAI's batch format."""
     if not source.is_file():
@@ -191,6 +197,7 @@ def batch(
         device=device,
         dtype=dtype,
         quantization=quantization,
+        kv_dtype=kv_dtype,
     )
     counts = report.run_batch(Batch(llm, source, target))
     if llm.rank == 0 and counts.failed:
@@ -256,6 +263,7 @@ def inspect(
     max_seq_len: MaxSeqLen = None,
     max_batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the model.")] = 1,
+    kv_dtype: KvDtype = "auto",
 ) -> None:
     """Show what a checkpoint is, from its headers alone."""
     found = checkpoint.inspect(path_of(model))
@@ -263,7 +271,11 @@ def inspect(
     if estimate:
         report.show_estimates(
             checkpoint.estimate(
-                found.args, max_seq_len=max_seq_len, max_batch_size=max_batch_size, world_size=ranks
+                found.args,
+                max_seq_len=max_seq_len,
+                max_batch_size=max_batch_size,
+                world_size=ranks,
+                kv_dtype=kv_dtype,
             )
         )
 
@@ -285,6 +297,7 @@ def perplexity(
     device: Device = "auto",
     dtype: DType = "auto",
     quantization: Quantization = None,
+    kv_dtype: KvDtype = "auto",
 ) -> None:
     """Measure how well a model predicts a text."""
     if file is None:
@@ -297,6 +310,7 @@ def perplexity(
         device=device,
         dtype=dtype,
         quantization=quantization,
+        kv_dtype=kv_dtype,
     )
     report.show_perplexity(llm, text, window, stride)
 

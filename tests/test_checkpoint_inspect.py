@@ -84,6 +84,8 @@ def test_an_estimate_equals_what_a_rank_really_holds(world_size):
     assert found["fp32"].weight_bytes == held
     assert found["bf16"].weight_bytes == held // 2
     assert found["bf16"].kv_bytes == 20 * model.cache_shape.bytes_per_token(torch.bfloat16)
+    int8 = rows(args, world_size=world_size, max_seq_len=10, max_batch_size=2, kv_dtype="int8")
+    assert int8["bf16"].kv_bytes == 20 * model.cache_shape.bytes_per_token(torch.int8)
 
 
 def test_low_bit_formats_pack_the_linears_alone():

@@ -159,3 +159,39 @@ def test_a_deterministic_low_bit_model_gives_the_same_bits_alone_and_together(so
         build(source, quantization="sym_int4", deterministic=True).complete([p], GREEDY)[0] for p in PROMPTS
     ]
     assert build(source, quantization="sym_int4", deterministic=True).complete(PROMPTS, GREEDY) == alone
+
+
+@pytest.mark.parametrize("quantization", [None, "sym_int8"])
+def test_a_cache_in_8_bits_changes_little_and_answers_alike_alone_together_and_from_a_cached_prefix(
+    source, quantization
+):
+    exact = build(source, quantization=quantization).score([PROMPTS[1]])[0]
+    llm = build(source, quantization=quantization, kv_dtype="int8")
+    rounded = llm.score([PROMPTS[1]])[0]
+    differences = [abs(a.logprob - b.logprob) for a, b in zip(exact[1:], rounded[1:], strict=True)]
+    assert 0 < max(differences) < 0.15
+    together = llm.complete([*PROMPTS, PROMPTS[1]], GREEDY)
+    again = [llm.complete([prompt], GREEDY)[0] for prompt in PROMPTS]
+    assert llm.engine.stats().num_cached_blocks > 0
+    assert [c.tokens for c in together] == [again[0].tokens, again[1].tokens, again[1].tokens]
+
+
+def test_a_cache_in_8_bits_holds_more_tokens_in_the_same_memory(source):
+    memory = 1 << 20
+    blocks = [
+        build(source, max_batch_size=1000, kv_cache_memory=memory, kv_dtype=kv_dtype)
+        .engine.stats()
+        .num_blocks
+        for kv_dtype in ("auto", "int8")
+    ]
+    assert blocks[1] > 3 * blocks[0]
+
+
+def test_an_unknown_type_of_keys_and_values_is_refused(source):
+    with pytest.raises(ValueError, match="kv_dtype is 'int3': give auto or int8"):
+        build(source, kv_dtype="int3")
+
+
+def test_a_deterministic_model_with_an_8_bit_cache_gives_the_same_bits_alone_and_together(source):
+    llm = build(source, kv_dtype="int8", deterministic=True)
+    assert llm.complete(PROMPTS, GREEDY) == [llm.complete([p], GREEDY)[0] for p in PROMPTS]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..cache import CacheShape
-from ..device import free_memory
+from ..device import choose_kv_dtype, free_memory
 from ..model import ModelArgs, check_divides
 from ..quantization import FORMATS
 from .load import split_dim
@@ -101,12 +101,13 @@ def estimate(
     max_batch_size: int = 1,
     world_size: int = 1,
     device: torch.device | str = "cpu",
+    kv_dtype: str = "auto",
 ) -> Iterator[Estimate]:
     """For each precision, what every rank needs for its weights and for `max_batch_size` full contexts.
 
-    Keys and values are float32 beside float32 weights, else 16 bits. Low-bit formats pack the linears, of which
-    the output layer is one even where it is the embedding, and leave embeddings and norms in 16 bits. Raises
-    ValueError for a number of ranks that does not divide the model.
+    Keys and values are float32 beside float32 weights, else 16 bits, or 8 with the kv_dtype "int8". Low-bit formats
+    pack the linears, of which the output layer is one even where it is the embedding, and leave embeddings and norms
+    in 16 bits. Raises ValueError for a number of ranks that does not divide the model.
     """
     check_divides(args, world_size)
     tokens = (max_seq_len or args.max_seq_len) * max_batch_size
@@ -116,7 +117,9 @@ def estimate(
         dtype = PLAIN.get(precision, torch.bfloat16)
         shapes = expected_shapes(args if precision in PLAIN else replace(args, tie_word_embeddings=False))
         weights = sum(_weight_bytes(name, whole, precision, world_size) for name, whole in shapes)
-        yield Estimate(precision, weights, tokens * shape.bytes_per_token(dtype), free)
+        yield Estimate(
+            precision, weights, tokens * shape.bytes_per_token(choose_kv_dtype(kv_dtype, dtype)), free
+        )
 
 
 def _weight_bytes(name: str, shape: tuple[int, ...], precision: str, world_size: int) -> int:

@@ -161,15 +161,18 @@ def test_a_deterministic_low_bit_model_gives_the_same_bits_alone_and_together(so
     assert build(source, quantization="sym_int4", deterministic=True).complete(PROMPTS, GREEDY) == alone
 
 
-@pytest.mark.parametrize("quantization", [None, "sym_int8"])
+@pytest.mark.parametrize(
+    ("quantization", "most"),
+    [(None, 0.1), ("sym_int8", 0.3)],  # a small change moves activations to other roundings
+)
 def test_a_cache_in_8_bits_changes_little_and_answers_alike_alone_together_and_from_a_cached_prefix(
-    source, quantization
+    source, quantization, most
 ):
     exact = build(source, quantization=quantization).score([PROMPTS[1]])[0]
     llm = build(source, quantization=quantization, kv_dtype="int8")
     rounded = llm.score([PROMPTS[1]])[0]
     differences = [abs(a.logprob - b.logprob) for a, b in zip(exact[1:], rounded[1:], strict=True)]
-    assert 0 < max(differences) < 0.15
+    assert 0 < max(differences) < most
     together = llm.complete([*PROMPTS, PROMPTS[1]], GREEDY)
     again = [llm.complete([prompt], GREEDY)[0] for prompt in PROMPTS]
     assert llm.engine.stats().num_cached_blocks > 0

@@ -406,6 +406,11 @@ def fastest_product(device: torch.device) -> Product:
     return product_in_chunks
 
 
+def has_kernels(device: torch.device | str) -> bool:
+    """Whether products on `device` read packed weights as they are, so that keeping them packed costs no time."""
+    return fastest_product(torch.device(device)) is not product_in_chunks
+
+
 def join(linears: Sequence[LowBitLinear]) -> LowBitLinear:
     """One linear whose output is the given ones' outputs side by side; a copy of their packed rows.
 

@@ -109,6 +109,7 @@ def test_the_operator_keeps_torchs_rules():
 
 def test_a_linear_on_a_gpu_is_multiplied_by_triton():
     assert quantization.fastest_product(torch.device("cuda")) is quantization.triton_product
+    assert quantization.has_kernels("cuda")
     x, packed, bias = problem("nf4", 4)
     linear = LowBitLinear.from_packed("nf4", packed, bias)
     linear.product = quantization.triton_product
@@ -119,6 +120,7 @@ def test_a_linear_on_a_gpu_is_multiplied_by_triton():
 def test_without_triton_pytorchs_operators_do_its_work(monkeypatch):
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
     assert quantization.fastest_product(torch.device("cuda")) is quantization.product_in_chunks
+    assert not quantization.has_kernels("cuda")
 
 
 def test_with_fixed_rows_a_rows_result_depends_on_no_other_row():

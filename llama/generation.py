@@ -151,7 +151,7 @@ class Llama:
         tokenizer = Tokenizer(str(find_tokenizer(checkpoint.tokenizer_path, tokenizer_path, checkpoint.path)))
         if quantization != "none":
             quantization = resolve_format(quantization, load_in_4bit, load_in_8bit, load_in_low_bit)
-        packed = packed_modules(untied(checkpoint), quantization, group.size)
+        packed = packed_modules(untied(checkpoint), quantization, group.size, place)
         if "output" in packed:
             checkpoint = untied(checkpoint)
         args = replace(checkpoint.args)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
@@ -240,12 +242,16 @@ class StoredWeight(Protocol):
     def read_packed(self) -> tuple[Tensor, str]: ...
 
 
+Product = Callable[["LowBitLinear", Tensor], Tensor]  # (..., in_features) -> (..., out_features) in x's dtype
+
+
 class LowBitLinear(nn.Module):
     """A linear layer whose weight stays packed: `weight` uint8 (out_features, bytes) in the published layout.
 
-    `prepare` rearranges the weight for the compiled kernels, in place of the published layout; there is only ever one
-    of the two. `plain`, and with it `state_dict`, always gives the published one. Without compiled kernels, or away
-    from the CPU, the product unpacks some rows at a time and uses PyTorch's own. Inference only: no gradients.
+    `prepare` chooses how the product is made where the weight is: compiled kernels on a CPU, Triton's on a GPU, and
+    PyTorch's operators where there is neither, which unpack some rows at a time. The compiled kernels need the weight
+    rearranged, in place of the published layout; there is only ever one of the two. `plain`, and with it `state_dict`,
+    always gives the published one. Inference only: no gradients.
     """
 
     def __init__(
@@ -264,7 +270,7 @@ class LowBitLinear(nn.Module):
         self.bias: Tensor | None
         self.register_buffer("weight", torch.empty(shape, dtype=torch.uint8, device=device))
         self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
-        self.prepared = False
+        self.product: Product = product_in_chunks
         self.fixed_rows: int | None = None
         self.variant = "auto"  # one of kernels.lowbit.variants(), to have every product computed in that way
 
@@ -315,8 +321,13 @@ class LowBitLinear(nn.Module):
         """Gives up the own weight, which `joint` now holds."""
         self.weight = self.weight.new_empty(0)
 
+    @property
+    def prepared(self) -> bool:
+        """Whether the weight is in the compiled kernels' layout."""
+        return self.product is compiled_product
+
     def prepare(self, fixed_rows: int | None = None) -> LowBitLinear:
-        """Make the kernel layout the only one, where kernels can use it; returns self. Costs one copy of the weight.
+        """Choose the fastest product, and give the weight the layout that it reads, at most one copy; returns self.
 
         With `fixed_rows` a row's result does not depend on the others: integer kernels see to that by themselves,
         other products are made in tiles of that many rows.
@@ -325,9 +336,10 @@ class LowBitLinear(nn.Module):
         integer = [variant for variant in lowbit.variants() if variant != "tiles"]
         if fixed_rows is not None and integer:
             self.variant = integer[0]
-        if library.AVAILABLE and not self.prepared and self.weight.device.type == "cpu":
-            self.weight = lowbit.interleave(self.weight, self.format.layout)
-            self.prepared = True
+        if not self.prepared:
+            self.product = fastest_product(self.weight.device)
+            if self.prepared:
+                self.weight = lowbit.interleave(self.weight, self.format.layout)
         return self
 
     def plain(self) -> Tensor:
@@ -342,23 +354,9 @@ class LowBitLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features) in x's dtype."""
-        if not self.prepared:
-            if self.fixed_rows is not None:
-                return in_tiles(self.product_in_chunks, x, self.fixed_rows)
-            return self.product_in_chunks(x)
-        if x.dtype not in (torch.bfloat16, torch.float32):
-            return self(x.float()).to(x.dtype)
-        return lowbit.lowbit_linear(
-            x, self.weight, self.bias, self.format.layout.name, self.out_features, self.variant
-        )
-
-    def product_in_chunks(self, x: Tensor) -> Tensor:
-        """The same by PyTorch's operators, from the published layout; rounds the weight to x's dtype."""
-        y = x.new_empty((*x.shape[:-1], self.out_features))
-        for part in row_chunks(self.out_features, self.in_features):
-            weight = self.format.layout.dequantize(self.weight[part]).to(x.dtype)
-            y[..., part] = F.linear(x, weight)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        if self.fixed_rows is None or self.prepared:
+            return self.product(self, x)
+        return in_tiles(partial(self.product, self), x, self.fixed_rows)
 
     def _save_to_state_dict(self, destination: dict[str, Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -367,11 +365,50 @@ class LowBitLinear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         if self.prepared and prefix + "weight" in state_dict:  # what arrives is in the published layout
             shape = (self.out_features, self.format.packed_columns(self.in_features))
-            self.weight, self.prepared = self.weight.new_empty(shape), False
+            self.weight, self.product = self.weight.new_empty(shape), product_in_chunks
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return f"{self.format.name}, in_features={self.in_features}, out_features={self.out_features}"
+
+
+def compiled_product(linear: LowBitLinear, x: Tensor) -> Tensor:
+    """By the C++ kernels, from their own layout."""
+    if x.dtype not in (torch.bfloat16, torch.float32):
+        return compiled_product(linear, x.float()).to(x.dtype)
+    return lowbit.lowbit_linear(
+        x, linear.weight, linear.bias, linear.format.name, linear.out_features, linear.variant
+    )
+
+
+def triton_product(linear: LowBitLinear, x: Tensor) -> Tensor:
+    """By the Triton kernel, from the published layout."""
+    from llama.kernels import cuda  # here, because Triton takes a moment to import and only a GPU needs it
+
+    return cuda.packed_linear(x, linear.weight, linear.bias, linear.format.name)
+
+
+def product_in_chunks(linear: LowBitLinear, x: Tensor) -> Tensor:
+    """By PyTorch's operators, from the published layout; rounds the weight to x's dtype."""
+    y = x.new_empty((*x.shape[:-1], linear.out_features))
+    for part in row_chunks(linear.out_features, linear.in_features):
+        weight = linear.format.layout.dequantize(linear.weight[part]).to(x.dtype)
+        y[..., part] = F.linear(x, weight)
+    return y if linear.bias is None else y + linear.bias.to(y.dtype)
+
+
+def fastest_product(device: torch.device) -> Product:
+    """The product to use for weights on `device`."""
+    if device.type == "cpu" and library.AVAILABLE:
+        return compiled_product
+    if device.type == "cuda" and find_spec("triton"):
+        return triton_product
+    return product_in_chunks
+
+
+def has_kernels(device: torch.device | str) -> bool:
+    """Whether products on `device` read packed weights as they are, so that keeping them packed costs no time."""
+    return fastest_product(torch.device(device)) is not product_in_chunks
 
 
 def join(linears: Sequence[LowBitLinear]) -> LowBitLinear:

@@ -1,6 +1,7 @@
 """Tiny random models and a byte tokenizer: nothing here needs weights or a vocabulary."""
 
 import codecs
+import os
 
 import pytest
 import torch
@@ -9,6 +10,10 @@ from llama.model import ModelArgs, Transformer
 from llama.tokenizer import StreamDecoder
 
 torch.set_num_threads(1)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = (
+        "1"  # before anything imports Triton: its kernels run on the CPU, in NumPy
+    )
 
 
 class ByteStream:

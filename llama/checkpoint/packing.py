@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from ..kernels import library
-from ..quantization import FORMATS
+import torch
+
+from ..quantization import FORMATS, has_kernels
 from .load import split_dim
 from .names import module_name
 from .weight import Checkpoint, Weight
@@ -15,16 +16,21 @@ LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output")
 DENSE = "none"  # the quantization that unpacks what is stored in blocks
 
 
-def packed_modules(checkpoint: Checkpoint, quantization: str | None, world_size: int = 1) -> dict[str, str]:
+def packed_modules(
+    checkpoint: Checkpoint,
+    quantization: str | None,
+    world_size: int = 1,
+    device: torch.device | str = "cpu",
+) -> dict[str, str]:
     """Module name -> low-bit format, for every linear that is to be held packed.
 
     With a `quantization` these are all linears, the output layer included. With None they are those that are stored
-    in blocks of a format that the compiled kernels serve; where nothing was compiled none are, because unpacking at
-    every product is slower than unpacking once. With "none" there are none.
+    in blocks of a format that kernels serve; where `device` has no kernels none are, because unpacking at every product
+    is slower than unpacking once. With "none" there are none.
 
     Call it on what `untied` returns: an output layer that is the embedding is a linear of its own here.
     """
-    if quantization == DENSE or (quantization is None and not library.AVAILABLE):
+    if quantization == DENSE or (quantization is None and not has_kernels(device)):
         return {}
     modules = {}
     for weight in checkpoint.weights():

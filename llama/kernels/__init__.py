@@ -2,4 +2,5 @@
 
 `lowbit`: products with packed low-bit weights. `attention`: single rows that look at their own keys and values. Both
 are C++ in `csrc/`, which setup.py builds as an optional extension and `library` loads.
+`cuda`: the low-bit products on a GPU, in Triton; its twin is `Layout.dequantize` and PyTorch's product.
 """

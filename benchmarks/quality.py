@@ -16,7 +16,8 @@ prompt and one answer, and only then builds the baseline beside it: the same wei
     KL                 KL(baseline || row) in nats, the mean over all positions
     same top           share of the positions where both find the same token likeliest
     prefill, decode    the baseline's median time over the row's, in turns in one process; the row's tokens a second
-    random weights     |W - packed W| / |W| of a normal 1024 x 4096 matrix with a fixed seed
+    own weights        |W - packed W| / |W| over all linears of the model
+    random weights     the same of a normal 1024 x 4096 matrix with a fixed seed
 
 Formats whose blocks do not fill the model's columns have no figures of the model. Run it on a machine that does nothing
 else. The last line is JSON.
@@ -30,7 +31,7 @@ import platform
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -45,7 +46,14 @@ from common import Peer, alternate, machine, median, report
 from lowbit_models import Work, run_ours
 
 from llama import Llama
-from llama.checkpoint import convert, default_model, open_checkpoint, save_low_bit
+from llama.checkpoint import (
+    convert,
+    default_model,
+    open_checkpoint,
+    packed_modules,
+    save_low_bit,
+    untied,
+)
 from llama.device import choose_dtype
 from llama.linear import Linear
 from llama.quantization import FORMATS, LowBitLinear
@@ -65,7 +73,7 @@ ROWS: dict[str, dict[str, str]] = {
 START, END = "<!-- quality table: benchmarks/quality.py writes it -->", "<!-- end of the quality table -->"
 HEADS = (
     *("weights", "bits per weight", "file, MiB", "memory, MiB (peak)", "perplexity", "KL, nats", "same top"),
-    *("prefill, ratio (tokens/s)", "decode, ratio (tokens/s)", "random weights"),
+    *("prefill, ratio (tokens/s)", "decode, ratio (tokens/s)", "own weights", "random weights"),
 )
 
 
@@ -126,11 +134,26 @@ def compare(llm: Llama, baseline: Llama, windows: Sequence[list[int]]) -> Qualit
     return Quality(torch.tensor(cost / count).exp().item(), divergence / count, same / count)
 
 
-def random_error(name: str) -> float:
-    """Relative root mean square error of a normal matrix in that format."""
-    weight = torch.randn(1024, 4096, generator=torch.Generator().manual_seed(0))
-    form = FORMATS[name]
-    return ((form.dequantize(form.quantize(weight)) - weight).norm() / weight.norm()).item()
+def packing_error(format: str, weights: Iterable[torch.Tensor]) -> float:
+    """Root of the mean square error of float32 matrices in that format, relative to that of the numbers themselves."""
+    form, wrong, whole = FORMATS[format], 0.0, 0.0
+    for weight in weights:
+        wrong += (form.dequantize(form.quantize(weight)) - weight).square().sum().item()
+        whole += weight.square().sum().item()
+    return (wrong / whole) ** 0.5
+
+
+def random_weights() -> Iterator[torch.Tensor]:
+    yield torch.randn(1024, 4096, generator=torch.Generator().manual_seed(0))
+
+
+def own_weights(format: str) -> Iterator[torch.Tensor]:
+    """The matrices of the default model that are packed where a format is asked for."""
+    checkpoint = untied(open_checkpoint(default_model()))
+    modules = packed_modules(checkpoint, format)
+    for weight in checkpoint.weights():
+        if weight.name.removesuffix(".weight") in modules:
+            yield weight.read().float()
 
 
 # ---- memory, speed
@@ -260,32 +283,55 @@ def file_bytes(row: str) -> int:
         return sum(file.stat().st_size for file in Path(name).glob("*/*.safetensors"))
 
 
-def cells(row: str, figures: Figures | None, size: int | None, error: float | None) -> list[str]:
-    """One line of the table; a dash stands for what there is not. `size`: bytes."""
-    bits = FORMATS[row].bits_per_weight if row in FORMATS else figures.bits_per_weight
-    model = ["–"] * 6
-    if figures:
-        quality = figures.quality
-        model = [
-            f"{figures.held / 2**20:.0f} ({figures.peak / 2**20:.0f})",
-            f"{quality.perplexity:.3f}",
-            f"{quality.divergence:.4f}",
-            f"{quality.agreement:.1%}",
-            *(f"{s.ratio:.2f} ({s.tokens_per_second:.0f})" for s in (figures.prefill, figures.decode)),
-        ]
-    return [
+@dataclass(frozen=True)
+class Line:
+    """One line of the table; None for what there is not."""
+
+    row: str
+    figures: Figures | None = None
+    file_bytes: int | None = None
+    own_error: float | None = None
+    random_error: float | None = None
+
+    def cells(self) -> list[str]:
+        row, figures = self.row, self.figures
+        bits = FORMATS[row].bits_per_weight if row in FORMATS else figures.bits_per_weight
+        model = ["–"] * 6
+        if figures:
+            quality = figures.quality
+            model = [
+                f"{figures.held / 2**20:.0f} ({figures.peak / 2**20:.0f})",
+                f"{quality.perplexity:.3f}",
+                f"{quality.divergence:.4f}",
+                f"{quality.agreement:.1%}",
+                *(f"{s.ratio:.2f} ({s.tokens_per_second:.0f})" for s in (figures.prefill, figures.decode)),
+            ]
+        size = "–" if self.file_bytes is None else f"{self.file_bytes / 2**20:.1f}"
+        errors = ("–" if error is None else f"{error:.4f}" for error in (self.own_error, self.random_error))
+        return [row, f"{bits:.4g}", size, *model, *errors]
+
+
+def make_line(row: str, dtype: str, num_tokens: int, rounds: int) -> Line:
+    random_error = packing_error(row, random_weights()) if row in FORMATS else None
+    if not fits(row):
+        return Line(row, random_error=random_error)
+    child = Peer(sys.executable, "quality.py", "--child")
+    figures = Figures.from_json(child.ask(row=row, dtype=dtype, num_tokens=num_tokens, rounds=rounds))
+    child.close()
+    return Line(
         row,
-        f"{bits:.4g}",
-        "–" if size is None else f"{size / 2**20:.1f}",
-        *model,
-        "–" if error is None else f"{error:.4f}",
-    ]
+        figures,
+        file_bytes(row) if "kv_dtype" not in ROWS[row] else None,
+        packing_error(row, own_weights(row)) if row in FORMATS else None,
+        random_error,
+    )
 
 
-def to_markdown(lines: Sequence[Sequence[str]]) -> str:
+def to_markdown(lines: Iterable[Line]) -> str:
     """The heads, and below them the lines, numbers to the right."""
     rule = ["---", *["---:"] * (len(HEADS) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (HEADS, rule, *lines))
+    rows = (HEADS, rule, *(line.cells() for line in lines))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def caption(limits: dict[str, object], dtype: str, tokens: list[int], text: str) -> str:
@@ -324,18 +370,10 @@ def main() -> None:
         between_marks(options.write.read_text(encoding="utf-8"), "")  # fails now rather than at the end
     tokenizer = Tokenizer(str(default_model()))
     tokens = read_text(tokenizer, options.tokens)
-    limits, lines, results = machine(), [], {}
+    limits, lines = machine(), []
     for row in options.rows.split(","):
-        figures = None
-        if fits(row):
-            child = Peer(sys.executable, "quality.py", "--child")
-            asked = dict(dtype=options.dtype, num_tokens=options.tokens, rounds=options.rounds)
-            figures = Figures.from_json(child.ask(row=row, **asked))
-            child.close()
-            results[row] = asdict(figures)
-        size = file_bytes(row) if fits(row) and "kv_dtype" not in ROWS[row] else None
-        lines.append(cells(row, figures, size, random_error(row) if row in FORMATS else None))
-        print(" | ".join(lines[-1]), file=sys.stderr, flush=True)
+        lines.append(make_line(row, options.dtype, options.tokens, options.rounds))
+        print(*lines[-1].cells(), sep=" | ", file=sys.stderr, flush=True)
     dtype = choose_dtype(options.dtype, open_checkpoint(default_model()).dtype, torch.device("cpu"))
     table = to_markdown(lines) + "\n\n" + caption(limits, str(dtype), tokens, tokenizer.decode(tokens))
     if options.write:
@@ -343,7 +381,7 @@ def main() -> None:
         options.write.write_text(document, encoding="utf-8")
     else:
         print(table)
-    report({"machine": limits, "tokens": len(tokens), "rows": results})
+    report({"machine": limits, "tokens": len(tokens), "rows": [asdict(line) for line in lines]})
 
 
 if __name__ == "__main__":

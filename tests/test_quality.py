@@ -69,8 +69,8 @@ def test_the_text_is_long_enough_and_ends_where_it_is_told(quality):
 @pytest.mark.parametrize(
     ("format", "error"), [("sym_int4", 0.0954), ("asym_int4", 0.0899), ("sym_int5", 0.0475), ("nf4", 0.092)]
 )
-def test_random_error_is_that_of_the_published_quantizers(quality, format, error):
-    assert quality.random_error(format) == pytest.approx(error, rel=0.02)
+def test_error_on_random_weights_is_that_of_the_published_quantizers(quality, format, error):
+    assert quality.packing_error(format, quality.random_weights()) == pytest.approx(error, rel=0.02)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
@@ -96,14 +96,15 @@ def test_a_row_shows_what_there_is(quality):
         quality.Speed(500.4, 1.234),
         quality.Speed(40.2, 2.5),
     )
-    line = quality.cells("sym_int4", figures, 80 << 20, 0.0954)
-    assert line == [
+    line = quality.Line("sym_int4", figures, 80 << 20, 0.09, 0.0954)
+    assert line.cells() == [
         *("sym_int4", "4.25", "80.0", "100 (120)", "12.346", "0.0123", "98.7%"),
-        *("1.23 (500)", "2.50 (40)", "0.0954"),
+        *("1.23 (500)", "2.50 (40)", "0.0900", "0.0954"),
     ]
-    assert quality.cells("q6_k", None, None, 0.02) == ["q6_k", "6.562", *["–"] * 7, "0.0200"]
-    table = quality.to_markdown([line]).splitlines()
-    assert [row.count("|") for row in table] == [len(quality.HEADS) + 1] * 3
+    wide = quality.Line("q6_k", random_error=0.02)
+    assert wide.cells() == ["q6_k", "6.562", *["–"] * 8, "0.0200"]
+    table = quality.to_markdown([line, wide]).splitlines()
+    assert [row.count("|") for row in table] == [len(quality.HEADS) + 1] * 4
 
 
 def test_the_table_stands_between_the_marks_of_the_document(quality):

@@ -1,0 +1,388 @@
+"""What every low-bit format costs in quality, memory and speed: the table in docs/quantization.md.
+
+    python benchmarks/quality.py                                  # prints it
+    python benchmarks/quality.py --write docs/quantization.md     # puts it between the marks in that file
+    python benchmarks/quality.py --rows unpacked,sym_int4,nf4 --tokens 1024 --rounds 1        # a quick look
+
+The model is the embedded default. Each row is measured in a child process of its own, which builds the model, runs one
+prompt and one answer, and only then builds the baseline beside it: the same weights unpacked (quantization="none").
+
+    bits per weight    of the linears, scales included
+    file               the weights that `save_low_bit` writes; of the unpacked model, in bfloat16
+    memory             growth of the anonymous resident memory over that after `import llama`: what the process holds
+                       in the end, and the most at any moment, loading included; Linux only
+    perplexity         of a text that every Python carries, its own manual (`pydoc_data.topics`), in windows of 512
+                       tokens that do not overlap, as by `llama perplexity --window 512 --stride 512`
+    KL                 KL(baseline || row) in nats, the mean over all positions
+    same top           share of the positions where both find the same token likeliest
+    prefill, decode    the baseline's median time over the row's, in turns in one process; the row's tokens a second
+    own weights        |W - packed W| / |W| over all linears of the model
+    random weights     the same of a normal 1024 x 4096 matrix with a fixed seed
+
+Formats whose blocks do not fill the model's columns have no figures of the model. Run it on a machine that does nothing
+else. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass
+from functools import partial
+from hashlib import sha256
+from operator import mul
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+import torch.nn.functional as F
+from common import Peer, alternate, machine, median, report
+from lowbit_models import Work, run_ours
+
+from llama import Llama
+from llama.checkpoint import (
+    convert,
+    default_model,
+    open_checkpoint,
+    packed_modules,
+    save_low_bit,
+    untied,
+)
+from llama.device import choose_dtype
+from llama.linear import Linear
+from llama.quantization import FORMATS, LowBitLinear
+from llama.scheduler import Request
+from llama.tokenizer import Tokenizer
+
+TOPICS = ("objects", "execmodel", "import", "try", "types", "formatstrings")  # 22,500 tokens of prose
+WINDOW = 512
+WORKS = {"prefill": Work(1, 512, 1), "decode": Work(1, 512, 17)}
+BASELINE = {"quantization": "none"}
+ROWS: dict[str, dict[str, str]] = {
+    "unpacked": BASELINE,
+    "as stored": {},
+    **{name: {"quantization": name} for name in FORMATS},
+    "int8 keys, values": BASELINE | {"kv_dtype": "int8"},
+}  # what `Llama.build` is told
+START, END = "<!-- quality table: benchmarks/quality.py writes it -->", "<!-- end of the quality table -->"
+HEADS = (
+    *("weights", "bits per weight", "file, MiB", "memory, MiB (peak)", "perplexity", "KL, nats", "same top"),
+    *("prefill, ratio (tokens/s)", "decode, ratio (tokens/s)", "own weights", "random weights"),
+)
+
+
+# ---- the text
+
+
+def read_text(tokenizer: Tokenizer, num_tokens: int) -> list[int]:
+    """The first tokens of the topics, one after the other."""
+    text = "\n".join(topics[name] for name in TOPICS)
+    tokens = tokenizer.encode(text, bos=False, eos=False)
+    if len(tokens) < num_tokens:
+        raise ValueError(f"the text has {len(tokens)} tokens: ask for no more")
+    return tokens[:num_tokens]
+
+
+def cut(tokens: list[int], bos: list[int], window: int) -> list[list[int]]:
+    """Windows that do not overlap, each behind `bos`; one in which nothing is predicted is left out."""
+    size = window - len(bos)
+    parts = [bos + tokens[start : start + size] for start in range(0, len(tokens), size)]
+    return [part for part in parts if len(part) > 1]
+
+
+# ---- quality
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How a model predicts a text, and how far that is from its baseline's predictions."""
+
+    perplexity: float
+    divergence: float  # KL(baseline || model), nats per token
+    agreement: float  # share of the positions where both find the same token likeliest
+
+
+def window_logits(llm: Llama, window: list[int]) -> torch.Tensor:
+    """(tokens, vocab_size) float32, by way of the engine's own cache, whatever that stores. The engine is idle."""
+    scheduler, runner = llm.engine.scheduler, llm.engine.runner
+    request = Request(0, list(window), len(window), reuse_prefix=False)
+    scheduler.add(request)
+    rows = []
+    while request.num_pending_tokens:
+        step = scheduler.schedule()
+        rows.append(runner.run(step, [part.count for part in step.slices]).logits)
+        scheduler.advance(step)
+    scheduler.finish(request)
+    return torch.cat(rows)
+
+
+def compare(llm: Llama, baseline: Llama, windows: Sequence[list[int]]) -> Quality:
+    """Over every position of the windows that has a token behind it."""
+    cost, divergence, same, count = 0.0, 0.0, 0, 0
+    for window in windows:
+        ours, theirs = (window_logits(model, window)[:-1].log_softmax(-1) for model in (llm, baseline))
+        cost += F.nll_loss(ours, torch.tensor(window[1:]), reduction="sum").item()
+        divergence += F.kl_div(ours, theirs, log_target=True, reduction="sum").item()
+        same += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
+        count += len(ours)
+    return Quality(torch.tensor(cost / count).exp().item(), divergence / count, same / count)
+
+
+def packing_error(format: str, weights: Iterable[torch.Tensor]) -> float:
+    """Root of the mean square error of float32 matrices in that format, relative to that of the numbers themselves."""
+    form, wrong, whole = FORMATS[format], 0.0, 0.0
+    for weight in weights:
+        wrong += (form.dequantize(form.quantize(weight)) - weight).square().sum().item()
+        whole += weight.square().sum().item()
+    return (wrong / whole) ** 0.5
+
+
+def random_weights() -> Iterator[torch.Tensor]:
+    yield torch.randn(1024, 4096, generator=torch.Generator().manual_seed(0))
+
+
+def own_weights(format: str) -> Iterator[torch.Tensor]:
+    """The matrices of the default model that are packed where a format is asked for."""
+    checkpoint = untied(open_checkpoint(default_model()))
+    modules = packed_modules(checkpoint, format)
+    for weight in checkpoint.weights():
+        if weight.name.removesuffix(".weight") in modules:
+            yield weight.read().float()
+
+
+# ---- memory, speed
+
+
+def anonymous_bytes() -> int:
+    """Resident memory of this process that no file backs."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) * 1024
+
+
+class Memory:
+    """`with Memory() as memory:` how far the anonymous resident memory grows; a thread looks every 2 ms."""
+
+    def __enter__(self) -> Memory:
+        self.before = anonymous_bytes()
+        self.peak = self.held = 0  # bytes
+        self._done = threading.Event()
+        self._watcher = threading.Thread(target=self._watch)
+        self._watcher.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self.peak = max(self.peak, anonymous_bytes() - self.before)
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._watcher.join()
+        self.held = anonymous_bytes() - self.before
+        self.peak = max(self.peak, self.held)
+
+
+@dataclass(frozen=True)
+class Speed:
+    tokens_per_second: float
+    ratio: float  # of the baseline's time to this
+
+
+def race(llm: Llama, baseline: Llama, name: str, rounds: int) -> Speed:
+    """A prompt of 512 tokens ("prefill"), or one token of an answer behind it ("decode"), in turns."""
+    work = WORKS[name]
+    sides: dict[str, Callable[[], float]] = {
+        side: partial(run_ours, model, work) for side, model in (("ours", llm), ("baseline", baseline))
+    }
+    times = {side: median(found) for side, found in alternate(rounds, **sides).items()}
+    num_tokens = work.prompt_tokens if name == "prefill" else 1
+    return Speed(num_tokens / times["ours"], times["baseline"] / times["ours"])
+
+
+# ---- a row, in its own process
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured of one row's model."""
+
+    bits_per_weight: float
+    held: int  # bytes
+    peak: int
+    quality: Quality
+    prefill: Speed
+    decode: Speed
+
+    @classmethod
+    def from_json(cls, fields: dict) -> Figures:
+        quality, prefill, decode = (fields.pop(name) for name in ("quality", "prefill", "decode"))
+        return cls(**fields, quality=Quality(**quality), prefill=Speed(**prefill), decode=Speed(**decode))
+
+
+def build(options: dict[str, str], dtype: str) -> Llama:
+    return Llama.build(max_seq_len=1024, max_batch_size=1, device="cpu", dtype=dtype, **options)
+
+
+def bits_per_weight(llm: Llama) -> float:
+    """The mean over all weights of the linears."""
+    dense = 8 * llm.model.norm.weight.element_size()
+    linears = [module for module in llm.model.modules() if isinstance(module, LowBitLinear | Linear)]
+    sizes = [linear.in_features * linear.out_features for linear in linears]
+    bits = [x.format.bits_per_weight if isinstance(x, LowBitLinear) else dense for x in linears]
+    return sum(map(mul, bits, sizes)) / sum(sizes)
+
+
+def measure(row: str, dtype: str, num_tokens: int, rounds: int) -> Figures:
+    with Memory() as memory:
+        llm = build(ROWS[row], dtype)
+        run_ours(llm, WORKS["decode"])
+    baseline = build(BASELINE, dtype)
+    bos = [llm.tokenizer.bos_id] if llm.tokenizer.add_bos else []
+    windows = cut(read_text(llm.tokenizer, num_tokens), bos, WINDOW)
+    return Figures(
+        bits_per_weight(llm),
+        memory.held,
+        memory.peak,
+        compare(llm, baseline, windows),
+        race(llm, baseline, "prefill", rounds),
+        race(llm, baseline, "decode", rounds),
+    )
+
+
+def serve() -> None:
+    """The child: one request as a line of JSON, one answer."""
+    request = json.loads(sys.stdin.readline())
+    with redirect_stdout(sys.stderr):
+        figures = measure(**request)
+    print(json.dumps(asdict(figures)))
+
+
+# ---- the table
+
+
+def fits(row: str) -> bool:
+    """Whether whole blocks fill the model's columns."""
+    args, form = open_checkpoint(default_model()).args, FORMATS.get(row)
+    return form is None or not (args.dim % form.block or args.hidden_dim % form.block)
+
+
+def file_bytes(row: str) -> int:
+    """What the weights take on disk."""
+    if row == "as stored":
+        return default_model().stat().st_size
+    with tempfile.TemporaryDirectory() as name:
+        if row in FORMATS:
+            save_low_bit(open_checkpoint(default_model()), Path(name) / row, row)
+        else:
+            convert(default_model(), Path(name) / row, to="hf", dtype="bf16")
+        return sum(file.stat().st_size for file in Path(name).glob("*/*.safetensors"))
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table; None for what there is not."""
+
+    row: str
+    figures: Figures | None = None
+    file_bytes: int | None = None
+    own_error: float | None = None
+    random_error: float | None = None
+
+    def cells(self) -> list[str]:
+        row, figures = self.row, self.figures
+        bits = FORMATS[row].bits_per_weight if row in FORMATS else figures.bits_per_weight
+        model = ["–"] * 6
+        if figures:
+            quality = figures.quality
+            model = [
+                f"{figures.held / 2**20:.0f} ({figures.peak / 2**20:.0f})",
+                f"{quality.perplexity:.3f}",
+                f"{quality.divergence:.4f}",
+                f"{quality.agreement:.1%}",
+                *(f"{s.ratio:.2f} ({s.tokens_per_second:.0f})" for s in (figures.prefill, figures.decode)),
+            ]
+        size = "–" if self.file_bytes is None else f"{self.file_bytes / 2**20:.1f}"
+        errors = ("–" if error is None else f"{error:.4f}" for error in (self.own_error, self.random_error))
+        return [row, f"{bits:.4g}", size, *model, *errors]
+
+
+def make_line(row: str, dtype: str, num_tokens: int, rounds: int) -> Line:
+    random_error = packing_error(row, random_weights()) if row in FORMATS else None
+    if not fits(row):
+        return Line(row, random_error=random_error)
+    child = Peer(sys.executable, "quality.py", "--child")
+    figures = Figures.from_json(child.ask(row=row, dtype=dtype, num_tokens=num_tokens, rounds=rounds))
+    child.close()
+    return Line(
+        row,
+        figures,
+        file_bytes(row) if "kv_dtype" not in ROWS[row] else None,
+        packing_error(row, own_weights(row)) if row in FORMATS else None,
+        random_error,
+    )
+
+
+def to_markdown(lines: Iterable[Line]) -> str:
+    """The heads, and below them the lines, numbers to the right."""
+    rule = ["---", *["---:"] * (len(HEADS) - 1)]
+    rows = (HEADS, rule, *(line.cells() for line in lines))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def caption(limits: dict[str, object], dtype: str, tokens: list[int], text: str) -> str:
+    names = ", ".join(f"`{name}`" for name in TOPICS)
+    return (
+        f"{limits['processor']}, {limits['threads']} threads, {limits['read_GB_per_s']} GB/s read, "
+        f"torch {limits['torch']}; the unpacked model and all activations in {dtype}. Text: the first {len(tokens)} "
+        f"tokens of the topics {names} in `pydoc_data.topics` of Python {platform.python_version()}, "
+        f"sha256 `{sha256(text.encode()).hexdigest()}`."
+    )
+
+
+def between_marks(document: str, table: str) -> str:
+    """The document with the table in place of what stood between the marks. Raises ValueError without marks."""
+    before, start, rest = document.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise ValueError(f"no place for the table: the file needs the lines {START} and {END}")
+    return f"{before}{START}\n\n{table}\n\n{END}{after}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the marks in FILE")
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--tokens", type=int, default=5120, help="of the text, which has 22,500")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        return serve()
+    if options.write:
+        between_marks(options.write.read_text(encoding="utf-8"), "")  # fails now rather than at the end
+    tokenizer = Tokenizer(str(default_model()))
+    tokens = read_text(tokenizer, options.tokens)
+    limits, lines = machine(), []
+    for row in options.rows.split(","):
+        lines.append(make_line(row, options.dtype, options.tokens, options.rounds))
+        print(*lines[-1].cells(), sep=" | ", file=sys.stderr, flush=True)
+    dtype = choose_dtype(options.dtype, open_checkpoint(default_model()).dtype, torch.device("cpu"))
+    table = to_markdown(lines) + "\n\n" + caption(limits, str(dtype), tokens, tokenizer.decode(tokens))
+    if options.write:
+        document = between_marks(options.write.read_text(encoding="utf-8"), table)
+        options.write.write_text(document, encoding="utf-8")
+    else:
+        print(table)
+    report({"machine": limits, "tokens": len(tokens), "rows": [asdict(line) for line in lines]})
+
+
+if __name__ == "__main__":
+    main()

@@ -85,7 +85,9 @@ def rope_frequencies(args: ModelArgs, device: torch.device | None = None) -> tor
 
 @dataclass(frozen=True)
 class Rotary:
-    """A step's rotation angles as real numbers: cos and sin, each (num_tokens, 1, head_dim / 2) float32."""
+    """A step's rotations in real numbers: with neighbouring pairs (a, b) of x and their angle t,
+    (a, b) * (cos t, cos t) + (b, a) * (-sin t, sin t). Both (num_tokens, 1, head_dim) float32.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -94,15 +96,14 @@ class Rotary:
     def at(cls, positions: torch.Tensor, freqs: torch.Tensor) -> Rotary:
         """positions (num_tokens,), freqs (head_dim / 2,)"""
         angles = torch.outer(positions.float(), freqs).unsqueeze(1)
-        return cls(angles.cos(), angles.sin())
+        cos, sin = angles.cos(), angles.sin()
+        return cls(torch.stack((cos, cos), -1).flatten(-2), torch.stack((-sin, sin), -1).flatten(-2))
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotates neighbouring pairs of x (num_tokens, heads, head_dim) in float32; the result has x's dtype."""
-        even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (num_tokens, heads, head_dim / 2) each
-        out = torch.empty((*even.shape, 2), dtype=torch.float32, device=x.device)
-        torch.mul(even, self.cos, out=out[..., 0]).addcmul_(odd, self.sin, value=-1)
-        torch.mul(even, self.sin, out=out[..., 1]).addcmul_(odd, self.cos)
-        return out.flatten(-2).to(x.dtype)
+        """Rotates x (num_tokens, heads, head_dim) in float32; the result has x's dtype."""
+        x32 = x.float()
+        swapped = x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+        return (x32 * self.cos).addcmul_(swapped, self.sin).to(x.dtype)
 
 
 class RMSNorm(nn.Module):

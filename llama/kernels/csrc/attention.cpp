@@ -145,6 +145,7 @@ void attend_rows(Tensor q, Tensor keys, Tensor values, std::optional<Tensor> key
     return std::max<int64_t>(1, kNumbersPerThread * count / std::max<int64_t>(1, tokens * h.kv * h.dim));
   };
   const int64_t head_numbers = slots * h.dim, element = int8 ? 1 : bfloat16 ? 2 : 4;
+  const void* data = q.const_data_ptr();
   torch::stable::parallel_for(0, items, grain(items), [&](int64_t begin, int64_t end) {
     std::vector<float> rows(h.group * h.dim);
     const float scale = 1.0f / std::sqrt((float)h.dim);
@@ -152,7 +153,6 @@ void attend_rows(Tensor q, Tensor keys, Tensor values, std::optional<Tensor> key
       const Chunk& chunk = plan.chunks[i / h.kv];
       const int64_t kv = i % h.kv, from = chunk.row * q.stride(0) + kv * h.group * h.dim;
       for (int64_t d = 0; d < h.group * h.dim; ++d) {
-        const void* data = q.const_data_ptr();
         rows[d] = scale * (bfloat16 ? from_bfloat16(((const uint16_t*)data)[from + d]) : ((const float*)data)[from + d]);
       }
       const Stored head{(const char*)keys.const_data_ptr() + kv * head_numbers * element,

@@ -62,8 +62,11 @@ void mix(const float* weights, int64_t head_dim, const T* values, int64_t count,
 // Scores to exp(score - peak); lanes beyond `count` become 0.
 inline void soften(float* scores, int64_t count, float* peak, float* sum) {
   for (int64_t t = count; t % kTile; ++t) scores[t] = -3e38f;
-  *peak = -3e38f;
-  for (int64_t t = 0; t < count; ++t) *peak = scores[t] > *peak ? scores[t] : *peak;
+  auto highest = Simd::all(-3e38f);
+  for (int64_t t = 0; t < count; t += kTile) highest = Simd::maximum(Simd::numbers(scores + t), highest);
+  float lanes[kTile];
+  Simd::store(lanes, highest);
+  *peak = *std::max_element(lanes, lanes + kTile);
   auto total = Simd::all(0.0f);
   for (int64_t t = 0; t < count; t += kTile) {
     const auto weight = exponential(Simd::add(Simd::numbers(scores + t), Simd::all(-*peak)));
@@ -105,8 +108,8 @@ void attend_chunk(const float* q, int64_t group, int64_t head_dim, const Stored&
                   int64_t num_runs, Partial out) {
   for (int64_t first = 0; first < group;) {
     int64_t heads = 0;
-    repeat<4>([&](auto power) {
-      constexpr int n = 8 >> power;
+    repeat<5>([&](auto i) {
+      constexpr int sizes[] = {8, 4, 3, 2, 1}, n = sizes[i];
       if constexpr (n <= Simd::max_heads) {
         if (heads || group - first < n) return;
         attend_heads<T, n>(q + first * head_dim, head_dim, stored, runs, num_runs,

@@ -60,6 +60,16 @@ def encode_with_minimum(layout: Layout, x: Tensor) -> Tensor:
     return layout.pack(to_codes((x - minimum) * reciprocal(scale) + 0.5, highest), scale, minimum)
 
 
+def encode_with_zero(layout: Layout, x: Tensor) -> Tensor:
+    """Even steps over a range that includes zero, which is one of the codes."""
+    highest = 2**layout.bits - 1
+    minimum, maximum = x.aminmax(dim=-1, keepdim=True)
+    minimum = minimum.clamp(max=0)
+    scale = ((maximum.clamp(min=0) - minimum) / highest).half().float()
+    zero = to_codes(-minimum * reciprocal(scale) + 0.5, highest)
+    return layout.pack(to_codes(x * reciprocal(scale) + zero + 0.5, highest), scale, zero)
+
+
 def encode_int8(layout: Layout, x: Tensor) -> Tensor:
     """Rounded to the nearest of -127..127, halves away from zero."""
     scale = x.abs().amax(dim=-1, keepdim=True) / 127
@@ -184,6 +194,7 @@ FORMATS: dict[str, Format] = {
         ("sym_int5", encode_symmetric),
         ("asym_int5", encode_with_minimum),
         ("sym_int8", encode_int8),
+        ("zero_int4", encode_with_zero),
         ("nf4", encode_nf4),
         ("q4_0", encode_symmetric),
         ("q4_1", encode_with_minimum),

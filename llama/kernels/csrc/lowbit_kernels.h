@@ -57,6 +57,15 @@ struct Affine {
   static inline Simd::Floats lowest(const Block& b) { return Simd::halves(b.field[3]); }
 };
 
+struct ZeroPoint4 : Affine<64, 4, true> {  // its minimum is minus the scale times a byte
+  static constexpr int sizes[4] = {32, 0, 2, 1};
+
+  template <int g>
+  static inline Simd::Floats lowest(const Block& b) {
+    return Simd::multiply(Simd::multiply(scale<g>(b), Simd::all(-1.0f)), Simd::to_float(Simd::widen(b.field[3])));
+  }
+};
+
 // Levels times 32639, split into 256 * high + low: the products stay in integers, to 15 bits of each level.
 alignas(16) constexpr int8_t kNf4High[16] = {-127, -89, -67, -50, -36, -24, -12, 0, 10, 21, 31, 43, 56, 72, 92, 127};
 alignas(16) constexpr int8_t kNf4Low[16] = {-127, 61, 14, -90, -68, 113, 100, 0, 37, -123, 97, 21, 48, -69, 45, 127};
@@ -303,7 +312,7 @@ const Kernel* find_kernel(const std::string& format) {
       {"q4_0", kernel<Affine<32, 4, false>>()},        {"q4_1", kernel<Affine<32, 4, true>>()},
       {"q5_0", kernel<Affine<32, 5, false>>()},        {"q5_1", kernel<Affine<32, 5, true>>()},
       {"q8_0", kernel<Affine<32, 8, false>>()},        {"q4_k", kernel<Q4K>()},
-      {"q6_k", kernel<Q6K>()},
+      {"q6_k", kernel<Q6K>()},                         {"zero_int4", kernel<ZeroPoint4>()},
   };
   for (const auto& entry : kernels)
     if (format == entry.first) return &entry.second;

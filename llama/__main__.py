@@ -258,7 +258,7 @@ def inspect(
     ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the model.")] = 1,
 ) -> None:
     """Show what a checkpoint is, from its headers alone."""
-    found = checkpoint.inspect(path_of(model))
+    found = checkpoint.inspect(path_of(model), ranks)
     report.show_inspection(found)
     if estimate:
         report.show_estimates(

@@ -244,7 +244,7 @@ def resolve_format(
 class StoredWeight(Protocol):
     """What a checkpoint gives: one rank's part of a weight, not read yet."""
 
-    is_packed: bool
+    format: str | None
 
     def read(self) -> Tensor: ...
 
@@ -313,9 +313,8 @@ class LowBitLinear(nn.Module):
         if name == "bias":
             self.bias = weight.read().float().to(device)
             return
-        packed, stored = weight.read_packed() if weight.is_packed else (None, None)
-        if packed is None or stored.lower() != self.format.name:
-            packed = self.format.quantize(weight.read())
+        is_ready = weight.format == self.format.name
+        packed = weight.read_packed()[0] if is_ready else self.format.quantize(weight.read())
         self.weight = packed.to(device)
 
     def join(self, linears: Sequence[LowBitLinear]) -> LowBitLinear:

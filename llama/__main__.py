@@ -266,7 +266,7 @@ def inspect(
     kv_dtype: KvDtype = "auto",
 ) -> None:
     """Show what a checkpoint is, from its headers alone."""
-    found = checkpoint.inspect(path_of(model))
+    found = checkpoint.inspect(path_of(model), ranks)
     report.show_inspection(found)
     if estimate:
         report.show_estimates(

@@ -62,6 +62,16 @@ def encode_with_minimum(layout: Layout, x: Tensor) -> Tensor:
     return layout.pack(to_codes((x - minimum) * reciprocal(scale) + 0.5, highest), scale, minimum)
 
 
+def encode_with_zero(layout: Layout, x: Tensor) -> Tensor:
+    """Even steps over a range that includes zero, which is one of the codes."""
+    highest = 2**layout.bits - 1
+    minimum, maximum = x.aminmax(dim=-1, keepdim=True)
+    minimum = minimum.clamp(max=0)
+    scale = ((maximum.clamp(min=0) - minimum) / highest).half().float()
+    zero = to_codes(-minimum * reciprocal(scale) + 0.5, highest)
+    return layout.pack(to_codes(x * reciprocal(scale) + zero + 0.5, highest), scale, zero)
+
+
 def encode_int8(layout: Layout, x: Tensor) -> Tensor:
     """Rounded to the nearest of -127..127, halves away from zero."""
     scale = x.abs().amax(dim=-1, keepdim=True) / 127
@@ -186,6 +196,7 @@ FORMATS: dict[str, Format] = {
         ("sym_int5", encode_symmetric),
         ("asym_int5", encode_with_minimum),
         ("sym_int8", encode_int8),
+        ("zero_int4", encode_with_zero),
         ("nf4", encode_nf4),
         ("q4_0", encode_symmetric),
         ("q4_1", encode_with_minimum),
@@ -235,7 +246,7 @@ def resolve_format(
 class StoredWeight(Protocol):
     """What a checkpoint gives: one rank's part of a weight, not read yet."""
 
-    is_packed: bool
+    format: str | None
 
     def read(self) -> Tensor: ...
 
@@ -308,9 +319,8 @@ class LowBitLinear(nn.Module):
         if name == "bias":
             self.bias = weight.read().float().to(device)
             return
-        packed, stored = weight.read_packed() if weight.is_packed else (None, None)
-        if packed is None or stored.lower() != self.format.name:
-            packed = self.format.quantize(weight.read())
+        is_ready = weight.format == self.format.name
+        packed = weight.read_packed()[0] if is_ready else self.format.quantize(weight.read())
         self.weight = packed.to(device)
 
     def join(self, linears: Sequence[LowBitLinear]) -> LowBitLinear:

@@ -10,7 +10,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from rich.table import Table
 
 from llama.batch import Batch, Counts
-from llama.checkpoint import Estimate, Finding, Inspection
+from llama.checkpoint import Estimate, Finding, Inspection, Stored
 from llama.generation import Llama
 from llama.perplexity import perplexity
 from llama.progress import bytes_text
@@ -36,12 +36,22 @@ def show_inspection(found: Inspection) -> None:
     for name, stored in found.types.items():
         facts[f"stored {name}"] = (
             f"{stored.tensors} tensors, {stored.parameters:,} values, {bytes_text(stored.nbytes)}"
+            + kept_text(stored)
         )
     if found.unknown_keys:
         facts["unknown keys"] = ", ".join(found.unknown_keys)
     width = max(map(len, facts))
     for name, value in facts.items():
         print(f"{name:{width}}  {value}")
+
+
+def kept_text(stored: Stored) -> str:
+    """What becomes of low-bit blocks when they are loaded."""
+    if stored.packed is None:
+        return ""
+    counts = {"kept packed": stored.packed, "dequantized": stored.tensors - stored.packed}
+    found = {what: count for what, count in counts.items() if count}
+    return ", " + ", ".join(what if len(found) == 1 else f"{count} {what}" for what, count in found.items())
 
 
 def show_estimates(estimates: Iterable[Estimate]) -> None:

@@ -9,9 +9,11 @@ from checkpoints import sample, write_gguf, write_hf, write_meta, write_sentence
 
 from llama.checkpoint import CheckpointError, default_model, estimate, inspect, verify
 from llama.device import free_memory
+from llama.kernels import library
 from llama.model import ModelArgs, Transformer
 from llama.parallel import ModelParallel
 from llama.quantization import FORMATS
+from llama.report import show_inspection
 
 LLAMA2_7B = ModelArgs(vocab_size=32000, max_seq_len=4096)
 LLAMA3_8B = ModelArgs(
@@ -45,11 +47,30 @@ def test_an_inspection_tells_what_the_headers_say(tmp_path):
 def test_low_bit_types_are_counted_by_their_names(tmp_path):
     args, weights = sample(multiple_of=64)
     found = inspect(write_gguf(tmp_path / "m.gguf", args, weights, gguf.GGMLQuantizationType.Q4_0))
-    assert found.types["Q4_0"].tensors == 16
-    assert found.types["float32"].tensors == 5
+    assert (found.types["Q4_0"].tensors, found.types["float32"].tensors) == (16, 5)
     assert found.types["Q4_0"].nbytes == found.types["Q4_0"].parameters // 32 * 18
     assert found.tokenizer is None
     assert found.chat_format is None
+
+
+@pytest.mark.skipif(not library.AVAILABLE, reason="the kernels were not compiled")
+@pytest.mark.parametrize(
+    ("kind", "remark"), [("Q4_0", "15 kept packed, 1 dequantized"), ("TQ2_0", "dequantized"), ("BF16", None)]
+)
+def test_an_inspection_says_which_blocks_stay_packed(tmp_path, capsys, kind, remark):
+    args, weights = sample(dim=256, n_heads=4, n_kv_heads=4, hidden_dim=256)
+    path = write_gguf(tmp_path / "m.gguf", args, weights, gguf.GGMLQuantizationType[kind])
+    show_inspection(inspect(path))
+    stored = {"BF16": "bfloat16"}.get(kind, kind)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"stored {stored}"))
+    assert line.endswith(f", {remark}" if remark else "iB")  # the embedding is no product
+
+
+def test_more_ranks_may_keep_fewer_blocks(tmp_path):
+    args, weights = sample(dim=64, hidden_dim=96)
+    path = write_gguf(tmp_path / "m.gguf", args, weights, gguf.GGMLQuantizationType.Q4_0)
+    kept = {ranks: inspect(path, ranks).types["Q4_0"].packed for ranks in (1, 2, 4)}
+    assert kept == ({1: 15, 2: 13, 4: 11} if library.AVAILABLE else {1: 0, 2: 0, 4: 0})
 
 
 def test_the_default_model_is_inspected():

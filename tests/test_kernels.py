@@ -110,7 +110,7 @@ def test_several_threads_compute_what_one_does(variant):
 @pytest.mark.parametrize("variant", INTEGER_VARIANTS)
 def test_extreme_codes_do_not_overflow(variant):
     needs(variant)
-    for name in ("sym_int8", "q8_0", "q6_k", "nf4", "q5_1"):
+    for name in ("sym_int8", "q8_0", "q6_k", "nf4", "q5_1", "zero_int4"):
         layout = LAYOUTS[name]
         blocks = torch.full((TILE, layout.block_bytes), 0x80 if "8" in name else 0xFF, dtype=torch.uint8)
         for field, start in (

@@ -28,6 +28,7 @@ BIGDL_TYPES = {"sym_int4": 2, "asym_int4": 3, "sym_int5": 6, "asym_int5": 7, "sy
 BLOCK_BYTES = {
     **{"sym_int4": 34, "asym_int4": 36, "sym_int5": 42, "asym_int5": 44, "sym_int8": 68, "nf4": 34},
     **{"q4_0": 18, "q4_1": 20, "q5_0": 22, "q5_1": 24, "q8_0": 34, "q4_k": 144, "q6_k": 210},
+    "zero_int4": 35,
 }
 
 
@@ -86,6 +87,15 @@ def slow_int8(x: np.ndarray, scale_type: type) -> bytes:
     return scale_type(scale).tobytes() + bytes(codes)
 
 
+def slow_zero_int4(x: np.ndarray) -> bytes:
+    low, half = min(x.min(), np.float32(0)), np.float32(0.5)
+    scale = np.float16((max(x.max(), np.float32(0)) - low) / np.float32(15))
+    inverse = np.float32(1) / np.float32(scale) if scale else np.float32(0)
+    zero = min(15, int(-low * inverse + half))
+    codes = [max(0, min(15, int(value))) for value in x * inverse + np.float32(zero) + half]
+    return scale.tobytes() + bytes([zero, *(codes[j] | codes[j + 32] << 4 for j in range(32))])
+
+
 def slow_nf4(x: np.ndarray) -> bytes:
     peak = np.abs(x).max()
     middles = np.array(NF4_MIDDLES, np.float32)
@@ -96,6 +106,8 @@ def slow_nf4(x: np.ndarray) -> bytes:
 def slow_quantize(name: str, x: np.ndarray) -> bytes:
     if name == "nf4":
         return slow_nf4(x)
+    if name == "zero_int4":
+        return slow_zero_int4(x)
     if name in ("sym_int8", "q8_0"):
         return slow_int8(x, np.float32 if name == "sym_int8" else np.float16)
     return slow_affine(x, 5 if "5" in name else 4, name.startswith("asym") or name.endswith("_1"))
@@ -161,7 +173,7 @@ def test_dequantization_is_bit_equal_to_the_formula(name):
     form = FORMATS[name]
     packed = form.quantize(sample_blocks(form.block, 256 + 2048))[::8]
     for block, numbers in zip(packed.numpy(), form.dequantize(packed).numpy(), strict=True):
-        half, wide = block.view(np.float16), form.block // 2
+        half, wide = block[: len(block) // 2 * 2].view(np.float16), form.block // 2
         scale = block[:4].view(np.float32)[0] if name == "sym_int8" else np.float32(half[0])
         if name in ("sym_int8", "q8_0"):
             expected = block[-form.block :].view(np.int8).astype(np.float32) * scale
@@ -176,6 +188,8 @@ def test_dequantization_is_bit_equal_to_the_formula(name):
                 codes = codes + 16 * high.astype(np.float32)
             with_minimum = name.startswith("asym") or name.endswith("_1")
             offset = 0 if with_minimum or name == "nf4" else 16 if "5" in name else 8
+            if name == "zero_int4":
+                offset = block[2]
             expected = (codes - np.float32(offset)) * scale
             if with_minimum:
                 expected = expected + np.float32(half[1])
@@ -216,6 +230,21 @@ def test_half_precision_weights_are_packed_as_their_float32_values(dtype):
     assert torch.equal(FORMATS["sym_int4"].quantize(weight), FORMATS["sym_int4"].quantize(weight.float()))
 
 
+def test_zero_is_one_of_zero_int4s_numbers():
+    form = FORMATS["zero_int4"]
+    weight = torch.randn(40, 128, generator=torch.Generator().manual_seed(3))
+    weight[10:20], weight[20:30], weight[30:] = weight[10:20].abs() + 1, -weight[20:30].abs() - 1, 0
+    weight[:, ::3] = 0
+    assert (form.dequantize(form.quantize(weight))[:, ::3] == 0).all()
+    assert (form.dequantize(form.quantize(weight))[30:] == 0).all()
+
+
+def test_one_block_at_an_odd_byte_is_read():
+    form = FORMATS["zero_int4"]
+    packed = form.quantize(torch.randn(3, 64, generator=torch.Generator().manual_seed(4)))
+    assert torch.equal(form.dequantize(packed[1:2]), form.dequantize(packed)[1:2])
+
+
 def test_large_weights_are_converted_in_parts_without_a_seam():
     weight = torch.randn(70, 16384, generator=torch.Generator().manual_seed(4))  # more than one chunk of rows
     form = FORMATS["asym_int5"]
@@ -241,7 +270,7 @@ def test_numbers_that_no_scale_can_hold_are_refused(bad):
         FORMATS["sym_int4"].quantize(weight)
 
 
-@pytest.mark.parametrize("name", ["sym_int4", "q6_k"])
+@pytest.mark.parametrize("name", ["sym_int4", "zero_int4", "q6_k"])
 @pytest.mark.parametrize("dim", [0, 1])
 def test_the_ranks_parts_are_the_parts_of_the_numbers(name, dim):
     form = FORMATS[name]

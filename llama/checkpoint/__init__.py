@@ -5,7 +5,7 @@ from __future__ import annotations
 from .conversion import convert, legacy_source
 from .default import default_model
 from .hub import resolve
-from .inspection import Estimate, Inspection, estimate, inspect
+from .inspection import Estimate, Inspection, Stored, estimate, inspect
 from .load import load_weights
 from .opening import open_checkpoint
 from .packing import packed_modules, untied
@@ -20,6 +20,7 @@ __all__ = [
     "Estimate",
     "Finding",
     "Inspection",
+    "Stored",
     "Weight",
     "convert",
     "default_model",

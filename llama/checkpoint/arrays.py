@@ -46,6 +46,10 @@ class Array(ABC):
         """Writes a part into `out`, of the part's shape and any type, with no other copy of it where that can be."""
         out.copy_(self.read(dim, start, stop))
 
+    def reordered(self, head_dim: int, reorder: Callable[[Tensor, int], Tensor]) -> Array:
+        """The same with its rows in another rotary order, as `Reordered` describes it."""
+        return Reordered(self, head_dim, reorder)
+
 
 @dataclass(frozen=True)
 class Mapped(Array):

@@ -50,6 +50,10 @@ class Blocks(Array):
         return BLOCKS[self.header.kind][0]
 
     @property
+    def format(self) -> str:
+        return self.stored.lower()
+
+    @property
     def nbytes(self) -> int:
         return self.header.nbytes
 

@@ -1,4 +1,4 @@
-"""Other people's four-bit matrices, GPTQ and AWQ, dequantized as they are read.
+"""Other people's four-bit matrices, GPTQ and AWQ, in our blocks where they fit, else dequantized as they are read.
 
 Both store a linear layer transposed, (in, out), as integers q of 4 bits, eight to an int32, with a scale and a
 zero point for each group of inputs: w[i, o] = (q[i, o] - zero[group of i, o]) * scale[group of i, o].
@@ -13,20 +13,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..quantization import FORMATS, row_chunks
 from .arrays import Array, Mapped
+from .lowbit import Packed
 from .settings import Settings, shown
 from .tensor_file import TensorFile
 from .weight import CheckpointError
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
-SHIFTS = torch.arange(0, 32, 4, dtype=torch.int32)
+BLOCKS = FORMATS["zero_int4"]
 AWQ_PLACES = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # where outputs 0 to 7 lie among the eight of an int32
 
 
 def unpack(packed: Tensor, dim: int) -> Tensor:
-    """int32 of eight integers each, lowest bits first -> int32 with `dim` (0 or 1) eight times as long."""
-    shifts = SHIFTS.view(8, 1) if dim == 0 else SHIFTS
-    return ((packed.unsqueeze(dim + 1) >> shifts) & 15).flatten(dim, dim + 1)
+    """int32 (n, m) of eight integers each, lowest bits first -> uint8 with `dim` (0 or 1) eight times as long."""
+    pairs = packed.contiguous().view(torch.uint8).view(*packed.shape, 4)  # bytes, the lowest first
+    integers = torch.stack([pairs & 15, pairs >> 4], dim=-1).flatten(2)
+    return (integers.transpose(1, 2) if dim == 0 else integers).flatten(dim, dim + 1)
 
 
 @dataclass(frozen=True)
@@ -53,28 +56,37 @@ class FourBitMatrix(Array):
     def num_inputs(self) -> int:
         raise NotImplementedError
 
-    def integers(self) -> Tensor:
-        """q, int32 (in, out)"""
+    def integers(self, start: int, stop: int) -> Tensor:
+        """q of the inputs `start` to `stop`, multiples of 8: uint8 (inputs, out)"""
         raise NotImplementedError
 
     def zeros(self) -> Tensor:
-        """Zero points, int32 (groups, out)"""
+        """Zero points, uint8 (groups, out)"""
         raise NotImplementedError
 
     def groups(self) -> Tensor:
         """The group of each input, int64 (in,)"""
-        num_groups = self.scales.shape[0]
         if self.g_idx is None:
-            return torch.arange(self.num_inputs) // -(-self.num_inputs // num_groups)
-        groups = self.g_idx.read(0, 0, self.num_inputs).long()
-        if self.num_inputs and not 0 <= int(groups.min()) <= int(groups.max()) < num_groups:
-            raise CheckpointError(f"g_idx names groups outside 0 to {num_groups - 1}")
-        return groups
+            return torch.arange(self.num_inputs) // -(-self.num_inputs // self.scales.shape[0])
+        return self.g_idx.read(0, 0, self.num_inputs).long()
+
+    def fits_blocks(self) -> bool:
+        """Whether the inputs of every block are in one group, and float16 holds the scales.
+
+        It is not so where inputs were reordered by their importance ("act order"), or groups are smaller than blocks.
+        """
+        groups = self.groups()
+        if not torch.equal(groups, groups[:: BLOCKS.block].repeat_interleave(BLOCKS.block)):
+            return False
+        if self.scales.dtype == torch.float16:
+            return True
+        scales = self.scales.read(0, 0, self.scales.shape[0])
+        return torch.equal(scales.half().to(scales.dtype), scales)
 
     def read(self, dim: int, start: int, stop: int) -> Tensor:
         groups = self.groups()
         scales = self.scales.read(0, 0, self.scales.shape[0]).float()
-        matrix = (self.integers() - self.zeros()[groups]) * scales[groups]
+        matrix = (self.integers(0, self.num_inputs).float() - self.zeros()[groups]) * scales[groups]
         return matrix.T.narrow(dim, start, stop - start).contiguous()
 
 
@@ -88,8 +100,8 @@ class GptqMatrix(FourBitMatrix):
     def num_inputs(self) -> int:
         return self.qweight.shape[0] * 8
 
-    def integers(self) -> Tensor:
-        return unpack(self.qweight.read(0, 0, self.qweight.shape[0]), 0)
+    def integers(self, start: int, stop: int) -> Tensor:
+        return unpack(self.qweight.read(0, start // 8, stop // 8), 0)
 
     def zeros(self) -> Tensor:
         return (unpack(self.qzeros.read(0, 0, self.qzeros.shape[0]), 1) + self.zero_offset) & 15
@@ -102,15 +114,53 @@ class AwqMatrix(FourBitMatrix):
     def num_inputs(self) -> int:
         return self.qweight.shape[0]
 
-    def integers(self) -> Tensor:
-        return self._unpack(self.qweight)
+    def integers(self, start: int, stop: int) -> Tensor:
+        return self._unpack(self.qweight.read(0, start, stop))
 
     def zeros(self) -> Tensor:
-        return self._unpack(self.qzeros)
+        return self._unpack(self.qzeros.read(0, 0, self.qzeros.shape[0]))
 
-    def _unpack(self, packed: Mapped) -> Tensor:
-        in_order = unpack(packed.read(0, 0, packed.shape[0]), 1)
-        return in_order.unflatten(1, (-1, 8))[..., AWQ_PLACES].flatten(1)
+    def _unpack(self, packed: Tensor) -> Tensor:
+        return unpack(packed, 1).unflatten(1, (-1, 8))[..., AWQ_PLACES].flatten(1)
+
+
+@dataclass(frozen=True)
+class FourBitBlocks(Array):
+    """A matrix that fits into blocks, converted as it is read, some blocks at a time: uint8 (out, bytes of a row)."""
+
+    matrix: FourBitMatrix
+    dtype = torch.uint8
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        outputs, inputs = self.matrix.shape
+        return outputs, BLOCKS.packed_columns(inputs)
+
+    @property
+    def nbytes(self) -> int:
+        return self.matrix.nbytes
+
+    def read(self, dim: int, start: int, stop: int) -> Tensor:
+        rows, columns = (slice(start, stop) if dim == axis else slice(0, self.shape[axis]) for axis in (0, 1))
+        blocks = range(columns.start // BLOCKS.block_bytes, columns.stop // BLOCKS.block_bytes)
+        groups = self.matrix.groups()[:: BLOCKS.block]
+        scales, zeros = self.matrix.scales.read(0, 0, self.matrix.scales.shape[0]), self.matrix.zeros()
+        out = torch.empty((rows.stop - rows.start, len(blocks), BLOCKS.block_bytes), dtype=torch.uint8)
+        for part in row_chunks(len(blocks), BLOCKS.block * self.shape[0]):
+            some = blocks[part]
+            codes = self.matrix.integers(some.start * BLOCKS.block, some.stop * BLOCKS.block)
+            group = groups[some.start : some.stop]
+            fields = codes.unflatten(0, (-1, BLOCKS.block)), scales[group, None], zeros[group, None]
+            # each (blocks, values, out) -> (out * blocks, values)
+            by_row = (field[..., rows].permute(2, 0, 1).flatten(0, 1) for field in fields)
+            out[:, part] = BLOCKS.layout.pack(*by_row).view(len(out), len(some), BLOCKS.block_bytes)
+        return out.flatten(1)
+
+
+class FourBitPacked(Packed):
+    """Such a matrix as a weight that can stay packed."""
+
+    stored = FourBitMatrix.stored
 
 
 METHODS: dict[tuple[str, str], tuple[type[FourBitMatrix], int]] = {
@@ -126,8 +176,9 @@ def stored_arrays(
 ) -> Iterator[tuple[str, Array, Path]]:
     """Every stored array as (name, array, file); the parts of a four-bit matrix become one `....weight`.
 
-    `settings` is the model's quantization_config, None for a plain model. Raises CheckpointError for a method that
-    is not supported and for parts that are missing or do not fit together.
+    `settings` is the model's quantization_config, None for a plain model. Of a matrix's parts the small ones are read,
+    to see whether it fits into blocks. Raises CheckpointError for a method that is not supported and for parts that are
+    missing or do not fit together.
     """
     method = None if settings is None else _method(settings)
     matrices: dict[str, dict[str, Mapped]] = {}
@@ -145,7 +196,9 @@ def stored_arrays(
             raise CheckpointError(
                 f"{places[module]}: {module}: is in four bits, but no config names the method"
             )
-        yield f"{module}.weight", _matrix(places[module], module, parts, method), places[module]
+        matrix = _matrix(places[module], module, parts, method)
+        packed = FourBitPacked(FourBitBlocks(matrix), BLOCKS.name) if matrix.fits_blocks() else matrix
+        yield f"{module}.weight", packed, places[module]
 
 
 def _method(settings: Settings) -> tuple[type[FourBitMatrix], int]:
@@ -194,4 +247,7 @@ def _matrix(
         raise CheckpointError(
             f"{file}: {module}: {num_groups} groups of {inputs} inputs by {outputs} outputs"
         )
+    groups = matrix.groups()
+    if not 0 <= int(groups.min()) <= int(groups.max()) < num_groups:
+        raise CheckpointError(f"{file}: {module}: g_idx names groups outside 0 to {num_groups - 1}")
     return matrix

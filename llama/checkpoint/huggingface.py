@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..model import ModelArgs
-from .arrays import Array, Reordered
+from .arrays import Array
 from .files import read_json
 from .gptq import stored_arrays
 from .lowbit import Packed, as_matrix, low_bit_format
@@ -203,16 +203,16 @@ def _weights(args: ModelArgs, arrays: list[tuple[str, Array, Path]], low_bit: st
                 f"{file}: {stored_name}: has shape {list(array.shape)}; 1 or 2 dimensions are expected"
             )
         name = rename(stored_name, FROM_HF) or stored_name
-        is_packed = low_bit is not None and array.dtype == torch.uint8 and module_name(name) in rows
-        if is_packed:
-            array = as_matrix(array, rows[module_name(name)], f"{file}: {stored_name}")
+        if low_bit is not None and array.dtype == torch.uint8 and module_name(name) in rows:
+            blocks = as_matrix(array, rows[module_name(name)], f"{file}: {stored_name}")
+            array = Packed(blocks, low_bit)
         if is_rotary(name):
             if array.shape[0] % args.head_dim:
                 raise CheckpointError(
                     f"{file}: {stored_name}: {array.shape[0]} rows are not whole heads of {args.head_dim}"
                 )
-            array = Reordered(array, args.head_dim, interleave)
-        yield Weight(name, Packed(array, low_bit) if is_packed else array, file)
+            array = array.reordered(args.head_dim, interleave)
+        yield Weight(name, array, file)
 
 
 def _generation_config(path: Path) -> tuple[dict[str, float], tuple[int, ...]]:

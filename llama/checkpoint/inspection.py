@@ -16,6 +16,7 @@ from ..quantization import FORMATS
 from .load import split_dim
 from .names import module_name
 from .opening import open_checkpoint
+from .packing import keeps_blocks
 from .shapes import expected_shapes
 from .weight import Checkpoint
 
@@ -29,6 +30,8 @@ class Stored:
     tensors: int
     parameters: int
     nbytes: int
+    packed: int | None = None
+    """How many of the tensors stay in their low-bit blocks, the others being dequantized; None for plain numbers."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,8 @@ class Estimate:
         return self.total_bytes <= self.free_bytes
 
 
-def inspect(path: str | Path) -> Inspection:
-    """Everything about a checkpoint that its headers say; no weight is read.
+def inspect(path: str | Path, world_size: int = 1) -> Inspection:
+    """Everything about a checkpoint that its headers say, and what `world_size` ranks keep packed; no weight is read.
 
     Raises what `open_checkpoint` and the tokenizer raise.
     """
@@ -76,8 +79,9 @@ def inspect(path: str | Path) -> Inspection:
     types: dict[str, Stored] = {}
     for weight in checkpoint.weights():
         so_far = types.get(weight.stored, Stored(0, 0, 0))
+        packed = None if weight.is_plain else (so_far.packed or 0) + keeps_blocks(weight, world_size)
         types[weight.stored] = Stored(
-            so_far.tensors + 1, so_far.parameters + weight.numel, so_far.nbytes + weight.nbytes
+            so_far.tensors + 1, so_far.parameters + weight.numel, so_far.nbytes + weight.nbytes, packed
         )
     tokenizer, chat_format = _tokenizer(checkpoint)
     return Inspection(

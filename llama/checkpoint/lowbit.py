@@ -6,7 +6,8 @@ published layout of its format (`llama/kernels/layouts.py`), (rows, bytes of a r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +47,9 @@ class Packed(Array):
         return (
             FORMATS[self.format].dequantize(self.packed(0, 0, self.shape[0])).narrow(1, start, stop - start)
         )
+
+    def reordered(self, head_dim: int, reorder: Callable[[Tensor, int], Tensor]) -> Packed:
+        return replace(self, blocks=self.blocks.reordered(head_dim, reorder))
 
     def packed(self, dim: int, start: int, stop: int) -> Tensor:
         """The blocks of that part, uint8 (rows, bytes of a row)."""

@@ -24,28 +24,34 @@ def packed_modules(
 ) -> dict[str, str]:
     """Module name -> low-bit format, for every linear that is to be held packed.
 
-    With a `quantization` these are all linears, the output layer included. With None they are those that are stored
-    in blocks of a format that kernels serve; where `device` has no kernels none are, because unpacking at every product
-    is slower than unpacking once. With "none" there are none.
+    With a `quantization` these are all linears, the output layer included. With None they are those that keep the
+    blocks that they are stored in. With "none" there are none.
 
     Call it on what `untied` returns: an output layer that is the embedding is a linear of its own here.
     """
-    if quantization == DENSE or (quantization is None and not has_kernels(device)):
+    if quantization == DENSE:
         return {}
-    modules = {}
-    for weight in checkpoint.weights():
-        is_linear = weight.name.endswith(".weight") and module_name(weight.name) in LINEARS
-        if is_linear and (quantization or keeps_blocks(weight, world_size)):
-            modules[weight.name.removesuffix(".weight")] = quantization or weight.stored.lower()
-    return modules
+    return {
+        weight.name.removesuffix(".weight"): quantization or weight.format
+        for weight in checkpoint.weights()
+        if (is_linear(weight.name) if quantization else keeps_blocks(weight, world_size, device))
+    }
 
 
-def keeps_blocks(weight: Weight, world_size: int) -> bool:
-    """Whether a weight is stored in blocks that kernels serve, and that every rank gets whole."""
-    if not weight.is_packed or weight.stored.lower() not in FORMATS:
+def is_linear(name: str) -> bool:
+    """Whether this is the matrix of a linear layer."""
+    return name.endswith(".weight") and module_name(name) in LINEARS
+
+
+def keeps_blocks(weight: Weight, world_size: int = 1, device: torch.device | str = "cpu") -> bool:
+    """Whether a weight stays as it is stored: a linear, in blocks that kernels serve and that every rank gets whole.
+
+    Where `device` has no kernels none does, because unpacking at every product is slower than unpacking once.
+    """
+    if not (has_kernels(device) and is_linear(weight.name) and weight.format in FORMATS):
         return False
     columns = weight.shape[1] // (world_size if split_dim(weight.name) == 1 else 1)
-    return columns % FORMATS[weight.stored.lower()].block == 0
+    return columns % FORMATS[weight.format].block == 0
 
 
 def untied(checkpoint: Checkpoint) -> Checkpoint:

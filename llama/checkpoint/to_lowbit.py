@@ -61,12 +61,8 @@ def packed_output(output: Output, weight: Weight, format: str, head_dim: int) ->
         return output
 
     def read() -> Tensor:
-        packed = None
-        if weight.is_packed:
-            blocks, stored = weight.read_packed()
-            packed = blocks if stored.lower() == format else None
-        if packed is None:
-            packed = FORMATS[format].quantize(weight.read())
+        is_ready = weight.format == format
+        packed = weight.read_packed()[0] if is_ready else FORMATS[format].quantize(weight.read())
         return deinterleave(packed, head_dim).flatten(0, 2) if is_rotary(weight.name) else packed
 
     rows, columns = weight.shape

@@ -69,9 +69,19 @@ class Weight:
         return prod(self.shape)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it is stored as numbers of the type that `read` gives."""
+        return self.stored == str(self.dtype).removeprefix("torch.")
+
+    @property
     def is_packed(self) -> bool:
         """Whether it is stored in low-bit blocks, so that `read_packed` works."""
-        return hasattr(self.array, "packed")
+        return self.format is not None
+
+    @property
+    def format(self) -> str | None:
+        """The low-bit format of what `read_packed` gives, in lower case; None where it does not work."""
+        return getattr(self.array, "format", None)
 
     def part(self, dim: int | None, rank: int, world_size: int) -> Weight:
         """What `rank` of `world_size` holds of this weight, cut along `dim` (None: all of it)."""
@@ -104,7 +114,7 @@ class Weight:
     def read_packed(
         self, dim: int | None = None, start: int = 0, stop: int | None = None
     ) -> tuple[Tensor, str]:
-        """The stored blocks untouched: uint8 (rows, bytes per row), and the block type's name, such as "Q4_0".
+        """The low-bit blocks, uint8 (rows, bytes per row), and the name of the stored type, such as "Q4_0".
 
         `start` and `stop` count weights, not bytes; along dimension 1 they must fall between blocks.
         """

@@ -74,6 +74,7 @@ def linear_kernel(
     HIGH: tl.constexpr,
     SCALE: tl.constexpr,
     MINIMUM: tl.constexpr,
+    ZERO: tl.constexpr,
     STEPS: tl.constexpr,
     SCALE_BYTES: tl.constexpr,
 ):
@@ -115,6 +116,8 @@ def linear_kernel(
             minimum = tl.zeros_like(scale)
             if MINIMUM >= 0:
                 minimum = load_float(block + MINIMUM, there, 2, UNIT)
+            if ZERO >= 0:
+                minimum = -scale * load_integer(block + ZERO, there, 1, 1).to(tl.float32)
             if FORMAT == "q6_k":
                 group = block + STEPS + at // 4 * 8 + at % 4 + 4 * part
                 scale *= load_integer(group, there, 1, 1).to(tl.int8).to(tl.float32)
@@ -181,7 +184,7 @@ def constants(format: str) -> dict[str, int | str]:
         **{"CHUNKS": layout.block // parts // width, "BLOCK_BYTES": layout.block_bytes},
         **{"CODES": starts["codes"], "HIGH": starts.get("high", -1), "STEPS": starts.get("scales", -1)},
         **{"SCALE": starts[scale.name], "SCALE_BYTES": scale.size},
-        "MINIMUM": starts.get("minimum", starts.get("minimum_unit", -1)),
+        **{"MINIMUM": starts.get("minimum", starts.get("minimum_unit", -1)), "ZERO": starts.get("zero", -1)},
     }
 
 

@@ -5,8 +5,11 @@ block is a few fields (scales, codes) side by side. Inside a block every `group`
 
     weight = value(code) * scale + minimum          value(code) = code - offset, or an entry of a table
 
+where zero_int4's offset is a field too.
+
 Sources: ggml's block structures for q4_0 to q6_k; BigDL-LLM 2.4 for sym_int4, asym_int4, sym_int5, asym_int5, sym_int8
 and nf4, which are the same blocks with 64 columns, sym_int8's scale in float32, and nf4's first half in the high bits.
+zero_int4 is ours: what GPTQ and AWQ store for a group of inputs, repeated for every 64 of them.
 """
 
 from __future__ import annotations
@@ -38,7 +41,7 @@ class Field:
 
 @dataclass(frozen=True)
 class Groups:
-    """Decoded blocks, n of them: codes uint8 (n, groups, group), scale and minimum float32 (n, groups, 1)."""
+    """Decoded blocks, n of them: integer codes (n, groups, group), scale and minimum float32 (n, groups, 1)."""
 
     codes: Tensor
     scale: Tensor
@@ -63,11 +66,11 @@ class Layout:
     def cut(self, blocks: Tensor) -> dict[str, Tensor]:
         """The fields of uint8 (n, block_bytes), each a contiguous (n, size)."""
         parts = blocks.split([field.size for field in self.fields], dim=-1)
-        return {field.name: part.contiguous() for field, part in zip(self.fields, parts, strict=True)}
+        return {field.name: compact(part) for field, part in zip(self.fields, parts, strict=True)}
 
     def join(self, **parts: Tensor) -> Tensor:
         """The inverse of `cut`: uint8 (n, block_bytes). Parts of other types give their bytes."""
-        return torch.cat([parts[field.name].contiguous().view(torch.uint8) for field in self.fields], dim=-1)
+        return torch.cat([compact(parts[field.name]).view(torch.uint8) for field in self.fields], dim=-1)
 
     def unpack(self, blocks: Tensor) -> Groups:
         """Decode uint8 (n, block_bytes)."""
@@ -84,6 +87,12 @@ class Layout:
         if groups.minimum is not None:
             weight += groups.minimum
         return weight.view(packed.shape[0], -1)
+
+
+def compact(part: Tensor) -> Tensor:
+    """A contiguous copy, always: what counts as contiguous already, a lone block's field, may begin at an odd byte or
+    have odd strides in dimensions of one, and can then not be viewed as another type."""
+    return part.clone(memory_format=torch.contiguous_format)
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -144,6 +153,19 @@ class Affine(Layout):
         if self.bits == 5:
             codes |= unpack_bits(parts["high"]) << 4
         return Groups(codes.unsqueeze(1), scale.unsqueeze(-1), minimum)
+
+
+class ZeroPoint(Layout):
+    """One scale a block, and the code that stands for zero."""
+
+    def pack(self, codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+        """Codes uint8 (n, block), scale of any float type and zero uint8 (n, 1) -> uint8 (n, block_bytes)."""
+        return self.join(scale=scale.half(), zero=zero, codes=pack_nibbles(codes))
+
+    def unpack(self, blocks: Tensor) -> Groups:
+        parts = self.cut(blocks)
+        codes = unpack_nibbles(parts["codes"]).short() - parts["zero"].short()
+        return Groups(codes.unsqueeze(1), parts["scale"].view(torch.float16).float().unsqueeze(-1))
 
 
 class NormalFloat(Layout):
@@ -218,6 +240,10 @@ LAYOUTS: dict[str, Layout] = {
         Affine.of("sym_int5", 64, 5),
         Affine.of("asym_int5", 64, 5, minimum=True),
         Affine.of("sym_int8", 64, 8, scale_bytes=4),
+        ZeroPoint(
+            *("zero_int4", 64, 64, 4, 0),
+            (Field("scale", 2, 2), Field("zero", 1, 1), Field("codes", 32, 4)),
+        ),
         NormalFloat("nf4", 64, 64, 4, 0, (Field("scale", 2, 2), Field("codes", 32, 4))),
         Affine.of("q4_0", 32, 4),
         Affine.of("q4_1", 32, 4, minimum=True),

@@ -57,6 +57,15 @@ struct Affine {
   static inline Simd::Floats lowest(const Block& b) { return Simd::halves(b.field[3]); }
 };
 
+struct ZeroPoint4 : Affine<64, 4, true> {  // its minimum is minus the scale times a byte
+  static constexpr int sizes[4] = {32, 0, 2, 1};
+
+  template <int g>
+  static inline Simd::Floats lowest(const Block& b) {
+    return Simd::multiply(Simd::multiply(scale<g>(b), Simd::all(-1.0f)), Simd::to_float(Simd::widen(b.field[3])));
+  }
+};
+
 struct NormalFloat4 {
   static constexpr int block = 64, group_size = 64, offset = 0;
   static constexpr bool minimum = false, bytes = true, table = true;
@@ -278,7 +287,7 @@ const Kernel* find_kernel(const std::string& format) {
       {"q4_0", kernel<Affine<32, 4, false>>()},        {"q4_1", kernel<Affine<32, 4, true>>()},
       {"q5_0", kernel<Affine<32, 5, false>>()},        {"q5_1", kernel<Affine<32, 5, true>>()},
       {"q8_0", kernel<Affine<32, 8, false>>()},        {"q4_k", kernel<Q4K>()},
-      {"q6_k", kernel<Q6K>()},
+      {"q6_k", kernel<Q6K>()},                         {"zero_int4", kernel<ZeroPoint4>()},
   };
   for (const auto& entry : kernels)
     if (format == entry.first) return &entry.second;

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama.cache import CacheShape, ContiguousCache, LayerCache
+from llama.kernels.elementwise import rms_norm, rotate, swiglu
 from llama.linear import Joint, Linear, in_tiles
 from llama.parallel import SINGLE, ModelParallel
 
@@ -101,9 +102,7 @@ class Rotary:
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Rotates x (num_tokens, heads, head_dim) in float32; the result has x's dtype."""
-        x32 = x.float()
-        swapped = x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-        return (x32 * self.cos).addcmul_(swapped, self.sin).to(x.dtype)
+        return rotate(x, self.cos, self.sin)
 
 
 class RMSNorm(nn.Module):
@@ -115,7 +114,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, None, self.eps) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -155,8 +154,7 @@ class FeedForward(nn.Module):
         self.w13 = Joint(self, "w1", "w3")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self.w13(x).chunk(2, dim=-1)
-        return self.parallel.all_reduce(self.w2(F.silu(gate).mul_(up)))
+        return self.parallel.all_reduce(self.w2(swiglu(self.w13(x))))
 
 
 class TransformerBlock(nn.Module):

@@ -7,7 +7,14 @@ from pathlib import Path
 
 from setuptools import Extension
 
-SOURCES = ("attention.cpp", "lowbit.cpp", "lowbit_avx512.cpp", "lowbit_avx2.cpp", "lowbit_scalar.cpp")
+SOURCES = (
+    "attention.cpp",
+    "elementwise.cpp",
+    "lowbit.cpp",
+    "lowbit_avx512.cpp",
+    "lowbit_avx2.cpp",
+    "lowbit_scalar.cpp",
+)
 FLAGS = (
     *("-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"),
     # else gcc postpones the kernels' sums until all products are made, which do not fit in the registers

@@ -66,7 +66,8 @@ inline void soften(float* scores, int64_t count, float* peak, float* sum) {
   for (int64_t t = 0; t < count; t += kTile) highest = Simd::maximum(Simd::numbers(scores + t), highest);
   float lanes[kTile];
   Simd::store(lanes, highest);
-  *peak = *std::max_element(lanes, lanes + kTile);
+  *peak = lanes[0];
+  for (float lane : lanes) *peak = lane > *peak ? lane : *peak;
   auto total = Simd::all(0.0f);
   for (int64_t t = 0; t < count; t += kTile) {
     const auto weight = exponential(Simd::add(Simd::numbers(scores + t), Simd::all(-*peak)));

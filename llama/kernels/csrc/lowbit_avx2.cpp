@@ -1,8 +1,10 @@
 // AVX2 with FMA: every x86-64 server and nearly every laptop since 2013. A tile is two halves of eight rows.
 #include "attention.h"
+#include "elementwise.h"
 #include "lowbit.h"
 #if defined(__x86_64__)
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <immintrin.h>
 #include <type_traits>
@@ -167,6 +169,14 @@ struct Simd {
   }
   static inline Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
   static inline Floats maximum(Floats a, Floats b) { return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)}; }
+  static inline Floats divide(Floats a, Floats b) { return {_mm256_div_ps(a.a, b.a), _mm256_div_ps(a.b, b.b)}; }
+  static inline Floats swap_neighbours(Floats v) { return {_mm256_permute_ps(v.a, 0xB1), _mm256_permute_ps(v.b, 0xB1)}; }
+  static inline Floats negative_magnitude(Floats v) {
+    return {_mm256_or_ps(v.a, _mm256_set1_ps(-0.0f)), _mm256_or_ps(v.b, _mm256_set1_ps(-0.0f))};
+  }
+  static inline Floats where_negative(Floats v, Floats a, Floats b) {
+    return {_mm256_blendv_ps(b.a, a.a, v.a), _mm256_blendv_ps(b.b, a.b, v.b)};
+  }
   static inline float sum(Floats v) {
     const __m256 eight = _mm256_add_ps(v.a, v.b);
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -206,10 +216,15 @@ struct Simd {
 
 #include "lowbit_kernels.h"
 #include "attention_kernels.h"
+#include "elementwise_kernels.h"
 
 }  // namespace
 const Kernel* find(const std::string& format) { return find_kernel(format); }
 AttentionKernels attention() { return kAttention; }
+template <class T>
+ElementwiseKernels<T> elementwise() { return elementwise_kernels<T>(); }
+template ElementwiseKernels<float> elementwise();
+template ElementwiseKernels<uint16_t> elementwise();
 }  // namespace llama::avx2
 #pragma GCC pop_options
 #endif

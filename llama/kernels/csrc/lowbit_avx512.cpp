@@ -1,8 +1,10 @@
 // AVX-512 with VNNI: Ice Lake, Zen 4 and later.
 #include "attention.h"
+#include "elementwise.h"
 #include "lowbit.h"
 #if defined(__x86_64__)
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <immintrin.h>
 #include <type_traits>
@@ -91,6 +93,12 @@ struct Simd {
   static inline Floats floats(const uint8_t* at) { return _mm512_loadu_ps(at); }
   static inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
   static inline Floats maximum(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+  static inline Floats divide(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+  static inline Floats swap_neighbours(Floats v) { return _mm512_permute_ps(v, 0xB1); }
+  static inline Floats negative_magnitude(Floats v) { return _mm512_or_ps(v, all(-0.0f)); }
+  static inline Floats where_negative(Floats v, Floats a, Floats b) {
+    return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(v)), b, a);
+  }
   static inline float sum(Floats v) { return _mm512_reduce_add_ps(v); }
   static inline Ints round(Floats v) { return _mm512_cvtps_epi32(v); }
   static inline Floats times_power_of_two(Floats v, Ints n) {
@@ -112,10 +120,15 @@ struct Simd {
 
 #include "lowbit_kernels.h"
 #include "attention_kernels.h"
+#include "elementwise_kernels.h"
 
 }  // namespace
 const Kernel* find(const std::string& format) { return find_kernel(format); }
 AttentionKernels attention() { return kAttention; }
+template <class T>
+ElementwiseKernels<T> elementwise() { return elementwise_kernels<T>(); }
+template ElementwiseKernels<float> elementwise();
+template ElementwiseKernels<uint16_t> elementwise();
 }  // namespace llama::avx512
 #pragma GCC pop_options
 #endif

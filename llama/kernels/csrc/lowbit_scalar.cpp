@@ -1,10 +1,12 @@
 // Plain C++ for every other processor; what the compiler makes of loops over 16 lanes.
 #include "attention.h"
+#include "elementwise.h"
 #include "lowbit.h"
 #include "processor.h"
 #undef LLAMA_INLINE
 #define LLAMA_INLINE  // without vector registers it would only make the code long
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 #include <utility>
@@ -107,6 +109,18 @@ struct Simd {
   static inline Floats maximum(const Floats& a, const Floats& b) {
     return each<Floats>([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
   }
+  static inline Floats divide(const Floats& a, const Floats& b) {
+    return each<Floats>([&](int i) { return a.v[i] / b.v[i]; });
+  }
+  static inline Floats swap_neighbours(const Floats& v) {
+    return each<Floats>([&](int i) { return v.v[i ^ 1]; });
+  }
+  static inline Floats negative_magnitude(const Floats& v) {
+    return each<Floats>([&](int i) { return -__builtin_fabsf(v.v[i]); });
+  }
+  static inline Floats where_negative(const Floats& v, const Floats& a, const Floats& b) {
+    return each<Floats>([&](int i) { return __builtin_signbit(v.v[i]) ? a.v[i] : b.v[i]; });
+  }
   static inline float sum(const Floats& v) {
     float total = 0;
     for (float number : v.v) total += number;
@@ -157,8 +171,13 @@ struct Simd {
 
 #include "lowbit_kernels.h"
 #include "attention_kernels.h"
+#include "elementwise_kernels.h"
 
 }  // namespace
 const Kernel* find(const std::string& format) { return find_kernel(format); }
 AttentionKernels attention() { return kAttention; }
+template <class T>
+ElementwiseKernels<T> elementwise() { return elementwise_kernels<T>(); }
+template ElementwiseKernels<float> elementwise();
+template ElementwiseKernels<uint16_t> elementwise();
 }  // namespace llama::scalar

@@ -1,0 +1,69 @@
+"""What lies between a layer's products, each in one pass over its numbers: norm, rotation, gate.
+
+Compiled on the CPU; elsewhere, and for other types and sizes, by PyTorch's operators, which define them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama.kernels import library
+
+UNIT = 16  # numbers at a time: rows must be multiples
+
+
+def serves(x: Tensor, columns: int) -> bool:
+    """Whether the compiled kernels take x, in rows of so many numbers."""
+    return (
+        library.AVAILABLE
+        and x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and columns % UNIT == 0
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x ** 2) + eps) * weight, for each of x's rows (..., columns).
+
+    Normalised in float32 and cast back before the product, as in the reference.
+    """
+    if serves(x, x.shape[-1]) and weight.dtype == x.dtype:
+        return torch.ops.llama.rms_norm(x, weight, eps)
+    return F.rms_norm(x, weight.shape, None, eps) * weight
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Neighbouring pairs (a, b) of x (num_tokens, heads, head_dim) become (a, b) * cos + (b, a) * sin.
+
+    cos, sin: (num_tokens, 1, head_dim) float32. Computed in float32; the result has x's dtype.
+    """
+    if serves(x, x.shape[-1]) and x.stride()[1:] == (x.shape[-1], 1):
+        return torch.ops.llama.rotate(x, cos, sin)
+    x32 = x.float()
+    swapped = x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (x32 * cos).addcmul_(swapped, sin).to(x.dtype)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) * up of x (..., 2 * columns), the gate first: (..., columns). Shazeer 2020, arXiv:2002.05202."""
+    if serves(x, x.shape[-1] // 2):
+        return torch.ops.llama.swiglu(x)
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+if library.AVAILABLE:
+
+    @torch.library.register_fake("llama::rms_norm")
+    def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return x.new_empty(x.shape)
+
+    @torch.library.register_fake("llama::rotate")
+    def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return x.new_empty(x.shape)
+
+    @torch.library.register_fake("llama::swiglu")
+    def _(x: Tensor) -> Tensor:
+        return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))

@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,34 @@ class Peer:
     def close(self) -> None:
         self.child.stdin.close()
         self.child.wait()
+
+
+def anonymous_bytes() -> int:
+    """Resident memory of this process that no file backs."""
+    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0]) * 1024
+
+
+class Memory:
+    """`with Memory() as memory:` how far the anonymous resident memory grows; a thread looks every 2 ms."""
+
+    def __enter__(self) -> Memory:
+        self.before = anonymous_bytes()
+        self.peak = self.held = 0  # bytes
+        self._done = threading.Event()
+        self._watcher = threading.Thread(target=self._watch)
+        self._watcher.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.002):
+            self.peak = max(self.peak, anonymous_bytes() - self.before)
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._watcher.join()
+        self.held = anonymous_bytes() - self.before
+        self.peak = max(self.peak, self.held)
 
 
 def report(result: dict[str, object]) -> None:

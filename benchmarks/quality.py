@@ -30,7 +30,6 @@ import json
 import platform
 import sys
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass
@@ -42,7 +41,7 @@ from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
-from common import Peer, alternate, machine, median, report
+from common import Memory, Peer, alternate, machine, median, report
 from lowbit_models import Work, run_ours
 
 from llama import Llama
@@ -157,34 +156,6 @@ def own_weights(format: str) -> Iterator[torch.Tensor]:
 
 
 # ---- memory, speed
-
-
-def anonymous_bytes() -> int:
-    """Resident memory of this process that no file backs."""
-    fields = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
-    return int(fields["RssAnon"].split()[0]) * 1024
-
-
-class Memory:
-    """`with Memory() as memory:` how far the anonymous resident memory grows; a thread looks every 2 ms."""
-
-    def __enter__(self) -> Memory:
-        self.before = anonymous_bytes()
-        self.peak = self.held = 0  # bytes
-        self._done = threading.Event()
-        self._watcher = threading.Thread(target=self._watch)
-        self._watcher.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.002):
-            self.peak = max(self.peak, anonymous_bytes() - self.before)
-
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        self._watcher.join()
-        self.held = anonymous_bytes() - self.before
-        self.peak = max(self.peak, self.held)
 
 
 @dataclass(frozen=True)

@@ -152,8 +152,11 @@ class KVCache:
         self.device = device
         self.fixed_rows = fixed_rows
         size = (shape.n_layers, shape.n_kv_heads, num_slots, shape.head_dim)
-        self.keys = Store.empty(size, device, dtype)
-        self.values = Store.empty(size, device, dtype)
+        self._keep(Store.empty(size, device, dtype), Store.empty(size, device, dtype))
+
+    def _keep(self, keys: Store, values: Store) -> None:
+        self.keys, self.values = keys, values
+        self._layers = list(zip(keys.layers(), values.layers(), strict=True))
 
     def layers(self, spans: Sequence[Span]) -> list[LayerCache]:
         """Each layer's view of the cache for a step made of `spans`."""
@@ -168,7 +171,7 @@ class KVCache:
         table = row_table(single) if self.fixed_rows is None else row_table(())
         return [
             LayerCache(keys, values, slots, tuple(spans), table, window, self.fixed_rows)
-            for keys, values in zip(self.keys.layers(), self.values.layers(), strict=True)
+            for keys, values in self._layers
         ]
 
     def copy(self, source: int, target: int, length: int) -> None:
@@ -193,9 +196,7 @@ class ContiguousCache(KVCache):
         if length <= self.capacity:
             return
         capacity = max(length, 2 * self.capacity, 64)
-        self.keys, self.values = (
-            Store(self._grown(store.numbers, capacity), None) for store in (self.keys, self.values)
-        )
+        self._keep(*(Store(self._grown(store.numbers, capacity), None) for store in (self.keys, self.values)))
         self.num_slots = self.num_rows * capacity
 
     def _grown(self, stored: torch.Tensor, capacity: int) -> torch.Tensor:

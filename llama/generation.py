@@ -34,7 +34,7 @@ from llama.checkpoint import (
     save_low_bit,
     untied,
 )
-from llama.device import choose_device, choose_dtype, choose_kv_dtype
+from llama.device import choose_device, choose_dtype, choose_kv_dtype, return_memory
 from llama.engine import Engine, Event, Logprob
 from llama.model import ModelArgs, Transformer
 from llama.progress import progress_bar
@@ -172,6 +172,7 @@ class Llama:
                 progress=advance,
             )
         model.prepare(BLOCK_SIZE if deterministic else None)
+        return_memory()
         llm = Llama(
             model,
             tokenizer,

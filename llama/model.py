@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama.cache import CacheShape, ContiguousCache, LayerCache
+from llama.device import return_memory
 from llama.kernels.elementwise import rms_norm, rotate, swiglu
 from llama.linear import Joint, Linear, in_tiles
 from llama.parallel import SINGLE, ModelParallel
@@ -172,10 +173,14 @@ class TransformerBlock(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a table that is cut over the vocabulary: each rank holds vocab_size / size of them."""
+    """Rows of a table that is cut over the vocabulary: each rank holds vocab_size / size of them.
 
-    def __init__(self, vocab_size: int, dim: int, parallel: ModelParallel = SINGLE):
+    A table that is only looked up may stay `as_stored`, in a smaller type than the model computes in.
+    """
+
+    def __init__(self, vocab_size: int, dim: int, parallel: ModelParallel = SINGLE, as_stored: bool = False):
         super().__init__()
+        self.as_stored = as_stored
         self.parallel = parallel
         self.num_rows = vocab_size // parallel.size
         self.weight = nn.Parameter(torch.empty(self.num_rows, dim), requires_grad=False)
@@ -203,7 +208,9 @@ class Transformer(nn.Module):
         self.parallel = parallel
         self.vocab_size = params.vocab_size
         self.n_layers = params.n_layers
-        self.tok_embeddings = Embedding(params.vocab_size, params.dim, parallel)
+        self.tok_embeddings = Embedding(
+            params.vocab_size, params.dim, parallel, as_stored=not params.tie_word_embeddings
+        )
         self.layers = nn.ModuleList(TransformerBlock(params, parallel) for _ in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)
         self.output = None
@@ -229,6 +236,7 @@ class Transformer(nn.Module):
             layer.attention.wo.prepare(fixed_rows)
             layer.feed_forward.w13.prepare(fixed_rows)
             layer.feed_forward.w2.prepare(fixed_rows)
+            return_memory()  # of the weights as they were
         if self.output is not None:
             self.output.prepare(fixed_rows)
 
@@ -240,7 +248,7 @@ class Transformer(nn.Module):
         Each layer stores the step's keys and values in its part of the cache.
         """
         rotary = Rotary.at(positions, rope_frequencies(self.params, positions.device))
-        h = self.tok_embeddings(tokens)
+        h = self.tok_embeddings(tokens).to(self.norm.weight.dtype)
         for layer, cache in zip(self.layers, caches, strict=True):
             h = layer(h, rotary, cache)
         return self.norm(h)

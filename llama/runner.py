@@ -13,11 +13,12 @@ from itertools import chain
 import torch
 
 from llama.cache import KVCache, Span
-from llama.device import free_memory
+from llama.device import free_memory, return_memory
 from llama.model import Transformer
 from llama.scheduler import Step
 
 BLOCK_SIZE = 16  # tokens in a block of the cache
+LONG_STEP = 256  # tokens: the temporaries of such a step are worth giving back to the system
 MEMORY_SHARE = 0.5  # of the memory that is free after loading, for keys and values
 
 
@@ -114,7 +115,10 @@ class Runner:
         places = [range(span.context - span.num_rows, span.context) for span in batch.spans]
         positions = torch.tensor(list(chain.from_iterable(places)), device=self.device)
         states = self.model.hidden_states(tokens, positions, self.cache.layers(batch.spans))
-        return Output(self.model.logits(states[batch.wanted]), states)
+        output = Output(self.model.logits(states[batch.wanted]), states)
+        if len(batch.tokens) >= LONG_STEP and self.device.type == "cpu":
+            return_memory()
+        return output
 
 
 def count_blocks(model: Transformer, kv_cache_memory: int | None, dtype: torch.dtype) -> int:

@@ -37,6 +37,8 @@ def load_weights(
     `load_weight(name, weight, device, dtype)` takes its weights itself: it gets this rank's part, unread, and may
     keep the stored blocks of it (`weight.read_packed`). It may be called from several threads, once for each weight.
 
+    A module whose `as_stored` is true keeps a stored type that is smaller than `dtype`.
+
     `progress` is called with the bytes done and the bytes in all. Raises CheckpointError, before anything is read,
     that names every missing, unexpected, duplicate and misshapen weight; ValueError for an uneven world size.
     """
@@ -89,6 +91,8 @@ def fill(model: nn.Module, part: Weight, device: torch.device, dtype: torch.dtyp
     if hasattr(module, "load_weight"):
         module.load_weight(attribute, part, device, dtype)
         return
+    if dtype is not None and part.dtype.itemsize < dtype.itemsize and getattr(module, "as_stored", False):
+        dtype = part.dtype
     tensor = part.mapped()
     if tensor is None or (dtype is not None and tensor.dtype != dtype):
         tensor = torch.empty(part.shape, dtype=dtype or part.dtype)

@@ -93,7 +93,9 @@ def test_sixteen_bit_weights_are_equal_after_the_cast(tmp_path, dtype):
         assert open_checkpoint(path).dtype == dtype
         assert_equal(dict(loaded(path, dtype=dtype).named_parameters()), weights)
         widened = dict(loaded(path, dtype=torch.float32).named_parameters())
-        assert_equal(widened, {name: weight.float() for name, weight in weights.items()})
+        expected = {name: weight.float() for name, weight in weights.items()}
+        expected["tok_embeddings.weight"] = weights["tok_embeddings.weight"]  # rows are cast when they are looked up
+        assert_equal(widened, expected)
 
 
 def test_parameters_are_assigned_without_gradients_and_contiguous(tmp_path):

@@ -108,7 +108,7 @@ def test_ranks_hold_whole_blocks_of_their_part(source, tmp_path, size):
     checkpoint = open_checkpoint(tmp_path / "saved")
     whole = {weight.name: weight.read() for weight in checkpoint.weights()}
     for rank in range(size):
-        packed = packed_modules(checkpoint, None, size)
+        packed = packed_modules(checkpoint, "q8_0", size)
         with torch.device("meta"):
             model = Transformer(checkpoint.args, ModelParallel(rank, size))
         replace_linears(model, packed)

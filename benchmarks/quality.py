@@ -67,7 +67,7 @@ ROWS: dict[str, dict[str, str]] = {
     "unpacked": BASELINE,
     "as stored": {},
     **{name: {"quantization": name} for name in FORMATS},
-    "int8 keys, values": BASELINE | {"kv_dtype": "int8"},
+    "int8 cache": BASELINE | {"kv_dtype": "int8"},
 }  # what `Llama.build` is told
 START, END = "<!-- quality table: benchmarks/quality.py writes it -->", "<!-- end of the quality table -->"
 HEADS = (

@@ -23,12 +23,11 @@ import json
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
 import torch
-from common import alternate, machine, median, report
+from common import Memory, alternate, machine, median, report
 
 from llama.checkpoint import convert, load_weights, open_checkpoint
 from llama.device import DTYPES
@@ -45,36 +44,6 @@ SIDES = {
     "ours_cast": ("hf", "ours", True),
     "transformers_cast": ("hf", "transformers", True),
 }
-
-
-def anonymous_memory() -> int:
-    """Bytes of this process's anonymous resident memory."""
-    with open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-
-class Peak:
-    """The highest anonymous memory while it is open, looked at every two milliseconds."""
-
-    def __enter__(self) -> Peak:
-        self.start = self.highest = anonymous_memory()
-        self.done = threading.Event()
-        self.thread = threading.Thread(target=self._watch)
-        self.thread.start()
-        return self
-
-    def _watch(self) -> None:
-        while not self.done.wait(0.002):
-            self.highest = max(self.highest, anonymous_memory())
-
-    def __exit__(self, *exception: object) -> None:
-        self.done.set()
-        self.thread.join()
-        self.highest = max(self.highest, anonymous_memory())
-
-    @property
-    def growth(self) -> int:
-        return self.highest - self.start
 
 
 def load_ours(path: Path, dtype: torch.dtype) -> torch.nn.Module:
@@ -114,14 +83,14 @@ def measure(path: Path, loader: str, dtype: torch.dtype) -> dict[str, float]:
 
         del load_file, LlamaForCausalLM
     torch.zeros(1 << 20).to(torch.bfloat16)
-    with Peak() as peak:
+    with Memory() as memory:
         started = time.perf_counter()
         model = LOADERS[loader](path, dtype)
         for parameter in model.parameters():
             parameter.detach().view(-1).view(torch.uint8)[::PAGE].sum()
         elapsed = time.perf_counter() - started
     nbytes = sum(parameter.nbytes for parameter in model.parameters())
-    return {"seconds": elapsed, "growth": peak.growth, "nbytes": nbytes}
+    return {"seconds": elapsed, "growth": memory.peak, "nbytes": nbytes}
 
 
 def in_a_process_of_its_own(path: Path, loader: str, dtype: str) -> dict[str, float]:

@@ -92,6 +92,15 @@ def run_peer(peer: Peer, vocab_size: int, work: Work, flash: bool) -> float:
     return (answer["seconds"] - answer["prefill_seconds"]) / (work.num_tokens - 1)
 
 
+def low_bit_linears(llm: Llama) -> list[LowBitLinear]:
+    return [module for module in llm.model.modules() if isinstance(module, LowBitLinear)]
+
+
+def packed_bytes(linears: list[LowBitLinear]) -> int:
+    """Of the published layout."""
+    return sum(linear.format.packed_columns(linear.in_features) * linear.out_features for linear in linears)
+
+
 @dataclass(frozen=True)
 class Result:
     """One comparison. Seconds are medians, of a prompt or of one step."""
@@ -159,11 +168,10 @@ class Contest:
 
     def effort(self, work: Work, is_read: bool) -> float:
         """Bytes that a step reads, or operations of its linears; a prompt's output layer has one row."""
-        linears = [m for m in self.llm.model.modules() if isinstance(m, LowBitLinear)]
+        linears = low_bit_linears(self.llm)
         if is_read:
             context = work.prompt_tokens + work.num_tokens // 2
-            read = sum(FORMATS[m.format.name].packed_columns(m.in_features) * m.out_features for m in linears)
-            return read + context * self.llm.model.cache_shape.bytes_per_token(DTYPE)
+            return packed_bytes(linears) + context * self.llm.model.cache_shape.bytes_per_token(DTYPE)
         rows = work.prompt_tokens if work.num_tokens == 1 else work.num_prompts
         output = self.llm.model.output
         sizes = [

@@ -21,10 +21,11 @@ from pathlib import Path
 
 from batching import SHAPES, write_model
 from common import Memory, Peer, machine, report
+from lowbit_models import low_bit_linears, packed_bytes
 
 from llama import Llama, SamplingParams
 from llama.checkpoint import open_checkpoint, save_low_bit
-from llama.quantization import FORMATS, LowBitLinear
+from llama.quantization import FORMATS
 
 PROMPT, ANSWER = 512, 32
 TARGET = 1.15
@@ -37,11 +38,7 @@ def measure(path: str, quantization: str | None) -> dict[str, int]:
         params = SamplingParams(temperature=0.0, max_tokens=ANSWER, ignore_eos=True)
         llm.complete([list(range(3, 3 + PROMPT))], params)
     model = llm.model
-    packed = sum(
-        m.format.packed_columns(m.in_features) * m.out_features
-        for m in model.modules()
-        if isinstance(m, LowBitLinear)
-    )
+    packed = packed_bytes(low_bit_linears(llm))
     norms = sum(parameter.nbytes for name, parameter in model.named_parameters() if "norm" in name)
     tokens = PROMPT + ANSWER
     cache = tokens * model.cache_shape.bytes_per_token(model.norm.weight.dtype)

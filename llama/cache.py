@@ -14,7 +14,8 @@ from itertools import chain
 
 import torch
 
-from llama.kernels.attention import attend_rows, row_table, serves
+from llama.kernels.attention import attend_rows, row_table
+from llama.kernels.library import serves
 
 Extent = tuple[int, int]  # (first slot, number of slots)
 

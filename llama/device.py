@@ -57,5 +57,5 @@ def free_memory(device: torch.device) -> int:
 
 def return_memory() -> None:
     """Gives back to the system what the C library keeps of freed memory; loading leaves much of it. Linux only."""
-    if sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "malloc_trim"):  # glibc's, not musl's
-        ctypes.CDLL(None).malloc_trim(0)
+    if sys.platform.startswith("linux") and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)  # glibc's; musl has none

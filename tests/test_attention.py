@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from llama.cache import CacheShape, KVCache, LayerCache, Span
-from llama.kernels import attention, library
+from llama.kernels import library
 from llama.kernels.attention import attend_rows, attend_rows_twin, row_table
 
 compiled = pytest.mark.skipif(not library.AVAILABLE, reason="the kernels were not compiled")
@@ -177,8 +177,8 @@ def test_8_bits_cost_one_scale_a_token_and_head():
 
 
 def test_types_and_sizes_that_the_kernel_does_not_take_are_left_to_pytorch():
-    assert attention.serves(torch.zeros(1, 2, 32)) == library.AVAILABLE
-    assert not attention.serves(torch.zeros(1, 2, 24))
-    assert not attention.serves(torch.zeros(1, 2, 32, dtype=torch.float16))
-    assert not attention.serves(torch.zeros(1, 2, 32, device="meta"))
+    assert library.serves(torch.zeros(1, 2, 32)) == library.AVAILABLE
+    assert not library.serves(torch.zeros(1, 2, 24))
+    assert not library.serves(torch.zeros(1, 2, 32, dtype=torch.float16))
+    assert not library.serves(torch.zeros(1, 2, 32, device="meta"))
     assert isinstance(attended(torch.float16, torch.float16)[1], LayerCache)

@@ -10,18 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.kernels import library
-
-UNIT = 16  # numbers at a time: rows must be multiples
-
-
-def serves(x: Tensor, columns: int) -> bool:
-    """Whether the compiled kernels take x, in rows of so many numbers."""
-    return (
-        library.AVAILABLE
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and columns % UNIT == 0
-    )
+from llama.kernels.library import UNIT, serves
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -29,7 +18,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     Normalised in float32 and cast back before the product, as in the reference.
     """
-    if serves(x, x.shape[-1]) and weight.dtype == x.dtype:
+    if serves(x) and weight.dtype == x.dtype:
         return torch.ops.llama.rms_norm(x, weight, eps)
     return F.rms_norm(x, weight.shape, None, eps) * weight
 
@@ -39,7 +28,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     cos, sin: (num_tokens, 1, head_dim) float32. Computed in float32; the result has x's dtype.
     """
-    if serves(x, x.shape[-1]) and x.stride()[1:] == (x.shape[-1], 1):
+    if serves(x) and x.stride()[1:] == (x.shape[-1], 1):
         return torch.ops.llama.rotate(x, cos, sin)
     x32 = x.float()
     swapped = x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
@@ -48,7 +37,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up of x (..., 2 * columns), the gate first: (..., columns). Shazeer 2020, arXiv:2002.05202."""
-    if serves(x, x.shape[-1] // 2):
+    if serves(x, 2 * UNIT):
         return torch.ops.llama.swiglu(x)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)

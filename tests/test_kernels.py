@@ -1,5 +1,7 @@
 """Compiled low-bit products against their PyTorch twin and against the product with dequantized weights."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -29,9 +31,9 @@ def needs(variant: str) -> None:
 def problem(
     name: str, rows: int, outputs: int = 37, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, ...]:
-    """x (rows, columns), the plain and the kernel layout, a bias; columns are an odd number of blocks."""
+    """x (rows, columns), the plain and the kernel layout, a bias; one block more than many rows share a decoding of."""
     form = FORMATS[name]
-    columns = form.block * (1 if form.block == 256 else 3)
+    columns = 256 + form.block
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, columns, generator=generator).to(dtype)
     packed = form.quantize(torch.randn(outputs, columns, generator=generator))
@@ -53,7 +55,7 @@ def test_a_product_is_the_dequantized_weights_within_the_activations_rounding(na
     x, packed, interleaved, bias = problem(name, rows)
     weight = FORMATS[name].dequantize(packed)
     y = lowbit.lowbit_linear(x, interleaved, bias, name, 37, variant)
-    bound = rounding_bound(x, weight, LAYOUTS[name].group) + 2e-3
+    bound = rounding_bound(x, weight, LAYOUTS[name].rounded) + 2e-3
     error = (y - F.linear(x, weight, bias)).abs()
     assert (error <= (bound if variant != "tiles" else 2e-3)).all()
 
@@ -87,7 +89,7 @@ def test_bfloat16_activations_give_bfloat16(name, variant):
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_rows_result_depends_on_no_other_row(name, variant):
     needs(variant)
-    x, _, interleaved, _ = problem(name, 15)
+    x, _, interleaved, _ = problem(name, 23)
     together = lowbit.lowbit_linear(x, interleaved, None, name, 37, variant)
     alone = [lowbit.lowbit_linear(row[None], interleaved, None, name, 37, variant) for row in x]
     assert torch.equal(together, torch.cat(alone))
@@ -110,17 +112,18 @@ def test_several_threads_compute_what_one_does(variant):
 @pytest.mark.parametrize("variant", INTEGER_VARIANTS)
 def test_extreme_codes_do_not_overflow(variant):
     needs(variant)
-    for name in ("sym_int8", "q8_0", "q6_k", "nf4", "q5_1", "zero_int4"):
+    for name, byte in product(FORMATS, (0x00, 0x80, 0xFF)):
         layout = LAYOUTS[name]
-        blocks = torch.full((TILE, layout.block_bytes), 0x80 if "8" in name else 0xFF, dtype=torch.uint8)
+        blocks = torch.full((TILE, layout.block_bytes), byte, dtype=torch.uint8)
         for field, start in (
             (field, sum(f.size for f in layout.fields[:i])) for i, field in enumerate(layout.fields)
         ):
-            if field.name in ("scale", "minimum", "unit"):
+            if field.name in ("scale", "minimum", "unit", "minimum_unit"):
                 one = torch.ones(1, dtype=torch.float32 if field.size == 4 else torch.float16)
                 blocks[:, start : start + field.size] = one.view(torch.uint8)
         interleaved = lowbit.interleave(blocks, layout)
-        for x in (torch.full((1, layout.block), 3.0), torch.full((1, layout.block), -3.0)):
+        for value, rows in product((3.0, -3.0), (1, 16)):  # 16: decoded once for all
+            x = torch.full((rows, layout.block), value)
             y = lowbit.lowbit_linear(x, interleaved, None, name, TILE, variant)
             torch.testing.assert_close(y, F.linear(x, layout.dequantize(blocks)), rtol=1e-4, atol=1e-2)
 

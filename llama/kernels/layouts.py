@@ -63,6 +63,11 @@ class Layout:
     def block_bytes(self) -> int:
         return sum(field.size for field in self.fields)
 
+    @property
+    def rounded(self) -> int:
+        """Columns whose activations the C++ kernels round together; in K-quants several groups."""
+        return min(self.block, 64)
+
     def cut(self, blocks: Tensor) -> dict[str, Tensor]:
         """The fields of uint8 (n, block_bytes), each a contiguous (n, size)."""
         parts = blocks.split([field.size for field in self.fields], dim=-1)

@@ -22,8 +22,8 @@ TILES_AT_ONCE = 64  # rows are rearranged 1024 at a time, so that temporaries st
 def variants() -> list[str]:
     """The ways of computing that this machine can run, best first; empty where nothing was compiled.
 
-    "avx512_vnni", "avx2" and "scalar" round the activations to int8, one scale for each of the weight's groups of
-    columns. "tiles" rounds nothing: it turns some hundred weight rows at a time into x's dtype for a matrix product.
+    "avx512_vnni", "avx2" and "scalar" round the activations to int8, one scale for each `rounded` columns of the
+    layout. "tiles" rounds nothing: it turns some hundred weight rows at a time into x's dtype for a matrix product.
     """
     return [*library.instruction_sets(), "tiles"] if library.AVAILABLE else []
 
@@ -53,7 +53,7 @@ def lowbit_linear_twin(
     """What `lowbit_linear` means, in PyTorch operators and float32; slow."""
     layout = LAYOUTS[format]
     weight = layout.dequantize(deinterleave(packed, layout, outputs, x.shape[1]))
-    rounded = x.float() if variant == "tiles" else round_activations(x.float(), layout.group)
+    rounded = x.float() if variant == "tiles" else round_activations(x.float(), layout.rounded)
     return F.linear(rounded, weight, bias).to(x.dtype)
 
 

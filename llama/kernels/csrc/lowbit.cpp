@@ -71,16 +71,16 @@ std::unique_ptr<T[]> uninitialized(int64_t count) { return std::unique_ptr<T[]>(
 // Rounds x to int8. `memory` will own what the result points to.
 Activations quantize(const Kernel& kernel, const Shape& s, const void* x, bool bfloat16,
                      std::unique_ptr<char[]>& memory) {
-  const int64_t groups = s.rows * s.columns / kernel.group;
-  memory = uninitialized<char>(s.rows * s.columns * kernel.code_bytes + 12 * groups);
+  const int64_t groups = s.rows * s.columns / kernel.group, steps = s.rows * s.columns / kernel.step;
+  memory = uninitialized<char>(s.rows * s.columns * kernel.code_bytes + 4 * groups + 8 * steps);
   auto* scale = (float*)memory.get();
-  Activations a{s.rows, s.columns, kernel.group, scale + 3 * groups, scale, (int32_t*)(scale + groups),
-                scale + 2 * groups};
+  auto* sum = scale + groups;
+  Activations a{s.rows, s.columns, sum + 2 * steps, scale, (int32_t*)(sum + steps), sum};
   auto bundles = [&](int64_t begin, int64_t end) {
     const int64_t last = std::min(end * kernel.max_rows, s.rows);
     auto floats = uninitialized<float>(bfloat16 ? std::min(kernel.max_rows, s.rows) * s.columns : 0);
     for (int64_t first = begin * kernel.max_rows; first < last;) {
-      const int64_t count = kernel.bundle(s.rows - first);
+      const int64_t count = bundle_rows(kernel.max_rows, s.rows - first);
       const float* from = (const float*)x + first * s.columns;
       if (bfloat16) {
         const auto* halves = (const uint16_t*)x + first * s.columns;
@@ -128,7 +128,7 @@ void integer_product(const Kernel& kernel, const Shape& s, const uint8_t* packed
     for (int64_t part = begin; part < end; ++part) {
       const int64_t last_tile = std::min((part + 1) * kTilesTogether, s.tiles);
       for (int64_t first = 0, count; first < s.rows; first += count) {
-        count = kernel.bundle(s.rows - first);
+        count = std::min(kMaxRows, s.rows - first);
         for (int64_t tile = part * kTilesTogether; tile < last_tile; ++tile) {
           kernel.product(packed, s.tiles, tile, a, first, count, results);
           write_results(s, results, tile, first, count, bias, bfloat16, out);

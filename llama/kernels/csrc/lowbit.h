@@ -8,7 +8,7 @@
 namespace llama {
 
 constexpr int64_t kTile = 16;    // weight rows side by side: the 32-bit lanes of a 512-bit register
-constexpr int64_t kMaxRows = 8;  // most activation rows that share one pass over a weight tile
+constexpr int64_t kMaxRows = 128;  // most activation rows that meet one weight tile in one call
 constexpr int64_t kPrefetch = 8192;  // bytes ahead of each load: hardware prefetchers lose several streams at once
 
 // nf4's levels times 32639 as 256 * high + low: products stay in integers, to 15 bits of each level. `low` is signed
@@ -30,28 +30,29 @@ constexpr Levels nf4_levels() {
 }
 constexpr Levels kNf4 = nf4_levels<true>();
 
-// Activations rounded to int8, one scale per group of columns. Rows lie in bundles of `Kernel::bundle(rows left)`;
-// inside a bundle everything is ordered [group][row], so that a kernel walks it from front to back.
+// The next bundle's rows of `left` activation rows: a power of two, so that there is a kernel for every bundle.
+inline int64_t bundle_rows(int64_t most, int64_t left) {
+  while (most > left) most /= 2;
+  return most;
+}
+
+// Activations rounded to int8, one scale per group of columns. Rows lie in bundles; inside a bundle everything is
+// ordered [group][row], so that a kernel walks it from front to back.
 struct Activations {
-  int64_t rows, columns, group;
+  int64_t rows, columns;
   void* codes;     // [group][row][column], in the type and order that the kernel's sums take
-  float* scale;    // x = code * scale
-  int32_t* start;  // -offset * sum of codes: where an integer product starts, so that weights may stay unsigned
-  float* sum;      // scale * sum of codes: what a weight group's minimum is multiplied by
+  float* scale;    // [group][row]: x = code * scale
+  int32_t* start;  // [step][row]: -offset * sum of codes, where a product starts, so that weights may stay unsigned
+  float* sum;      // [step][row]: scale * sum of codes, what a weight step's minimum is multiplied by
 };
 
 // One format's kernels for one instruction set. `packed` is the interleaved layout of `tiles` tiles.
 struct Kernel {
-  int64_t block, group, block_bytes, code_bytes;
+  int64_t block, group, step, block_bytes, code_bytes;
   int64_t max_rows;  // of a bundle: a power of two
-  int64_t bundle(int64_t left) const {
-    int64_t rows = max_rows;
-    while (rows > left) rows /= 2;
-    return rows;
-  }
   // Round `count` rows of floats at x (a bundle) into `a` at its row `first`.
   void (*quantize)(const float* x, int64_t first, int64_t count, const Activations& a);
-  // out[row][lane] for one bundle (activation rows first..first + count) and one weight tile.
+  // out[row][lane] for activation rows first..first + count, where a bundle begins and one ends, and one weight tile.
   void (*product)(const uint8_t* packed, int64_t tiles, int64_t tile, const Activations& a, int64_t first,
                   int64_t count, float* out);
   // One block of a tile as numbers, transposed: out[column * stride + lane].

@@ -89,35 +89,44 @@ struct Simd {
   static inline __m256i four_bytes(const T* x) {  // as a float: gcc makes one instruction of that
     return _mm256_castps_si256(_mm256_broadcast_ss((const float*)x));
   }
-  // Sums of products with four activations, which lie in `order`; `weights` is done once for all rows.
+  using Step = Pair;
+  static inline Step step(Ints v) { return either(mask(v, 0xffff), left(v, 16)); }  // for both words of a lane
+
+  // Sums of products with four activations, which lie in `order`; `weights` is done once for all rows. Every step is
+  // opened, added to and closed; `value` is the sum of all.
   //
-  // Two products of a small code and an activation (up to 127) make 16 bits, and so do several such pairs.
-  template <int highest>
+  // Two products of a small code and an activation (up to 127) make 16 bits, and so do several such pairs. Where a
+  // whole step's values fit, it starts at what the offset takes away: sums on the way may wrap around.
+  template <int highest, int offset, int columns>
   struct CodeSum {
     using Code = int8_t;
-    static constexpr int order[4] = {0, 1, 2, 3}, most = 32767 / (2 * 127 * highest);
-    Pair value, pairs;
+    using Weights = Bytes;
+    static constexpr int largest = offset > highest - offset ? offset : highest - offset;
+    static constexpr bool fits = columns / 2 * 127 * largest <= 32767;
+    static constexpr int order[4] = {0, 1, 2, 3}, most = fits ? columns / 4 : 32767 / (2 * 127 * highest);
+    Pair value = all(0), pairs;
     int waiting;
 
     static inline LLAMA_INLINE Bytes weights(Bytes codes) { return codes; }
-    inline LLAMA_INLINE void start(int32_t v) {
-      value = all(v);
-      waiting = 0;
+    static int32_t start(int32_t first, int32_t last) {
+      return fits ? (first & 0xffff) | (int32_t)((uint32_t)last << 16) : first + last;
     }
-    inline LLAMA_INLINE void add(Bytes weights, const Code* x) {
+    inline LLAMA_INLINE void open(const int32_t& start) {
+      waiting = 0;
+      if constexpr (offset == 0) return;
+      (fits ? pairs : value) = all(start);
+    }
+    inline LLAMA_INLINE void add(const Bytes& weights, const Code* x) {
       const __m256i v = four_bytes(x);
       const Pair more = both(weights, [v](__m256i w) { return _mm256_maddubs_epi16(w, v); });
-      pairs = waiting ? both(pairs, more, [](__m256i s, __m256i p) { return _mm256_add_epi16(s, p); }) : more;
-      if (++waiting == most) widen();
+      const bool first = waiting == 0 && !(fits && offset);
+      pairs = first ? more : both(pairs, more, [](__m256i s, __m256i p) { return _mm256_add_epi16(s, p); });
+      if (++waiting == most && !fits) close();
     }
-    inline LLAMA_INLINE Ints total() {
-      if (waiting) widen();
-      return value;
-    }
-    inline LLAMA_INLINE void widen() {
-      value = both(value, pairs, [](__m256i s, __m256i p) {
-        return _mm256_add_epi32(s, _mm256_madd_epi16(p, _mm256_set1_epi16(1)));
-      });
+    inline LLAMA_INLINE void close() { close({_mm256_set1_epi16(1), _mm256_set1_epi16(1)}); }
+    inline LLAMA_INLINE void close(const Step& step) {
+      if (!waiting) return;
+      value = Simd::add(value, both(pairs, step, [](__m256i p, __m256i s) { return _mm256_madd_epi16(p, s); }));
       waiting = 0;
     }
   };
@@ -130,7 +139,8 @@ struct Simd {
     };
     Pair value;
 
-    inline LLAMA_INLINE void start(int32_t v) { value = all(v); }
+    static int32_t start(int32_t, int32_t) { return 0; }
+    inline LLAMA_INLINE void open(const int32_t&) { value = all(0); }
     inline LLAMA_INLINE void add(const Weights& weights, const Code* x) {
       add(weights.even, four_bytes(x));
       add(weights.odd, four_bytes(x + 2));
@@ -138,7 +148,7 @@ struct Simd {
     inline LLAMA_INLINE void add(Pair weights, __m256i x) {
       value = both(value, weights, [x](__m256i s, __m256i w) { return _mm256_add_epi32(s, _mm256_madd_epi16(w, x)); });
     }
-    inline LLAMA_INLINE Ints total() { return value; }
+    inline LLAMA_INLINE void close() {}
   };
   struct ByteSum : WordSum {
     static inline LLAMA_INLINE Weights weights(Bytes v) {

@@ -51,23 +51,30 @@ struct Simd {
   static inline Ints widen_signed(const uint8_t* at) {
     return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at));
   }
-  // Sums of products with four activations, which lie in `order`; `weights` is done once for all rows.
-  template <int highest>
+  using Step = Ints;
+  static inline Step step(Ints v) { return v; }
+
+  // Sums of products with four activations, which lie in `order`; `weights` is done once for all rows. Every step is
+  // opened, added to and closed; `value` is the sum of all.
+  template <int highest, int offset, int columns>
   struct CodeSum {
     using Code = int8_t;
+    using Weights = Bytes;
     static constexpr int order[4] = {0, 1, 2, 3};
-    Ints value;
+    Ints value = all(0), now;
 
     static inline LLAMA_INLINE Bytes weights(Bytes codes) { return codes; }
-    inline LLAMA_INLINE void start(int32_t v) { value = all(v); }
-    inline LLAMA_INLINE void add(Bytes weights, const Code* x) {
+    static int32_t start(int32_t first, int32_t last) { return first + last; }
+    inline LLAMA_INLINE void open(const int32_t& start) { now = all(start); }
+    inline LLAMA_INLINE void add(const Bytes& weights, const Code* x) {
       int32_t four;
       std::memcpy(&four, x, 4);
-      value = _mm512_dpbusd_epi32(value, weights, all(four));
+      now = _mm512_dpbusd_epi32(now, weights, all(four));
     }
-    inline LLAMA_INLINE Ints total() { return value; }
+    inline LLAMA_INLINE void close() { value = now; }
+    inline LLAMA_INLINE void close(const Step& step) { value = Simd::add(value, _mm512_mullo_epi32(now, step)); }
   };
-  struct ByteSum : CodeSum<255> {
+  struct ByteSum : CodeSum<255, 0, 64> {
     static inline LLAMA_INLINE Bytes weights(Bytes v) { return _mm512_xor_si512(v, _mm512_set1_epi8((char)128)); }
   };
   struct LevelSum {
@@ -77,13 +84,15 @@ struct Simd {
       Bytes high, low;
     };
     ByteSum high, low;
+    Ints value;
 
     static inline LLAMA_INLINE Weights weights(Bytes codes) {
       return {ByteSum::weights(lookup(kNf4.high, codes)), ByteSum::weights(lookup(kNf4.low, codes))};
     }
-    inline LLAMA_INLINE void start(int32_t v) { high.start(v), low.start(v); }
+    static int32_t start(int32_t first, int32_t last) { return first + last; }
+    inline LLAMA_INLINE void open(const int32_t& start) { high.open(start), low.open(start); }
     inline LLAMA_INLINE void add(const Weights& w, const Code* x) { high.add(w.high, x), low.add(w.low, x); }
-    inline LLAMA_INLINE Ints total() { return Simd::add(left(high.value, 8), low.value); }
+    inline LLAMA_INLINE void close() { value = Simd::add(left(high.now, 8), low.now); }
   };
 
   static inline Floats all(float v) { return _mm512_set1_ps(v); }

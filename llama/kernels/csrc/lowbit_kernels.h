@@ -16,26 +16,27 @@ struct Block {  // one block's fields, 16 rows each
   const uint8_t* field[4];
 };
 
-// A format tells its field sizes (bytes of one row, in kernel order), each group's scale<g> and lowest<g> (its minimum),
-// visit<g>(block, f), which calls f(column, codes) for the operands of group g, `column` counting from the group's
-// first, and the Sum that multiplies such codes by activations.
+// A format cuts a block into groups (`group_size` columns with one scale<g>; activations are rounded by such groups) and
+// those into steps (`step_size` columns with one minimum, lowest<s>, and in K-quants one whole number, step<s>, that the
+// scale is multiplied by). visit<s>(block, f) calls f(column, codes) for the operands of step s, `column` counting from
+// the step's first. `sizes` are a row's bytes in each field, in kernel order; Sum multiplies codes by activations.
 
 template <int Columns, int Bits, bool HasMinimum, int ScaleBytes = 2>
 struct Affine {
-  static constexpr int block = Columns, group_size = Columns;
-  static constexpr bool minimum = HasMinimum, bytes = Bits == 8, table = false;
-  using Sum = std::conditional_t<bytes, Simd::ByteSum, Simd::CodeSum<(1 << Bits) - 1>>;
+  static constexpr int block = Columns, group_size = Columns, step_size = Columns;
+  static constexpr bool minimum = HasMinimum, steps = false, bytes = Bits == 8, table = false;
   static constexpr int offset = HasMinimum || bytes ? 0 : 1 << (Bits - 1);
   static constexpr int sizes[4] = {bytes ? Columns : Columns / 2, Bits == 5 ? Columns / 8 : 0, ScaleBytes,
                                    HasMinimum ? 2 : 0};
+  using Sum = std::conditional_t<bytes, Simd::ByteSum, Simd::CodeSum<(1 << Bits) - 1, offset, step_size>>;
 
-  template <int g, class F>
+  template <int s, class F>
   static inline LLAMA_INLINE void visit(const Block& b, F&& f) {
     constexpr int vectors = sizes[0] / 4;
     repeat<vectors>([&](auto i) LLAMA_INLINE {
       auto codes = Simd::load(b.field[0] + 64 * i);
       if constexpr (bytes) {
-        f(4 * i, codes);
+        f(Index<4 * i>(), codes);
       } else {
         auto low = Simd::low(codes), high = Simd::high(codes);
         if constexpr (Bits == 5) {  // a plane holds one bit of eight operands
@@ -43,8 +44,8 @@ struct Affine {
           low = Simd::template merge<1, i % 8>(low, Simd::load(b.field[1] + 64 * (i / 8)));
           high = Simd::template merge<1, next % 8>(high, Simd::load(b.field[1] + 64 * (next / 8)));
         }
-        f(4 * i, low);
-        f(4 * i + Columns / 2, high);
+        f(Index<4 * i>(), low);
+        f(Index<4 * i + Columns / 2>(), high);
       }
     });
   }
@@ -53,31 +54,31 @@ struct Affine {
     if constexpr (ScaleBytes == 4) return Simd::floats(b.field[2]);
     return Simd::halves(b.field[2]);
   }
-  template <int g>
+  template <int s>
   static inline Simd::Floats lowest(const Block& b) { return Simd::halves(b.field[3]); }
 };
 
 struct ZeroPoint4 : Affine<64, 4, true> {  // its minimum is minus the scale times a byte
   static constexpr int sizes[4] = {32, 0, 2, 1};
 
-  template <int g>
+  template <int s>
   static inline Simd::Floats lowest(const Block& b) {
-    return Simd::multiply(Simd::multiply(scale<g>(b), Simd::all(-1.0f)), Simd::to_float(Simd::widen(b.field[3])));
+    return Simd::multiply(Simd::multiply(scale<s>(b), Simd::all(-1.0f)), Simd::to_float(Simd::widen(b.field[3])));
   }
 };
 
 struct NormalFloat4 {
-  static constexpr int block = 64, group_size = 64, offset = 0;
-  static constexpr bool minimum = false, bytes = true, table = true;
+  static constexpr int block = 64, group_size = 64, step_size = 64, offset = 0;
+  static constexpr bool minimum = false, steps = false, bytes = true, table = true;
   static constexpr int sizes[4] = {32, 0, 2, 0};
   using Sum = Simd::LevelSum;
 
-  template <int g, class F>
+  template <int s, class F>
   static inline LLAMA_INLINE void visit(const Block& b, F&& f) {
     repeat<8>([&](auto i) LLAMA_INLINE {
       auto codes = Simd::load(b.field[0] + 64 * i);
-      f(4 * i, Simd::high(codes));
-      f(4 * i + 32, Simd::low(codes));
+      f(Index<4 * i>(), Simd::high(codes));
+      f(Index<4 * i + 32>(), Simd::low(codes));
     });
   }
   template <int g>
@@ -87,59 +88,59 @@ struct NormalFloat4 {
 };
 
 struct Q4K {
-  static constexpr int block = 256, group_size = 32, offset = 0;
-  static constexpr bool minimum = true, bytes = false, table = false;
+  static constexpr int block = 256, group_size = 64, step_size = 32, offset = 0;
+  static constexpr bool minimum = true, steps = true, bytes = false, table = false;
   static constexpr int sizes[4] = {128, 12, 2, 2};
-  using Sum = Simd::CodeSum<15>;
+  using Sum = Simd::CodeSum<15, offset, step_size>;
 
-  template <int g, class F>
+  template <int s, class F>
   static inline LLAMA_INLINE void visit(const Block& b, F&& f) {
     repeat<8>([&](auto i) LLAMA_INLINE {
-      auto codes = Simd::load(b.field[0] + 64 * (g / 2 * 8 + i));
-      f(4 * i, g % 2 ? Simd::high(codes) : Simd::low(codes));
+      auto codes = Simd::load(b.field[0] + 64 * (s / 2 * 8 + i));
+      f(Index<4 * i>(), s % 2 ? Simd::high(codes) : Simd::low(codes));
     });
   }
-  // Six bits from twelve bytes: groups 0-3 in the low bits of bytes `first` + 0..3; groups 4-7 have their low four
-  // bits in bytes 8..11 (scales below, minima above) and their high two above the six of groups 0-3.
-  template <int g, int first>
-  static inline Simd::Floats six_bits(const Block& b) {
+  // Six bits from twelve bytes: steps 0-3 in the low bits of bytes `first` + 0..3; steps 4-7 have their low four
+  // bits in bytes 8..11 (scales below, minima above) and their high two above the six of steps 0-3.
+  template <int s, int first>
+  static inline Simd::Ints six_bits(const Block& b) {
     auto byte = [&](int i) { return Simd::widen(b.field[1] + 16 * i); };
-    if constexpr (g < 4) return Simd::to_float(Simd::mask(byte(first + g), 63));
-    auto low = first ? Simd::right(byte(g + 4), 4) : Simd::mask(byte(g + 4), 15);
-    return Simd::to_float(Simd::either(low, Simd::left(Simd::right(byte(first + g - 4), 6), 4)));
+    if constexpr (s < 4) return Simd::mask(byte(first + s), 63);
+    auto low = first ? Simd::right(byte(s + 4), 4) : Simd::mask(byte(s + 4), 15);
+    return Simd::either(low, Simd::left(Simd::right(byte(first + s - 4), 6), 4));
   }
   template <int g>
-  static inline Simd::Floats scale(const Block& b) {
-    return Simd::multiply(Simd::halves(b.field[2]), six_bits<g, 0>(b));
-  }
-  template <int g>
+  static inline Simd::Floats scale(const Block& b) { return Simd::halves(b.field[2]); }
+  template <int s>
+  static inline Simd::Ints step(const Block& b) { return six_bits<s, 0>(b); }
+  template <int s>
   static inline Simd::Floats lowest(const Block& b) {
-    return Simd::multiply(Simd::multiply(Simd::halves(b.field[3]), Simd::all(-1.0f)), six_bits<g, 4>(b));
+    return Simd::multiply(Simd::multiply(Simd::halves(b.field[3]), Simd::all(-1.0f)),
+                          Simd::to_float(six_bits<s, 4>(b)));
   }
 };
 
 struct Q6K {
-  static constexpr int block = 256, group_size = 16, offset = 32;
-  static constexpr bool minimum = false, bytes = false, table = false;
+  static constexpr int block = 256, group_size = 64, step_size = 16, offset = 32;
+  static constexpr bool minimum = false, steps = true, bytes = false, table = false;
   static constexpr int sizes[4] = {128, 64, 16, 2};
+  using Sum = Simd::CodeSum<63, offset, step_size>;
 
-  using Sum = Simd::CodeSum<63>;
-
-  template <int g, class F>
+  template <int s, class F>
   static inline LLAMA_INLINE void visit(const Block& b, F&& f) {
-    constexpr int half = g / 8, part = g % 4;  // of 128 columns; of 16, another 16 lying 64 columns further
-    constexpr bool further = g / 4 % 2;
+    constexpr int half = s / 8, part = s % 4;  // of 128 columns; of 16, another 16 lying 64 columns further
+    constexpr bool further = s / 4 % 2;
     repeat<4>([&](auto i) LLAMA_INLINE {
       auto codes = Simd::load(b.field[0] + 64 * (16 * half + 4 * part + i));
       auto plane = Simd::load(b.field[1] + 64 * (8 * half + 4 * (part % 2) + i));
       codes = further ? Simd::high(codes) : Simd::low(codes);
-      f(4 * i, Simd::template merge<3, part / 2 * 2 + 4 * further>(codes, plane));
+      f(Index<4 * i>(), Simd::template merge<3, part / 2 * 2 + 4 * further>(codes, plane));
     });
   }
   template <int g>
-  static inline Simd::Floats scale(const Block& b) {
-    return Simd::multiply(Simd::halves(b.field[3]), Simd::to_float(Simd::widen_signed(b.field[2] + 16 * g)));
-  }
+  static inline Simd::Floats scale(const Block& b) { return Simd::halves(b.field[3]); }
+  template <int s>
+  static inline Simd::Ints step(const Block& b) { return Simd::widen_signed(b.field[2] + 16 * s); }
 };
 
 template <class Format>
@@ -156,62 +157,190 @@ struct Walk {  // the blocks of one tile, in order from `block` on
   }
 };
 
-template <class Format, int rows>
-void product_rows(const uint8_t* packed, int64_t tiles, int64_t tile, const Activations& a, int64_t first, float* out) {
-  using Sum = typename Format::Sum;
-  constexpr int groups = Format::block / Format::group_size;
-  const int64_t blocks = a.columns / Format::block, groups_before = first * (a.columns / Format::group_size);
-  const auto* x = (const typename Sum::Code*)a.codes + first * a.columns;
-  const float *scale = a.scale + groups_before, *sum = a.sum + groups_before;
-  const int32_t* start = a.start + groups_before;
-  typename Simd::Floats total[rows];
-  for (int m = 0; m < rows; ++m) total[m] = Simd::all(0.0f);
+// A block's weights as `multiply` takes them: decoded as they are asked for, which is best for a few activation rows,
+template <class Format>
+struct Packed {
+  using Of = Format;
+  const Block& block;
 
-  Walk<Format> walk(packed, tiles, tile, blocks);
-  for (int64_t b = 0; b < blocks; ++b, walk.next()) {
-    repeat<groups>([&](auto group) LLAMA_INLINE {
-      constexpr int g = group;
-      Sum acc[rows];
-      repeat<rows>([&](auto m) LLAMA_INLINE { acc[m].start(start[g * rows + m]); });
-      Format::template visit<g>(walk.now, [&](int column, Simd::Bytes codes) LLAMA_INLINE {
-        const auto weights = Sum::weights(codes);
-        repeat<rows>([&](auto m) LLAMA_INLINE {
-          acc[m].add(weights, x + (g * rows + m) * Format::group_size + column);
-        });
+  template <class F>
+  inline LLAMA_INLINE void groups(F&& f) const { repeat<Format::block / Format::group_size>(f); }
+  template <class G, class F>
+  inline LLAMA_INLINE void steps(G g, F&& f) const {
+    constexpr int count = Format::group_size / Format::step_size;
+    repeat<count>([&](auto i) LLAMA_INLINE { f(Index<G::value * count + i>(), i); });
+  }
+  template <class S, class F>
+  inline LLAMA_INLINE void visit(S, F&& f) const {
+    Format::template visit<S::value>(block, [&](auto column, Simd::Bytes codes) LLAMA_INLINE {
+      f(column, Format::Sum::weights(codes));
+    });
+  }
+  template <class S>
+  inline LLAMA_INLINE auto step(S) const { return Simd::step(Format::template step<S::value>(block)); }
+  template <class G>
+  inline LLAMA_INLINE auto scale(G) const { return Format::template scale<G::value>(block); }
+  template <class S>
+  inline LLAMA_INLINE auto lowest(S) const { return Format::template lowest<S::value>(block); }
+};
+
+// and decoded beforehand, for many.
+template <class Format>
+struct Unpacked {
+  using Of = Format;
+  static constexpr int num_groups = Format::block / Format::group_size, num_steps = Format::block / Format::step_size;
+  static constexpr int steps_of_group = num_steps / num_groups, operands = Format::step_size / 4;
+  typename Format::Sum::Weights weights_of[num_steps][operands];
+  Simd::Step step_of[Format::steps ? num_steps : 1];
+  Simd::Floats scale_of[num_groups], lowest_of[Format::minimum ? num_steps : 1];
+
+  void fill(const Packed<Format>& from) {
+    repeat<num_steps>([&](auto s) LLAMA_INLINE {
+      from.visit(s, [&](auto column, const auto& weights) LLAMA_INLINE { weights_of[s][column / 4] = weights; });
+      if constexpr (Format::steps) step_of[s] = from.step(s);
+      if constexpr (Format::minimum) lowest_of[s] = from.lowest(s);
+    });
+    repeat<num_groups>([&](auto g) LLAMA_INLINE { scale_of[g] = from.scale(g); });
+  }
+  template <class F>
+  inline LLAMA_INLINE void groups(F&& f) const {
+    for (int g = 0; g < num_groups; ++g) f(g);
+  }
+  template <class F>
+  inline LLAMA_INLINE void steps(int g, F&& f) const {
+    for (int i = 0; i < steps_of_group; ++i) f(g * steps_of_group + i, i);
+  }
+  template <class F>
+  inline LLAMA_INLINE void visit(int s, F&& f) const {
+    repeat<operands>([&](auto i) LLAMA_INLINE { f(Index<4 * i>(), weights_of[s][i]); });
+  }
+  inline LLAMA_INLINE const auto& step(int s) const { return step_of[s]; }  // not copied: gcc would do it in halves
+  inline LLAMA_INLINE const auto& scale(int g) const { return scale_of[g]; }
+  inline LLAMA_INLINE const auto& lowest(int s) const { return lowest_of[s]; }
+};
+
+template <class Format, int rows>
+struct Bundle {  // the activations that one block of weights meets
+  const typename Format::Sum::Code* x;
+  const float *scale, *sum;
+  const int32_t* start;
+
+  Bundle(const Activations& a, int64_t first, int64_t block) {
+    const int64_t before = first * a.columns + block * rows * Format::block;
+    x = (const typename Format::Sum::Code*)a.codes + before;
+    scale = a.scale + before / Format::group_size;
+    start = a.start + before / Format::step_size, sum = a.sum + before / Format::step_size;
+  }
+  void next() {
+    x += rows * Format::block, scale += rows * (Format::block / Format::group_size);
+    start += rows * (Format::block / Format::step_size), sum += rows * (Format::block / Format::step_size);
+  }
+};
+
+// total[row] += one block's products.
+template <int rows, class Source>
+inline LLAMA_INLINE void multiply(const Source& block, const Bundle<typename Source::Of, rows>& a,
+                                  Simd::Floats* total) {
+  using Format = typename Source::Of;
+  block.groups([&](auto g) LLAMA_INLINE {
+    typename Format::Sum acc[rows];
+    block.steps(g, [&](auto s, int of_group) LLAMA_INLINE {
+      const auto* x = a.x + g * rows * Format::group_size + of_group * Format::step_size;
+      repeat<rows>([&](auto m) LLAMA_INLINE { acc[m].open(a.start[s * rows + m]); });
+      block.visit(s, [&](auto column, const auto& weights) LLAMA_INLINE {
+        repeat<rows>([&](auto m) LLAMA_INLINE { acc[m].add(weights, x + m * Format::group_size + column); });
       });
-      const auto d = Format::template scale<g>(walk.now);
-      repeat<rows>([&](auto m) LLAMA_INLINE {
-        const auto factor = Simd::multiply(d, Simd::all(scale[g * rows + m]));
-        total[m] = Simd::fma(Simd::to_float(acc[m].total()), factor, total[m]);
-      });
-      if constexpr (Format::minimum) {
-        const auto lowest = Format::template lowest<g>(walk.now);
-        repeat<rows>([&](auto m) LLAMA_INLINE {
-          total[m] = Simd::fma(lowest, Simd::all(sum[g * rows + m]), total[m]);
-        });
+      if constexpr (Format::steps) {
+        const auto& step = block.step(s);
+        repeat<rows>([&](auto m) LLAMA_INLINE { acc[m].close(step); });
+      } else {
+        repeat<rows>([&](auto m) LLAMA_INLINE { acc[m].close(); });
       }
     });
-    x += rows * Format::block;
-    start += rows * groups, scale += rows * groups, sum += rows * groups;
-  }
+    const auto& d = block.scale(g);
+    repeat<rows>([&](auto m) LLAMA_INLINE {
+      const auto factor = Simd::multiply(d, Simd::all(a.scale[g * rows + m]));
+      total[m] = Simd::fma(Simd::to_float(acc[m].value), factor, total[m]);
+    });
+    if constexpr (Format::minimum) {
+      block.steps(g, [&](auto s, int) LLAMA_INLINE {
+        const auto& lowest = block.lowest(s);
+        repeat<rows>([&](auto m) LLAMA_INLINE {
+          total[m] = Simd::fma(lowest, Simd::all(a.sum[s * rows + m]), total[m]);
+        });
+      });
+    }
+  });
+}
+
+template <int most, class F>
+inline LLAMA_INLINE void with_rows(int64_t count, F&& f) {  // f(Index<count>()) for a bundle's count of rows
+  repeat<4>([&](auto power) LLAMA_INLINE {
+    if constexpr ((1 << power) <= most)
+      if (count == 1 << power) f(Index<1 << power>());
+  });
+}
+
+template <class Format, int rows>
+void product_rows(const uint8_t* packed, int64_t tiles, int64_t tile, const Activations& a, int64_t first, float* out) {
+  const int64_t blocks = a.columns / Format::block;
+  Simd::Floats total[rows];
+  for (int m = 0; m < rows; ++m) total[m] = Simd::all(0.0f);
+  Walk<Format> walk(packed, tiles, tile, blocks);
+  Bundle<Format, rows> bundle(a, first, 0);
+  for (int64_t b = 0; b < blocks; ++b, walk.next(), bundle.next())
+    multiply<rows>(Packed<Format>{walk.now}, bundle, total);
+  for (int m = 0; m < rows; ++m) Simd::store(out + m * kTile, total[m]);
+}
+
+template <class Format, int rows>
+void panel_rows(const Unpacked<Format>* panel, int64_t block, int64_t count, const Activations& a, int64_t first,
+                float* out) {
+  Simd::Floats total[rows];
+  for (int m = 0; m < rows; ++m) total[m] = block ? Simd::numbers(out + m * kTile) : Simd::all(0.0f);
+  Bundle<Format, rows> bundle(a, first, block);
+  for (int64_t b = 0; b < count; ++b, bundle.next()) multiply<rows>(panel[b], bundle, total);
   for (int m = 0; m < rows; ++m) Simd::store(out + m * kTile, total[m]);
 }
 
 template <class Format>
 void product(const uint8_t* packed, int64_t tiles, int64_t tile, const Activations& a, int64_t first, int64_t count,
              float* out) {
-  repeat<4>([&](auto power) {
-    constexpr int rows = 1 << power;
-    if constexpr (rows <= Simd::max_rows)
-      if (count == rows) product_rows<Format, rows>(packed, tiles, tile, a, first, out);
-  });
+  // A few rows: each bundle decodes the weights anew. A K-quant's block is long code, soon slower than one decoding.
+  constexpr int64_t most_decoding = Format::steps ? 1 : Simd::max_rows;
+  if constexpr (Simd::max_rows > 1) {
+    if (count < 2 * most_decoding) {
+      for (int64_t row = 0, some; row < count; row += some) {
+        some = bundle_rows(most_decoding, count - row);
+        with_rows<most_decoding>(some, [&](auto rows) {
+          product_rows<Format, rows>(packed, tiles, tile, a, first + row, out + row * kTile);
+        });
+      }
+      return;
+    }
+  }
+  // Many: some columns are decoded once for all rows, as many as stay in the first cache.
+  constexpr int64_t most = 256 / Format::block;
+  const int64_t blocks = a.columns / Format::block;
+  Unpacked<Format> panel[most];
+  Walk<Format> walk(packed, tiles, tile, blocks);
+  for (int64_t block = 0; block < blocks; block += most) {
+    const int64_t width = std::min(most, blocks - block);
+    for (int64_t b = 0; b < width; ++b, walk.next()) panel[b].fill({walk.now});
+    for (int64_t row = 0, some; row < count; row += some) {
+      some = bundle_rows(Simd::max_rows, count - row);
+      with_rows<Simd::max_rows>(some, [&](auto rows) {
+        panel_rows<Format, rows>(panel, block, width, a, first + row, out + row * kTile);
+      });
+    }
+  }
 }
 
 // x * (127 / largest magnitude), rounded to even; a group of zeros, or too small to divide by, gets scale 0.
 template <class Format>
 void quantize(const float* x, int64_t first, int64_t count, const Activations& a) {
   using Code = typename Format::Sum::Code;
-  constexpr int group = Format::group_size;
+  constexpr int group = Format::group_size, step = Format::step_size, steps = group / step;
   constexpr float round_to_even = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
   const int32_t offset = Format::bytes ? Simd::byte_offset : Format::offset;
   const int64_t groups = a.columns / group;
@@ -219,22 +348,24 @@ void quantize(const float* x, int64_t first, int64_t count, const Activations& a
     for (int64_t g = 0; g < groups; ++g) {
       const float* from = x + m * a.columns + g * group;
       const int64_t at = first * groups + g * count + m;
-      int32_t bits[group], largest = 0, sum = 0;
+      int32_t bits[group], largest = 0;
       std::memcpy(bits, from, sizeof bits);
       for (int i = 0; i < group; ++i) largest = std::max(largest, bits[i] & 0x7fffffff);
       float peak;
       std::memcpy(&peak, &largest, 4);
       const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
-      for (int i = 0; i < group; ++i) {
-        bits[i] = (int32_t)((from[i] * inverse + round_to_even) - round_to_even);
-        sum += bits[i];
+      for (int i = 0; i < group; ++i) bits[i] = (int32_t)((from[i] * inverse + round_to_even) - round_to_even);
+      a.scale[at] = peak <= 1e-30f ? 0.0f : peak / 127.0f;  // not a number stays so
+      for (int s = 0; s < steps; ++s) {
+        int32_t sums[4] = {};  // of every fourth column
+        for (int i = 0; i < step; ++i) sums[i % 4] += bits[s * step + i];
+        const int64_t place = first * groups * steps + (g * steps + s) * count + m;
+        a.start[place] = Format::Sum::start(-offset * (sums[0] + sums[1]), -offset * (sums[2] + sums[3]));
+        a.sum[place] = a.scale[at] * (sums[0] + sums[1] + sums[2] + sums[3]);
       }
       Code* codes = (Code*)a.codes + at * group;
       for (int i = 0; i < group; i += 4)
         for (int c = 0; c < 4; ++c) codes[i + c] = (Code)bits[i + Format::Sum::order[c]];
-      a.scale[at] = peak <= 1e-30f ? 0.0f : peak / 127.0f;  // not a number stays so
-      a.start[at] = -offset * sum;
-      a.sum[at] = a.scale[at] * sum;
     }
   }
 }
@@ -257,17 +388,17 @@ template <class Format, class T>
 void dequantize(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t blocks, int64_t block, int64_t stride,
                 T* out) {
   const Walk<Format> walk(packed, tiles, tile, blocks, block);
-  repeat<Format::block / Format::group_size>([&](auto group) LLAMA_INLINE {
-    constexpr int g = group;
-    const Simd::Floats scale = Format::template scale<g>(walk.now);
-    Simd::Floats lowest;
+  repeat<Format::block / Format::step_size>([&](auto step) LLAMA_INLINE {
+    constexpr int s = step;
+    Simd::Floats scale = Format::template scale<s * Format::step_size / Format::group_size>(walk.now), lowest;
+    if constexpr (Format::steps) scale = Simd::multiply(scale, Simd::to_float(Format::template step<s>(walk.now)));
     if constexpr (Format::minimum) {
-      lowest = Format::template lowest<g>(walk.now);
+      lowest = Format::template lowest<s>(walk.now);
     } else {
       lowest = Simd::multiply(scale, Simd::all(-(float)Format::offset));
     }
-    Format::template visit<g>(walk.now, [&](int column, Simd::Bytes codes) LLAMA_INLINE {
-      write_columns<Format, T>(codes, scale, lowest, stride, out + (g * Format::group_size + column) * stride);
+    Format::template visit<s>(walk.now, [&](int column, Simd::Bytes codes) LLAMA_INLINE {
+      write_columns<Format, T>(codes, scale, lowest, stride, out + (s * Format::step_size + column) * stride);
     });
   });
 }
@@ -275,7 +406,8 @@ void dequantize(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t bloc
 template <class Format>
 constexpr Kernel kernel() {
   constexpr int bytes = Format::sizes[0] + Format::sizes[1] + Format::sizes[2] + Format::sizes[3];
-  return {Format::block, Format::group_size, bytes, sizeof(typename Format::Sum::Code), Simd::max_rows, quantize<Format>, product<Format>,
+  return {Format::block,    Format::group_size, Format::step_size,         bytes,
+          sizeof(typename Format::Sum::Code), Simd::max_rows, quantize<Format>, product<Format>,
           dequantize<Format, float>, dequantize<Format, uint16_t>};
 }
 

@@ -61,24 +61,33 @@ struct Simd {
   }
   static inline Ints widen(const uint8_t* at) { return each<Ints>([&](int i) { return at[i]; }); }
   static inline Ints widen_signed(const uint8_t* at) { return each<Ints>([&](int i) { return (int8_t)at[i]; }); }
-  // Sums of products with four activations, which lie in `order`; `weights` is done once for all rows.
+  using Step = Ints;
+  static inline Step step(const Ints& v) { return v; }
+
+  // Sums of products with four activations, which lie in `order`; `weights` is done once for all rows. Every step is
+  // opened, added to and closed; `value` is the sum of all.
   template <class Weight>
   struct Sum {
     using Code = int8_t;
+    using Weights = Bytes;
     static constexpr int order[4] = {0, 1, 2, 3};
-    Ints value;
+    Ints value = all(0), now;
 
     static Bytes weights(const Bytes& codes) { return codes; }
-    void start(int32_t v) { value = all(v); }
+    static int32_t start(int32_t first, int32_t last) { return first + last; }
+    void open(int32_t start) { now = all(start); }
     void add(const Bytes& w, const Code* x) {
-      value = each<Ints>([&](int i) {
+      now = each<Ints>([&](int i) {
         const auto* c = (const Weight*)w.v + 4 * i;
-        return value.v[i] + c[0] * x[0] + c[1] * x[1] + c[2] * x[2] + c[3] * x[3];
+        return now.v[i] + c[0] * x[0] + c[1] * x[1] + c[2] * x[2] + c[3] * x[3];
       });
     }
-    Ints total() { return value; }
+    void close() { value = now; }
+    void close(const Step& step) {
+      value = each<Ints>([&](int i) { return value.v[i] + now.v[i] * step.v[i]; });
+    }
   };
-  template <int highest>
+  template <int highest, int offset, int columns>
   using CodeSum = Sum<uint8_t>;
   using ByteSum = Sum<int8_t>;
   struct LevelSum {
@@ -88,11 +97,13 @@ struct Simd {
       Bytes high, low;
     };
     ByteSum high, low;
+    Ints value;
 
     static Weights weights(const Bytes& codes) { return {lookup(kNf4.high, codes), lookup(kNf4.low, codes)}; }
-    void start(int32_t v) { high.start(v), low.start(v); }
+    static int32_t start(int32_t first, int32_t last) { return first + last; }
+    void open(int32_t start) { high.open(start), low.open(start); }
     void add(const Weights& w, const Code* x) { high.add(w.high, x), low.add(w.low, x); }
-    Ints total() { return Simd::add(left(high.value, 8), low.value); }
+    void close() { value = Simd::add(left(high.now, 8), low.now); }
   };
 
   static inline Floats all(float v) { return each<Floats>([&](int) { return v; }); }

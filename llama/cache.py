@@ -14,7 +14,7 @@ from itertools import chain
 
 import torch
 
-from llama.kernels.attention import attend_rows, row_table
+from llama.kernels.attention import attend_rows, row_table, store_rows
 from llama.kernels.library import serves
 
 Extent = tuple[int, int]  # (first slot, number of slots)
@@ -104,12 +104,7 @@ class Store:
 
     def put(self, slots: torch.Tensor, rows: torch.Tensor) -> None:
         """Stores rows (num_tokens, n_kv_heads, head_dim) of one layer in `slots` (num_tokens,) int64."""
-        rows = rows.transpose(0, 1)
-        if self.scales is not None:
-            scales = rows.abs().amax(-1).float() / 127
-            self.scales.index_copy_(1, slots, scales)
-            rows = (rows / scales.clamp_min(1e-30).unsqueeze(-1)).round_().to(torch.int8)
-        self.numbers.index_copy_(1, slots, rows)
+        store_rows(rows, slots, self.numbers, self.scales)
 
     def run(self, extent: Extent, dtype: torch.dtype) -> torch.Tensor:
         """One layer's (n_kv_heads, length, head_dim) in `dtype`: a view, or a copy of int8."""

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from llama.runner import Runner
+from llama.runner import Runner, pick
 from llama.sampling import Sampled, SampleRow, SamplingParams, logprobs_of, sample, top_logprobs
 from llama.scheduler import Request, Scheduler, Slice, Step
 from llama.tokenizer import StreamDecoder, Tokenizer
@@ -277,7 +277,7 @@ class Engine:
                 rows.append(end - 1)
                 choices.append(choice)
         if choices:
-            sampled = sample(output.logits[rows], [choice.sample_row() for choice in choices])
+            sampled = sample(pick(output.logits, rows), [choice.sample_row() for choice in choices])
             events += [self._accept(choice, sampled, row) for row, choice in enumerate(choices)]
         return events
 

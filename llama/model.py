@@ -135,11 +135,11 @@ class Attention(nn.Module):
         self.qkv = Joint(self, "wq", "wk", "wv")
 
     def forward(self, x: torch.Tensor, rotary: Rotary, cache: LayerCache) -> torch.Tensor:
-        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (num_tokens, q + k + v heads, head_dim)
+        heads = self.qkv(x).view(len(x), -1, self.head_dim)  # (num_tokens, q + k + v heads, head_dim)
         rotated = rotary(heads[:, : -self.n_local_kv_heads])
-        q, k = rotated.split((self.n_local_heads, self.n_local_kv_heads), dim=1)
+        q, k = rotated.split_with_sizes((self.n_local_heads, self.n_local_kv_heads), dim=1)
         v = heads[:, -self.n_local_kv_heads :]
-        return self.parallel.all_reduce(self.wo(cache.attend(q, k, v).flatten(1)))
+        return self.parallel.all_reduce(self.wo(cache.attend(q, k, v).view(len(x), -1)))
 
 
 class FeedForward(nn.Module):

@@ -80,6 +80,11 @@ class Output:
     states: torch.Tensor  # (num_tokens, dim): the normalised states of all rows
 
 
+def pick(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
+    """Those rows of x (num_rows, ...): x itself where they are all, in order, as in decoding; else a copy."""
+    return x if rows == list(range(len(x))) else x[rows]
+
+
 class Runner:
     """A model and the pool of `num_blocks` blocks in which it keeps every request's keys and values, in `dtype`."""
 
@@ -115,7 +120,7 @@ class Runner:
         places = [range(span.context - span.num_rows, span.context) for span in batch.spans]
         positions = torch.tensor(list(chain.from_iterable(places)), device=self.device)
         states = self.model.hidden_states(tokens, positions, self.cache.layers(batch.spans))
-        output = Output(self.model.logits(states[batch.wanted]), states)
+        output = Output(self.model.logits(pick(states, batch.wanted)), states)
         if len(batch.tokens) >= LONG_STEP and self.device.type == "cpu":
             return_memory()
         return output

@@ -5,7 +5,7 @@ import torch
 
 from llama.cache import CacheShape, KVCache, LayerCache, Span
 from llama.kernels import library
-from llama.kernels.attention import attend_rows, attend_rows_twin, row_table
+from llama.kernels.attention import attend_rows, attend_rows_twin, row_table, store_rows
 
 compiled = pytest.mark.skipif(not library.AVAILABLE, reason="the kernels were not compiled")
 VARIANTS = ["avx512_vnni", "avx2", "scalar"]
@@ -111,6 +111,47 @@ def test_the_operator_keeps_torchs_rules(int8):
     stored = problem(4, 2, 16, torch.float32, int8)
     arguments = (*stored, TABLE, torch.zeros_like(stored[0]), "auto")
     torch.library.opcheck(torch.ops.llama.attend_rows.default, arguments)
+
+
+def stored_rows(dtype: torch.dtype, int8: bool):
+    """Five rows to store, among them zeros and what is not a number; their slots; a cache's numbers and scales."""
+    rows = torch.randn(5, 4, 48, generator=torch.Generator().manual_seed(0)).to(dtype)[:, 1:]
+    rows[1, 2], rows[3, 1, 7] = 0, float("nan")
+    numbers = torch.zeros(3, 20, 48, dtype=torch.int8 if int8 else dtype)
+    return rows, torch.tensor([7, 0, 19, 3, 4]), numbers, torch.zeros(3, 20) if int8 else None
+
+
+@compiled
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_are_stored_as_pytorchs_operators_do(dtype, int8, monkeypatch):
+    rows, slots, *cache = stored_rows(dtype, int8)
+    _, _, *expected = stored_rows(dtype, int8)
+    store_rows(rows, slots, *cache)
+    monkeypatch.setattr(library, "serves", lambda *_: False)
+    store_rows(rows, slots, *expected)
+    if not int8:
+        assert torch.equal(cache[0].view(torch.uint8), expected[0].view(torch.uint8))
+        return
+    torch.testing.assert_close(cache[1], expected[1], rtol=0, atol=0, equal_nan=True)
+    finite = expected[1].isfinite()
+    assert not finite.all()
+    assert torch.equal(cache[0][finite], expected[0][finite])
+
+
+@compiled
+@pytest.mark.parametrize("slot", [-1, 20])
+def test_a_slot_outside_the_cache_is_refused(slot):
+    rows, slots, *cache = stored_rows(torch.float32, False)
+    slots[2] = slot
+    with pytest.raises(RuntimeError, match="outside the cache"):
+        store_rows(rows, slots, *cache)
+
+
+@compiled
+@pytest.mark.parametrize("int8", [False, True])
+def test_storing_keeps_torchs_rules(int8):
+    torch.library.opcheck(torch.ops.llama.store_rows.default, stored_rows(torch.float32, int8))
 
 
 SPANS = [Span(0, 1, 40, ((64, 48),)), Span(1, 3, 10, ((16, 8), (0, 8))), Span(4, 1, 9, ((48, 16),))]

@@ -1,4 +1,7 @@
-"""Attention of single rows: what decoding does in every layer, for all requests in one call on the CPU."""
+"""Attention of single rows, what decoding does in every layer, for all requests in one call on the CPU; and storing.
+
+Each has a PyTorch twin that defines it, `store_rows` in the same function.
+"""
 
 from __future__ import annotations
 
@@ -37,9 +40,29 @@ def attend_rows(
     torch.ops.llama.attend_rows(q, keys, values, key_scale, value_scale, table, out, variant)
 
 
+def store_rows(rows: Tensor, slots: Tensor, numbers: Tensor, scales: Tensor | None) -> None:
+    """Puts rows (num_tokens, kv_heads, head_dim) into `numbers` (kv_heads, num_slots, head_dim) at slots (num_tokens,).
+
+    `numbers` has the rows' dtype, or is int8 beside float32 scales (kv_heads, num_slots): each row is then rounded to
+    steps of 1/127 of its largest magnitude, and its scale is what a step is worth. Slots are int64, each named once.
+    """
+    if library.serves(rows, 1) and rows.stride()[1:] == (rows.shape[-1], 1):
+        return torch.ops.llama.store_rows(rows, slots, numbers, scales)
+    rows = rows.transpose(0, 1)
+    if scales is not None:
+        worth = rows.abs().amax(-1).float() / 127
+        scales.index_copy_(1, slots, worth)
+        rows = (rows / worth.clamp_min(1e-30).unsqueeze(-1)).round_().to(torch.int8)
+    numbers.index_copy_(1, slots, rows)
+
+
 if library.AVAILABLE:
 
     @torch.library.register_fake("llama::attend_rows")
+    def _(*arguments: object) -> None:
+        return None
+
+    @torch.library.register_fake("llama::store_rows")
     def _(*arguments: object) -> None:
         return None
 

@@ -26,10 +26,7 @@ UNIT = 16  # numbers that the kernels for attention and between products take at
 def serves(x: torch.Tensor, multiple: int = UNIT) -> bool:
     """Whether those kernels take x: on the CPU, in their types, its last dimension a multiple."""
     return (
-        AVAILABLE
-        and x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and x.shape[-1] % multiple == 0
+        AVAILABLE and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and x.shape[-1] % multiple == 0
     )
 
 

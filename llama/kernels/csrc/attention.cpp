@@ -1,6 +1,7 @@
-// torch.ops.llama.attend_rows: rows that each look at their own stored keys and values, on CPU.
+// torch.ops.llama.attend_rows: rows that each look at their own stored keys and values, on CPU; and store_rows, which
+// puts keys or values into the cache.
 //
-// What decoding does in every layer, for all requests in one call: PyTorch's operators would need a call for each, read
+// attend_rows is what decoding does in every layer, for all requests in one call: PyTorch's operators would need a call for each, read
 // the keys once for every query head or rearrange them first, and know nothing of runs of slots. Long contexts are cut
 // into chunks for the threads (Flash-Decoding, Dao et al. 2023), always at the same places, and merged in order.
 #include <torch/csrc/stable/library.h>
@@ -10,6 +11,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <memory>
 #include <optional>
 #include <string>
@@ -24,7 +26,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kNumbersPerThread = 32768;  // of keys: less is not worth waking a thread for
+constexpr int64_t kNumbersPerThread = 32768;  // of keys, values or parts: less is not worth waking a thread for
 
 AttentionKernels find_kernels(const std::string& variant) {
 #if defined(__x86_64__)
@@ -36,7 +38,7 @@ AttentionKernels find_kernels(const std::string& variant) {
 }
 
 struct Chunk {
-  int64_t row, first_run, num_runs;  // of q; in the list of all runs
+  int64_t row, first_run, num_runs, tokens;  // row of q; runs in the list of all runs
 };
 
 struct Plan {
@@ -59,12 +61,12 @@ Plan make_plan(const int64_t* table, int64_t size, int64_t num_rows, int64_t num
       STD_TORCH_CHECK(slot >= 0 && length >= 1 && length <= num_slots - slot, "attend_rows: a run leaves the cache");
       while (length) {
         if (room == 0) {
-          plan.chunks.push_back({row, (int64_t)plan.runs.size(), 0});
+          plan.chunks.push_back({row, (int64_t)plan.runs.size(), 0, 0});
           room = kChunk;
         }
         const int64_t part = std::min(room, length);
         plan.runs.push_back({slot, part});
-        ++plan.chunks.back().num_runs;
+        ++plan.chunks.back().num_runs, plan.chunks.back().tokens += part;
         slot += part, length -= part, room -= part;
       }
     }
@@ -139,21 +141,25 @@ void attend_rows(Tensor q, Tensor keys, Tensor values, std::optional<Tensor> key
     partials[i] = {at, at + h.group * h.dim, at + h.group * (h.dim + 1)};
   }
 
+  std::vector<int64_t> middle(items);  // of each item in the tokens of all: threads share tokens, for chunks differ
   int64_t tokens = 0;
-  for (const Run& run : plan.runs) tokens += run.length;
-  const auto grain = [&](int64_t count) {
-    return std::max<int64_t>(1, kNumbersPerThread * count / std::max<int64_t>(1, tokens * h.kv * h.dim));
-  };
+  for (int64_t i = 0; i < items; ++i) {
+    middle[i] = tokens + plan.chunks[i / h.kv].tokens / 2;
+    tokens += plan.chunks[i / h.kv].tokens;
+  }
   const int64_t head_numbers = slots * h.dim, element = int8 ? 1 : bfloat16 ? 2 : 4;
   const void* data = q.const_data_ptr();
-  torch::stable::parallel_for(0, items, grain(items), [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, tokens, std::max<int64_t>(1, kNumbersPerThread / h.dim), [&](int64_t from, int64_t to) {
     std::vector<float> rows(h.group * h.dim);
     const float scale = 1.0f / std::sqrt((float)h.dim);
-    for (int64_t i = begin; i < end; ++i) {
+    const auto place = [&](int64_t token) {
+      return std::lower_bound(middle.begin(), middle.end(), token) - middle.begin();
+    };
+    for (int64_t i = place(from), end = place(to); i < end; ++i) {
       const Chunk& chunk = plan.chunks[i / h.kv];
-      const int64_t kv = i % h.kv, from = chunk.row * q.stride(0) + kv * h.group * h.dim;
+      const int64_t kv = i % h.kv, at = chunk.row * q.stride(0) + kv * h.group * h.dim;
       for (int64_t d = 0; d < h.group * h.dim; ++d) {
-        rows[d] = scale * (bfloat16 ? from_bfloat16(((const uint16_t*)data)[from + d]) : ((const float*)data)[from + d]);
+        rows[d] = scale * (bfloat16 ? from_bfloat16(((const uint16_t*)data)[at + d]) : ((const float*)data)[at + d]);
       }
       const Stored head{(const char*)keys.const_data_ptr() + kv * head_numbers * element,
                         (const char*)values.const_data_ptr() + kv * head_numbers * element,
@@ -168,11 +174,62 @@ void attend_rows(Tensor q, Tensor keys, Tensor values, std::optional<Tensor> key
     if (c == 0 || plan.chunks[c].row != plan.chunks[c - 1].row) starts.push_back(c);
   const int64_t num_rows = starts.size();
   starts.push_back(num_chunks);
-  torch::stable::parallel_for(0, num_rows * h.kv, grain(num_rows * h.kv), [&](int64_t begin, int64_t end) {
+  const int64_t merges = num_rows * h.kv, merged = std::max<int64_t>(1, items * part / std::max<int64_t>(1, merges));
+  const int64_t grain = std::max<int64_t>(1, kNumbersPerThread / merged);
+  torch::stable::parallel_for(0, merges, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = starts[i / h.kv], at = plan.chunks[first].row * h.num * h.dim;
       merge(h, partials, first, starts[i / h.kv + 1], i % h.kv, bfloat16,
             (char*)out.mutable_data_ptr() + at * (bfloat16 ? 2 : 4));
+    }
+  });
+}
+
+// rows (tokens, kv_heads, head_dim) into `numbers` (kv_heads, slots, head_dim) at slots (tokens): as they are, or as int8
+// with the largest magnitude of each as 127, one step's worth in scales (kv_heads, slots).
+void store_rows(Tensor rows, Tensor slots, Tensor numbers, std::optional<Tensor> scales) {
+  const auto type = rows.scalar_type(), stored = numbers.scalar_type();
+  const bool bfloat16 = type == ScalarType::BFloat16, int8 = stored == ScalarType::Char;
+  STD_TORCH_CHECK((bfloat16 || type == ScalarType::Float) && (int8 || stored == type),
+                  "store_rows takes bfloat16 or float32, and stores that type or int8");
+  STD_TORCH_CHECK(rows.dim() == 3 && numbers.dim() == 3 && numbers.is_contiguous() &&
+                      rows.size(1) == numbers.size(0) && rows.size(2) == numbers.size(2) && rows.stride(2) == 1 &&
+                      rows.stride(1) == rows.size(2),
+                  "store_rows: memory is not laid out as expected");
+  const int64_t tokens = rows.size(0), heads = rows.size(1), dim = rows.size(2), num_slots = numbers.size(1);
+  STD_TORCH_CHECK(slots.scalar_type() == ScalarType::Long && slots.is_contiguous() && slots.numel() == tokens,
+                  "store_rows: slots are not one int64 for each row");
+  STD_TORCH_CHECK(scales.has_value() == int8 && (!int8 || (scales->scalar_type() == ScalarType::Float &&
+                                                           scales->is_contiguous() &&
+                                                           scales->numel() == heads * num_slots)),
+                  "store_rows: int8 needs one float32 scale for each head and slot, other types none");
+  const auto* place = (const int64_t*)slots.const_data_ptr();
+  for (int64_t i = 0; i < tokens; ++i)
+    STD_TORCH_CHECK(place[i] >= 0 && place[i] < num_slots, "store_rows: a slot lies outside the cache");
+
+  const int64_t element = bfloat16 ? 2 : 4, stride = rows.stride(0);
+  const auto* from = (const char*)rows.const_data_ptr();
+  auto* to = (char*)numbers.mutable_data_ptr();
+  auto* scale = int8 ? (float*)scales->mutable_data_ptr() : nullptr;
+  const int64_t grain = std::max<int64_t>(1, kNumbersPerThread / std::max<int64_t>(1, heads * dim));
+  torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * heads; i < end * heads; ++i) {
+      const char* row = from + (i / heads * stride + i % heads * dim) * element;
+      const int64_t at = i % heads * num_slots + place[i / heads];
+      if (int8) {
+        const auto number = [&](int64_t d) {
+          return bfloat16 ? from_bfloat16(((const uint16_t*)row)[d]) : ((const float*)row)[d];
+        };
+        constexpr float round_to_even = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
+        float peak = 0, not_finite = 0;
+        for (int64_t d = 0; d < dim; ++d) peak = std::max(peak, std::abs(number(d))), not_finite += number(d) * 0;
+        scale[at] = peak / 127 + not_finite;  // what is no number stays so
+        const float step = std::max(peak / 127, 1e-30f);
+        for (int64_t d = 0; d < dim; ++d)
+          ((int8_t*)to)[at * dim + d] = not_finite == 0 ? (int8_t)(number(d) / step + round_to_even - round_to_even) : 0;
+      } else {
+        std::memcpy(to + at * dim * element, row, dim * element);
+      }
     }
   });
 }
@@ -183,7 +240,11 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llama, m) {
   m.def(
       "attend_rows(Tensor q, Tensor keys, Tensor values, Tensor? key_scale, Tensor? value_scale, Tensor table, "
       "Tensor(a!) out, str variant) -> ()");
+  m.def("store_rows(Tensor rows, Tensor slots, Tensor(a!) numbers, Tensor(b!)? scales) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(llama, CPU, m) { m.impl("attend_rows", TORCH_BOX(&attend_rows)); }
+STABLE_TORCH_LIBRARY_IMPL(llama, CPU, m) {
+  m.impl("attend_rows", TORCH_BOX(&attend_rows));
+  m.impl("store_rows", TORCH_BOX(&store_rows));
+}
 
 }  // namespace llama

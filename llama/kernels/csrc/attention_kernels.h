@@ -13,6 +13,13 @@ inline Simd::Floats exponential(Simd::Floats x) {
   return Simd::times_power_of_two(y, whole);
 }
 
+// Numbers of a stream, while a page further on is being fetched: the processor's own prefetching ends at each page.
+template <class T>
+inline LLAMA_INLINE Simd::Floats read_ahead(const T* at) {
+  __builtin_prefetch((const char*)at + 4096);
+  return Simd::numbers(at);
+}
+
 // scores[g * kChunk + t] = q[g] . keys[t]
 template <class T, int group>
 void score(const float* q, int64_t head_dim, const T* keys, int64_t count, float* scores) {
@@ -22,7 +29,7 @@ void score(const float* q, int64_t head_dim, const T* keys, int64_t count, float
     for (int i = 0; i < n * group; ++i) sum[i] = Simd::all(0.0f);
     for (int64_t d = 0; d < head_dim; d += kTile) {
       typename Simd::Floats key[n];
-      repeat<n>([&](auto i) LLAMA_INLINE { key[i] = Simd::numbers(keys + (t + i) * head_dim + d); });
+      repeat<n>([&](auto i) LLAMA_INLINE { key[i] = read_ahead(keys + (t + i) * head_dim + d); });
       repeat<group>([&](auto g) LLAMA_INLINE {
         const auto query = Simd::numbers(q + g * head_dim + d);
         repeat<n>([&](auto i) LLAMA_INLINE { sum[i * group + g] = Simd::fma(key[i], query, sum[i * group + g]); });
@@ -45,7 +52,7 @@ void mix(const float* weights, int64_t head_dim, const T* values, int64_t count,
     repeat<n * group>([&](auto i) LLAMA_INLINE { sum[i] = Simd::numbers(out + i % group * head_dim + d + i / group * kTile); });
     for (int64_t t = 0; t < count; ++t) {
       typename Simd::Floats value[n];
-      repeat<n>([&](auto i) LLAMA_INLINE { value[i] = Simd::numbers(values + t * head_dim + d + i * kTile); });
+      repeat<n>([&](auto i) LLAMA_INLINE { value[i] = read_ahead(values + t * head_dim + d + i * kTile); });
       repeat<group>([&](auto g) LLAMA_INLINE {
         const auto weight = Simd::all(weights[g * kChunk + t]);
         repeat<n>([&](auto i) LLAMA_INLINE { sum[i * group + g] = Simd::fma(weight, value[i], sum[i * group + g]); });

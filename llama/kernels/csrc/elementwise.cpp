@@ -11,6 +11,7 @@
 
 #include "elementwise.h"
 #include "processor.h"
+#include "tensors.h"
 
 namespace llama {
 namespace {
@@ -59,7 +60,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps) {
   const int64_t columns = x.size(-1);
   STD_TORCH_CHECK(weight.is_contiguous() && weight.numel() == columns && weight.scalar_type() == x.scalar_type(),
                   "rms_norm: the weight is not one number of x's type for each column");
-  Tensor out = torch::stable::new_empty(x, std::vector<int64_t>(x.sizes().begin(), x.sizes().end()));
+  Tensor out = empty_like(x, std::vector<int64_t>(x.sizes().begin(), x.sizes().end()));
   const void *from = x.const_data_ptr(), *by = weight.const_data_ptr();
   void* to = out.mutable_data_ptr();
   for_rows(x, x.numel() / columns, columns, [&](const auto& kernels, int64_t i, auto zero) {
@@ -79,7 +80,7 @@ Tensor rotate(Tensor x, Tensor cos, Tensor sin) {
                         angles.numel() == tokens * dim,
                     "rotate: cos and sin are not float32 (tokens, 1, head_dim)");
   }
-  Tensor out = torch::stable::new_empty(x, {tokens, heads, dim});
+  Tensor out = empty_like(x, {tokens, heads, dim});
   const void* from = x.const_data_ptr();
   const auto *c = (const float*)cos.const_data_ptr(), *s = (const float*)sin.const_data_ptr();
   void* to = out.mutable_data_ptr();
@@ -98,7 +99,7 @@ Tensor swiglu(Tensor x) {
   const int64_t columns = x.size(-1) / 2;
   std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
   size.back() = columns;
-  Tensor out = torch::stable::new_empty(x, size);
+  Tensor out = empty_like(x, size);
   const void* from = x.const_data_ptr();
   void* to = out.mutable_data_ptr();
   for_rows(x, x.numel() / (2 * columns), columns, [&](const auto& kernels, int64_t i, auto zero) {

@@ -22,6 +22,7 @@
 
 #include "lowbit.h"
 #include "processor.h"
+#include "tensors.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -33,7 +34,7 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kTilesTogether = 4;  // weight tiles that meet one bundle of activations while it is in the cache
+constexpr int64_t kTilesTogether = 4;  // weight tiles that meet several rows of activations while those are in the cache
 constexpr int64_t kBytesPerThread = 16384;   // of packed weights: less is not worth waking a thread for
 constexpr int64_t kNumbersPerThread = 8192;  // of activations to round: the same
 constexpr int64_t kPanel = 32;      // tiles that "tiles" turns into numbers at a time: 512 weight rows
@@ -121,15 +122,15 @@ void integer_product(const Kernel& kernel, const Shape& s, const uint8_t* packed
                      const float* bias, bool bfloat16, void* out) {
   std::unique_ptr<char[]> memory;
   const Activations a = quantize(kernel, s, x, bfloat16, memory);
-  const int64_t parts = (s.tiles + kTilesTogether - 1) / kTilesTogether;
+  const int64_t together = s.rows == 1 ? 1 : kTilesTogether, parts = (s.tiles + together - 1) / together;
   const int64_t grain = std::max<int64_t>(1, kBytesPerThread * parts / packed_bytes);
   torch::stable::parallel_for(0, parts, grain, [&](int64_t begin, int64_t end) {
     float results[kMaxRows * kTile];
     for (int64_t part = begin; part < end; ++part) {
-      const int64_t last_tile = std::min((part + 1) * kTilesTogether, s.tiles);
+      const int64_t last_tile = std::min((part + 1) * together, s.tiles);
       for (int64_t first = 0, count; first < s.rows; first += count) {
         count = std::min(kMaxRows, s.rows - first);
-        for (int64_t tile = part * kTilesTogether; tile < last_tile; ++tile) {
+        for (int64_t tile = part * together; tile < last_tile; ++tile) {
           kernel.product(packed, s.tiles, tile, a, first, count, results);
           write_results(s, results, tile, first, count, bias, bfloat16, out);
         }
@@ -141,7 +142,7 @@ void integer_product(const Kernel& kernel, const Shape& s, const uint8_t* packed
 void tiled_product(const Kernel& kernel, const Shape& s, const uint8_t* packed, const Tensor& x,
                    const std::optional<Tensor>& bias, bool bfloat16, Tensor out) {
   const int64_t panel = std::min(kPanel, s.tiles);
-  Tensor numbers = torch::stable::new_empty(x, {s.columns * panel * kTile});
+  Tensor numbers = empty_like(x, {s.columns * panel * kTile});
   for (int64_t tile = 0; tile < s.tiles; tile += panel) {
     const int64_t count = std::min(panel, s.tiles - tile), width = count * kTile;
     void* to = numbers.mutable_data_ptr();
@@ -198,7 +199,7 @@ Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::string f
                   "lowbit_linear: the bias is not one float32 per output");
   std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
   size.back() = outputs;
-  Tensor out = torch::stable::new_empty(x, size);
+  Tensor out = empty_like(x, size);
   if (s.rows == 0 || outputs == 0) return out;
 
   const auto* weight = (const uint8_t*)packed.const_data_ptr();

@@ -1,0 +1,24 @@
+// Tensors of torch's stable interface, where it offers no short way.
+#pragma once
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <vector>
+
+namespace llama {
+
+// A contiguous tensor of x's type on the CPU, with nothing in it. torch::stable::new_empty finds its operator by name at
+// every call, which takes longer than a small kernel.
+inline torch::stable::Tensor empty_like(const torch::stable::Tensor& x, const std::vector<int64_t>& size) {
+  std::vector<int64_t> strides(size.size());
+  int64_t stride = 1;
+  for (size_t i = size.size(); i-- > 0; stride *= size[i]) strides[i] = stride;
+  int32_t type;
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(size.size(), size.data(), strides.data(), type,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return torch::stable::Tensor(handle);
+}
+
+}  // namespace llama

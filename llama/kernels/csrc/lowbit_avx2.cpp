@@ -160,13 +160,13 @@ struct Simd {
     static constexpr Levels levels = nf4_levels<false>();
 
     static inline LLAMA_INLINE Weights weights(Bytes codes) {
-      const __m256i ones = _mm256_set1_epi16(255);
-      return {both(lookup(levels.high, codes), lookup(levels.low, codes),
-                   [ones](__m256i h, __m256i l) {
-                     return _mm256_or_si256(_mm256_slli_epi16(h, 8), _mm256_and_si256(l, ones));
-                   }),
-              both(lookup(levels.high, codes), lookup(levels.low, codes), [ones](__m256i h, __m256i l) {
-                return _mm256_or_si256(_mm256_andnot_si256(ones, h), _mm256_srli_epi16(l, 8));
+      const __m256i odd = _mm256_set1_epi16((int16_t)0xff00);  // of each word's bytes
+      const Bytes high = lookup(levels.high, codes), low = lookup(levels.low, codes);
+      return {both(high, low, [odd](__m256i h, __m256i l) {
+                return _mm256_blendv_epi8(l, _mm256_slli_epi16(h, 8), odd);
+              }),
+              both(high, low, [odd](__m256i h, __m256i l) {
+                return _mm256_blendv_epi8(_mm256_srli_epi16(l, 8), h, odd);
               })};
     }
   };

@@ -1,9 +1,10 @@
 // torch.ops.llama.attend_rows: rows that each look at their own stored keys and values, on CPU; and store_rows, which
 // puts keys or values into the cache.
 //
-// attend_rows is what decoding does in every layer, for all requests in one call: PyTorch's operators would need a call for each, read
-// the keys once for every query head or rearrange them first, and know nothing of runs of slots. Long contexts are cut
-// into chunks for the threads (Flash-Decoding, Dao et al. 2023), always at the same places, and merged in order.
+// attend_rows is what decoding does in every layer, for all requests in one call: PyTorch's operators would need a call
+// for each, read the keys once for every query head or rearrange them first, and know nothing of runs of slots. Long
+// contexts are cut into chunks for the threads (Flash-Decoding, Dao et al. 2023), always at the same places, and merged
+// in order.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -149,7 +150,8 @@ void attend_rows(Tensor q, Tensor keys, Tensor values, std::optional<Tensor> key
   }
   const int64_t head_numbers = slots * h.dim, element = int8 ? 1 : bfloat16 ? 2 : 4;
   const void* data = q.const_data_ptr();
-  torch::stable::parallel_for(0, tokens, std::max<int64_t>(1, kNumbersPerThread / h.dim), [&](int64_t from, int64_t to) {
+  const int64_t fewest = std::max<int64_t>(1, kNumbersPerThread / h.dim);
+  torch::stable::parallel_for(0, tokens, fewest, [&](int64_t from, int64_t to) {
     std::vector<float> rows(h.group * h.dim);
     const float scale = 1.0f / std::sqrt((float)h.dim);
     const auto place = [&](int64_t token) {
@@ -185,8 +187,8 @@ void attend_rows(Tensor q, Tensor keys, Tensor values, std::optional<Tensor> key
   });
 }
 
-// rows (tokens, kv_heads, head_dim) into `numbers` (kv_heads, slots, head_dim) at slots (tokens): as they are, or as int8
-// with the largest magnitude of each as 127, one step's worth in scales (kv_heads, slots).
+// rows (tokens, kv_heads, head_dim) into `numbers` (kv_heads, slots, head_dim) at slots (tokens): as they are, or as
+// int8 with the largest magnitude of each as 127, one step's worth in scales (kv_heads, slots).
 void store_rows(Tensor rows, Tensor slots, Tensor numbers, std::optional<Tensor> scales) {
   const auto type = rows.scalar_type(), stored = numbers.scalar_type();
   const bool bfloat16 = type == ScalarType::BFloat16, int8 = stored == ScalarType::Char;
@@ -225,8 +227,9 @@ void store_rows(Tensor rows, Tensor slots, Tensor numbers, std::optional<Tensor>
         for (int64_t d = 0; d < dim; ++d) peak = std::max(peak, std::abs(number(d))), not_finite += number(d) * 0;
         scale[at] = peak / 127 + not_finite;  // what is no number stays so
         const float step = std::max(peak / 127, 1e-30f);
+        auto* codes = (int8_t*)to + at * dim;
         for (int64_t d = 0; d < dim; ++d)
-          ((int8_t*)to)[at * dim + d] = not_finite == 0 ? (int8_t)(number(d) / step + round_to_even - round_to_even) : 0;
+          codes[d] = not_finite == 0 ? (int8_t)(number(d) / step + round_to_even - round_to_even) : 0;
       } else {
         std::memcpy(to + at * dim * element, row, dim * element);
       }

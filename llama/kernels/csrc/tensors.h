@@ -7,8 +7,8 @@
 
 namespace llama {
 
-// A contiguous tensor of x's type on the CPU, with nothing in it. torch::stable::new_empty finds its operator by name at
-// every call, which takes longer than a small kernel.
+// A contiguous tensor of x's type on the CPU, with nothing in it. torch::stable::new_empty finds its operator by name
+// at every call, which takes longer than a small kernel.
 inline torch::stable::Tensor empty_like(const torch::stable::Tensor& x, const std::vector<int64_t>& size) {
   std::vector<int64_t> strides(size.size());
   int64_t stride = 1;

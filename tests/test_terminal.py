@@ -130,7 +130,7 @@ def test_a_message_that_is_too_long_is_told_and_the_conversation_goes_on(llama, 
 def test_ctrl_c_ends_the_answer_and_not_the_conversation(checkpoint, capsys):
     llm = Llama.build(checkpoint, max_seq_len=256, dtype="fp32")
     chat = terminal.Chat(llm, SamplingParams(ignore_eos=True, temperature=0.0))
-    answer = llm.stream_chat
+    answer, handler = llm.stream_chat, signal.getsignal(signal.SIGINT)
 
     def interrupted(dialog, params):
         for number, piece in enumerate(answer(dialog, params)):
@@ -144,7 +144,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(checkpoint, capsys):
     assert chat.turns[0]["content"] == "hello"
     assert 0 < len(llm.tokenizer.encode(chat.turns[1]["content"], False, False)) < 20
     assert llm.engine.stats().num_referenced_blocks == 0
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_a_second_ctrl_c_ends_the_program():

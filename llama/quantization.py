@@ -386,9 +386,8 @@ def compiled_product(linear: LowBitLinear, x: Tensor) -> Tensor:
     """By the C++ kernels, from their own layout."""
     if x.dtype not in (torch.bfloat16, torch.float32):
         return compiled_product(linear, x.float()).to(x.dtype)
-    stored = (
-        linear._buffers
-    )  # not by attribute: nn.Module finds those last, and a small model decodes no faster than that
+    # not linear.weight: nn.Module looks among its buffers last, and a small model waits for such things
+    stored = linear._buffers
     return lowbit.lowbit_linear(
         x, stored["weight"], stored["bias"], linear.format.name, linear.out_features, linear.variant
     )

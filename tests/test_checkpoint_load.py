@@ -94,9 +94,8 @@ def test_sixteen_bit_weights_are_equal_after_the_cast(tmp_path, dtype):
         assert_equal(dict(loaded(path, dtype=dtype).named_parameters()), weights)
         widened = dict(loaded(path, dtype=torch.float32).named_parameters())
         expected = {name: weight.float() for name, weight in weights.items()}
-        expected["tok_embeddings.weight"] = weights[
-            "tok_embeddings.weight"
-        ]  # rows are cast when they are looked up
+        # rows are cast when they are looked up
+        expected["tok_embeddings.weight"] = weights["tok_embeddings.weight"]
         assert_equal(widened, expected)
 
 

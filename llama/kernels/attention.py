@@ -1,6 +1,7 @@
-"""Attention of single rows, what decoding does in every layer, for all requests in one call on the CPU; and storing.
+"""What decoding does with the cache in every layer: storing rows, and attention of single rows for all requests.
 
-Each has a PyTorch twin that defines it, `store_rows` in the same function.
+Each is one compiled operator on the CPU. PyTorch's operators define both: those of `attend_rows_twin`, and those that
+`store_rows` falls back to.
 """
 
 from __future__ import annotations

@@ -75,6 +75,16 @@ Plan make_plan(const int64_t* table, int64_t size, int64_t num_rows, int64_t num
   return plan;
 }
 
+float number_at(const void* numbers, int64_t i, bool bfloat16) {
+  return bfloat16 ? from_bfloat16(((const uint16_t*)numbers)[i]) : ((const float*)numbers)[i];
+}
+
+void check_scales(const char* name, const std::optional<Tensor>& scales, bool int8, int64_t count) {
+  STD_TORCH_CHECK(scales.has_value() == int8 && (!int8 || (scales->scalar_type() == ScalarType::Float &&
+                                                           scales->is_contiguous() && scales->numel() == count)),
+                  name, ": int8 needs one float32 scale for each head and slot, other types none");
+}
+
 struct Heads {
   int64_t num, kv, group, dim;
 };
@@ -122,12 +132,7 @@ void attend_rows(Tensor q, Tensor keys, Tensor values, std::optional<Tensor> key
                       q.stride(1) == h.dim && values.size(0) == h.kv && values.size(1) == slots &&
                       values.size(2) == h.dim && out.size(0) == q.size(0) && out.numel() == q.numel(),
                   "attend_rows: memory is not laid out as expected");
-  for (const auto& scale : {key_scale, value_scale}) {
-    STD_TORCH_CHECK(scale.has_value() == int8 &&
-                        (!int8 || (scale->scalar_type() == ScalarType::Float && scale->is_contiguous() &&
-                                   scale->numel() == h.kv * slots)),
-                    "attend_rows: int8 needs one float32 scale for each head and slot, other types none");
-  }
+  for (const auto& scales : {key_scale, value_scale}) check_scales("attend_rows", scales, int8, h.kv * slots);
   STD_TORCH_CHECK(table.scalar_type() == ScalarType::Long && table.is_contiguous() && table.dim() == 1,
                   "attend_rows: the table is a row of int64");
 
@@ -160,9 +165,7 @@ void attend_rows(Tensor q, Tensor keys, Tensor values, std::optional<Tensor> key
     for (int64_t i = place(from), end = place(to); i < end; ++i) {
       const Chunk& chunk = plan.chunks[i / h.kv];
       const int64_t kv = i % h.kv, at = chunk.row * q.stride(0) + kv * h.group * h.dim;
-      for (int64_t d = 0; d < h.group * h.dim; ++d) {
-        rows[d] = scale * (bfloat16 ? from_bfloat16(((const uint16_t*)data)[at + d]) : ((const float*)data)[at + d]);
-      }
+      for (int64_t d = 0; d < h.group * h.dim; ++d) rows[d] = scale * number_at(data, at + d, bfloat16);
       const Stored head{(const char*)keys.const_data_ptr() + kv * head_numbers * element,
                         (const char*)values.const_data_ptr() + kv * head_numbers * element,
                         int8 ? (const float*)key_scale->const_data_ptr() + kv * slots : nullptr,
@@ -201,10 +204,7 @@ void store_rows(Tensor rows, Tensor slots, Tensor numbers, std::optional<Tensor>
   const int64_t tokens = rows.size(0), heads = rows.size(1), dim = rows.size(2), num_slots = numbers.size(1);
   STD_TORCH_CHECK(slots.scalar_type() == ScalarType::Long && slots.is_contiguous() && slots.numel() == tokens,
                   "store_rows: slots are not one int64 for each row");
-  STD_TORCH_CHECK(scales.has_value() == int8 && (!int8 || (scales->scalar_type() == ScalarType::Float &&
-                                                           scales->is_contiguous() &&
-                                                           scales->numel() == heads * num_slots)),
-                  "store_rows: int8 needs one float32 scale for each head and slot, other types none");
+  check_scales("store_rows", scales, int8, heads * num_slots);
   const auto* place = (const int64_t*)slots.const_data_ptr();
   for (int64_t i = 0; i < tokens; ++i)
     STD_TORCH_CHECK(place[i] >= 0 && place[i] < num_slots, "store_rows: a slot lies outside the cache");
@@ -219,9 +219,7 @@ void store_rows(Tensor rows, Tensor slots, Tensor numbers, std::optional<Tensor>
       const char* row = from + (i / heads * stride + i % heads * dim) * element;
       const int64_t at = i % heads * num_slots + place[i / heads];
       if (int8) {
-        const auto number = [&](int64_t d) {
-          return bfloat16 ? from_bfloat16(((const uint16_t*)row)[d]) : ((const float*)row)[d];
-        };
+        const auto number = [&](int64_t d) { return number_at(row, d, bfloat16); };
         constexpr float round_to_even = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
         float peak = 0, not_finite = 0;
         for (int64_t d = 0; d < dim; ++d) peak = std::max(peak, std::abs(number(d))), not_finite += number(d) * 0;

@@ -48,7 +48,8 @@ struct Activations {
 
 // One format's kernels for one instruction set. `packed` is the interleaved layout of `tiles` tiles.
 struct Kernel {
-  int64_t block, group, step, block_bytes, code_bytes;
+  int64_t block, group, step;  // columns: of a block, of an activation scale, of a weight's minimum or whole step
+  int64_t block_bytes, code_bytes;
   int64_t max_rows;  // of a bundle: a power of two
   // Round `count` rows of floats at x (a bundle) into `a` at its row `first`.
   void (*quantize)(const float* x, int64_t first, int64_t count, const Activations& a);

@@ -111,7 +111,7 @@ struct Simd {
     static int32_t start(int32_t first, int32_t last) {
       return fits ? (first & 0xffff) | (int32_t)((uint32_t)last << 16) : first + last;
     }
-    inline LLAMA_INLINE void open(const int32_t& start) {
+    inline LLAMA_INLINE void open(int32_t start) {
       waiting = 0;
       if constexpr (offset == 0) return;
       (fits ? pairs : value) = all(start);
@@ -140,7 +140,7 @@ struct Simd {
     Pair value;
 
     static int32_t start(int32_t, int32_t) { return 0; }
-    inline LLAMA_INLINE void open(const int32_t&) { value = all(0); }
+    inline LLAMA_INLINE void open(int32_t) { value = all(0); }
     inline LLAMA_INLINE void add(const Weights& weights, const Code* x) {
       add(weights.even, four_bytes(x));
       add(weights.odd, four_bytes(x + 2));

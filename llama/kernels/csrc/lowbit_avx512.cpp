@@ -65,7 +65,7 @@ struct Simd {
 
     static inline LLAMA_INLINE Bytes weights(Bytes codes) { return codes; }
     static int32_t start(int32_t first, int32_t last) { return first + last; }
-    inline LLAMA_INLINE void open(const int32_t& start) { now = all(start); }
+    inline LLAMA_INLINE void open(int32_t start) { now = all(start); }
     inline LLAMA_INLINE void add(const Bytes& weights, const Code* x) {
       int32_t four;
       std::memcpy(&four, x, 4);
@@ -90,7 +90,7 @@ struct Simd {
       return {ByteSum::weights(lookup(kNf4.high, codes)), ByteSum::weights(lookup(kNf4.low, codes))};
     }
     static int32_t start(int32_t first, int32_t last) { return first + last; }
-    inline LLAMA_INLINE void open(const int32_t& start) { high.open(start), low.open(start); }
+    inline LLAMA_INLINE void open(int32_t start) { high.open(start), low.open(start); }
     inline LLAMA_INLINE void add(const Weights& w, const Code* x) { high.add(w.high, x), low.add(w.low, x); }
     inline LLAMA_INLINE void close() { value = Simd::add(left(high.now, 8), low.now); }
   };

@@ -406,9 +406,8 @@ void dequantize(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t bloc
 template <class Format>
 constexpr Kernel kernel() {
   constexpr int bytes = Format::sizes[0] + Format::sizes[1] + Format::sizes[2] + Format::sizes[3];
-  return {Format::block,    Format::group_size, Format::step_size,         bytes,
-          sizeof(typename Format::Sum::Code), Simd::max_rows, quantize<Format>, product<Format>,
-          dequantize<Format, float>, dequantize<Format, uint16_t>};
+  return {Format::block, Format::group_size, Format::step_size, bytes, sizeof(typename Format::Sum::Code),
+          Simd::max_rows, quantize<Format>, product<Format>, dequantize<Format, float>, dequantize<Format, uint16_t>};
 }
 
 const Kernel* find_kernel(const std::string& format) {

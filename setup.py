@@ -3,6 +3,8 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+build = runpy.run_path("llama/kernels/build.py")  # by path: the package needs torch to import
+
 setup(
     name="llama-native",
     version="0.1.0",
@@ -12,9 +14,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["llama", "llama.*"]),
     package_data={"llama.kernels": ["csrc/*"]},
-    ext_modules=runpy.run_path("llama/kernels/build.py")[
-        "extensions"
-    ](),  # by path: the package needs torch to import
+    ext_modules=build["extensions"](),
+    cmdclass={"build_ext": build["ParallelBuild"]},
     install_requires=[
         "torch>=2.11",
         "sentencepiece>=0.2",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension
+from setuptools.command.build_ext import build_ext
 
 SOURCES = (
     "attention.cpp",
@@ -56,3 +59,18 @@ def extensions() -> list[Extension]:
             py_limited_api=True,
         )
     ]
+
+
+class ParallelBuild(build_ext):
+    """Compiles an extension's sources side by side: each instruction set's kernels take some seconds."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compile_some = self.compiler.compile
+
+        def compile_each(sources: list[str], **options: object) -> list[str]:
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                objects = pool.map(lambda source: compile_some([source], **options), sources)
+                return [name for names in objects for name in names]
+
+        self.compiler.compile = compile_each
+        super().build_extension(ext)

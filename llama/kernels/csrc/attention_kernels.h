@@ -9,7 +9,7 @@ inline Simd::Floats exponential(Simd::Floats x) {
   constexpr float terms[] = {1.53533719e-4f, 1.33988752e-3f, 9.61817797e-3f, 5.55033297e-2f, 2.40226498e-1f,
                              6.93147182e-1f, 1.0f};  // minimax for 2^rest, rest in -0.5 ... 0.5 (Cephes, exp2f)
   auto y = Simd::all(terms[0]);
-  repeat<6>([&](auto i) LLAMA_INLINE { y = Simd::fma(y, rest, Simd::all(terms[i + 1])); });
+  LLAMA_UNROLL for (int i = 1; i < 7; ++i) y = Simd::fma(y, rest, Simd::all(terms[i]));
   return Simd::times_power_of_two(y, whole);
 }
 
@@ -29,13 +29,13 @@ void score(const float* q, int64_t head_dim, const T* keys, int64_t count, float
     for (int i = 0; i < n * group; ++i) sum[i] = Simd::all(0.0f);
     for (int64_t d = 0; d < head_dim; d += kTile) {
       typename Simd::Floats key[n];
-      repeat<n>([&](auto i) LLAMA_INLINE { key[i] = read_ahead(keys + (t + i) * head_dim + d); });
-      repeat<group>([&](auto g) LLAMA_INLINE {
+      LLAMA_UNROLL for (int i = 0; i < n; ++i) key[i] = read_ahead(keys + (t + i) * head_dim + d);
+      LLAMA_UNROLL for (int g = 0; g < group; ++g) {
         const auto query = Simd::numbers(q + g * head_dim + d);
-        repeat<n>([&](auto i) LLAMA_INLINE { sum[i * group + g] = Simd::fma(key[i], query, sum[i * group + g]); });
-      });
+        LLAMA_UNROLL for (int i = 0; i < n; ++i) sum[i * group + g] = Simd::fma(key[i], query, sum[i * group + g]);
+      }
     }
-    repeat<n * group>([&](auto i) LLAMA_INLINE { scores[i % group * kChunk + t + i / group] = Simd::sum(sum[i]); });
+    LLAMA_UNROLL for (int i = 0; i < n * group; ++i) scores[i % group * kChunk + t + i / group] = Simd::sum(sum[i]);
   };
   constexpr int together = std::max(1, std::min(4, Simd::num_sums / group));  // sums that fit in the registers
   int64_t t = 0;
@@ -49,16 +49,17 @@ void mix(const float* weights, int64_t head_dim, const T* values, int64_t count,
   auto some = [&](auto vectors, int64_t d) LLAMA_INLINE {
     constexpr int n = vectors;
     typename Simd::Floats sum[n * group];
-    repeat<n * group>([&](auto i) LLAMA_INLINE { sum[i] = Simd::numbers(out + i % group * head_dim + d + i / group * kTile); });
+    auto place = [&](int i) LLAMA_INLINE { return out + i % group * head_dim + d + i / group * kTile; };
+    LLAMA_UNROLL for (int i = 0; i < n * group; ++i) sum[i] = Simd::numbers(place(i));
     for (int64_t t = 0; t < count; ++t) {
       typename Simd::Floats value[n];
-      repeat<n>([&](auto i) LLAMA_INLINE { value[i] = read_ahead(values + t * head_dim + d + i * kTile); });
-      repeat<group>([&](auto g) LLAMA_INLINE {
+      LLAMA_UNROLL for (int i = 0; i < n; ++i) value[i] = read_ahead(values + t * head_dim + d + i * kTile);
+      LLAMA_UNROLL for (int g = 0; g < group; ++g) {
         const auto weight = Simd::all(weights[g * kChunk + t]);
-        repeat<n>([&](auto i) LLAMA_INLINE { sum[i * group + g] = Simd::fma(weight, value[i], sum[i * group + g]); });
-      });
+        LLAMA_UNROLL for (int i = 0; i < n; ++i) sum[i * group + g] = Simd::fma(weight, value[i], sum[i * group + g]);
+      }
     }
-    repeat<n * group>([&](auto i) LLAMA_INLINE { Simd::store(out + i % group * head_dim + d + i / group * kTile, sum[i]); });
+    LLAMA_UNROLL for (int i = 0; i < n * group; ++i) Simd::store(place(i), sum[i]);
   };
   constexpr int together = std::max(1, std::min(4, Simd::num_sums / group));
   int64_t d = 0;

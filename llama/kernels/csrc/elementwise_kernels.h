@@ -1,5 +1,5 @@
-// Norm, rotation and gate of one row, written once over `Simd` and included by every instruction-set file inside its own
-// namespace. Arithmetic is float32; where PyTorch's operators would round to T in between, so do these.
+// Norm, rotation and gate of one row, written once over `Simd` and included by every instruction-set file inside its
+// own namespace. Arithmetic is float32; where PyTorch's operators would round to T in between, so do these.
 
 template <class T>
 inline Simd::Floats rounded(Simd::Floats v) {

@@ -3,7 +3,9 @@
 #include <cstdint>
 #include <string>
 
-#define LLAMA_INLINE __attribute__((always_inline))  // a kernel is one function: its values live in registers
+// A kernel is one function without small loops: its values live in registers.
+#define LLAMA_INLINE __attribute__((always_inline))
+#define LLAMA_UNROLL _Pragma("GCC unroll 16")
 
 namespace llama {
 

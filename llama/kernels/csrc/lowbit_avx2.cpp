@@ -44,9 +44,9 @@ struct Simd {
   static inline Bytes high(Bytes v) {
     return low(both(v, [](__m256i h) { return _mm256_srli_epi16(h, 4); }));
   }
-  template <int mask, int shift>  // codes | (plane >> shift & mask) << 4
-  static inline Bytes merge(Bytes codes, Bytes plane) {
-    return both(codes, plane, [](__m256i c, __m256i p) {
+  template <int mask>  // codes | (plane >> shift & mask) << 4
+  static inline LLAMA_INLINE Bytes merge(Bytes codes, Bytes plane, int shift) {
+    return both(codes, plane, [shift](__m256i c, __m256i p) LLAMA_INLINE {
       __m256i moved = shift < 4 ? _mm256_slli_epi16(p, 4 - shift) : _mm256_srli_epi16(p, shift - 4);
       return _mm256_or_si256(c, _mm256_and_si256(moved, _mm256_set1_epi8(mask << 4)));
     });
@@ -56,7 +56,7 @@ struct Simd {
     return both(codes, [t](__m256i c) { return _mm256_shuffle_epi8(t, c); });
   }
 
-  static inline Ints all(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
+  static inline LLAMA_INLINE Ints all(int32_t v) { return {_mm256_set1_epi32(v), _mm256_set1_epi32(v)}; }
   static inline Ints add(Ints a, Ints b) {
     return both(a, b, [](__m256i x, __m256i y) { return _mm256_add_epi32(x, y); });
   }
@@ -72,10 +72,8 @@ struct Simd {
   static inline Ints right(Ints v, int n) {
     return both(v, [n](__m256i x) { return _mm256_srli_epi32(x, n); });
   }
-  template <int i>
-  static inline Ints byte(Bytes v) { return mask(right(v, 8 * i), 255); }
-  template <int i>
-  static inline Ints signed_byte(Bytes v) {
+  static inline Ints byte(Bytes v, int i) { return mask(right(v, 8 * i), 255); }
+  static inline Ints signed_byte(Bytes v, int i) {
     return both(left(v, 24 - 8 * i), [](__m256i x) { return _mm256_srai_epi32(x, 24); });
   }
   static inline __m128i half(const uint8_t* at) { return _mm_loadu_si64(at); }
@@ -95,8 +93,9 @@ struct Simd {
   // Sums of products with four activations, which lie in `order`; `weights` is done once for all rows. Every step is
   // opened, added to and closed; `value` is the sum of all.
   //
-  // Two products of a small code and an activation (up to 127) make 16 bits, and so do several such pairs. Where a
-  // whole step's values fit, it starts at what the offset takes away: sums on the way may wrap around.
+  // Two products of a small code and an activation (up to 127) make 16 bits, and so do several such pairs: of `most`
+  // operands, until they are closed. Where a whole step's values fit, it starts at what the offset takes away: sums on
+  // the way may wrap around.
   template <int highest, int offset, int columns>
   struct CodeSum {
     using Code = int8_t;
@@ -104,59 +103,60 @@ struct Simd {
     static constexpr int largest = offset > highest - offset ? offset : highest - offset;
     static constexpr bool fits = columns / 2 * 127 * largest <= 32767;
     static constexpr int order[4] = {0, 1, 2, 3}, most = fits ? columns / 4 : 32767 / (2 * 127 * highest);
-    Pair value = all(0), pairs;
-    int waiting;
+    static_assert(columns / 4 % most == 0);
+    Pair value, pairs;
 
     static inline LLAMA_INLINE Bytes weights(Bytes codes) { return codes; }
     static int32_t start(int32_t first, int32_t last) {
       return fits ? (first & 0xffff) | (int32_t)((uint32_t)last << 16) : first + last;
     }
+    inline LLAMA_INLINE void clear() { value = pairs = all(0); }
     inline LLAMA_INLINE void open(int32_t start) {
-      waiting = 0;
-      if constexpr (offset == 0) return;
-      (fits ? pairs : value) = all(start);
+      if constexpr (offset != 0) (fits ? pairs : value) = all(start);
     }
     inline LLAMA_INLINE void add(const Bytes& weights, const Code* x) {
       const __m256i v = four_bytes(x);
-      const Pair more = both(weights, [v](__m256i w) { return _mm256_maddubs_epi16(w, v); });
-      const bool first = waiting == 0 && !(fits && offset);
-      pairs = first ? more : both(pairs, more, [](__m256i s, __m256i p) { return _mm256_add_epi16(s, p); });
-      if (++waiting == most && !fits) close();
+      pairs.a = _mm256_add_epi16(pairs.a, _mm256_maddubs_epi16(weights.a, v));
+      pairs.b = _mm256_add_epi16(pairs.b, _mm256_maddubs_epi16(weights.b, v));
     }
     inline LLAMA_INLINE void close() { close({_mm256_set1_epi16(1), _mm256_set1_epi16(1)}); }
     inline LLAMA_INLINE void close(const Step& step) {
-      if (!waiting) return;
-      value = Simd::add(value, both(pairs, step, [](__m256i p, __m256i s) { return _mm256_madd_epi16(p, s); }));
-      waiting = 0;
+      value.a = _mm256_add_epi32(value.a, _mm256_madd_epi16(pairs.a, step.a));
+      value.b = _mm256_add_epi32(value.b, _mm256_madd_epi16(pairs.b, step.b));
+      pairs = all(0);
     }
   };
   // Signed weights are multiplied in 16 bits: of a lane's four columns 0 and 2 in one register, 1 and 3 in another.
+  template <int columns>
   struct WordSum {
     using Code = int16_t;
-    static constexpr int order[4] = {0, 2, 1, 3};
+    static constexpr int order[4] = {0, 2, 1, 3}, most = columns / 4;
     struct Weights {
       Pair even, odd;
     };
     Pair value;
 
     static int32_t start(int32_t, int32_t) { return 0; }
-    inline LLAMA_INLINE void open(int32_t) { value = all(0); }
+    inline LLAMA_INLINE void clear() { value = all(0); }
+    inline LLAMA_INLINE void open(int32_t) {}
     inline LLAMA_INLINE void add(const Weights& weights, const Code* x) {
       add(weights.even, four_bytes(x));
       add(weights.odd, four_bytes(x + 2));
     }
-    inline LLAMA_INLINE void add(Pair weights, __m256i x) {
-      value = both(value, weights, [x](__m256i s, __m256i w) { return _mm256_add_epi32(s, _mm256_madd_epi16(w, x)); });
+    inline LLAMA_INLINE void add(const Pair& weights, __m256i x) {
+      value.a = _mm256_add_epi32(value.a, _mm256_madd_epi16(weights.a, x));
+      value.b = _mm256_add_epi32(value.b, _mm256_madd_epi16(weights.b, x));
     }
     inline LLAMA_INLINE void close() {}
   };
-  struct ByteSum : WordSum {
-    static inline LLAMA_INLINE Weights weights(Bytes v) {
+  template <int columns>
+  struct ByteSum : WordSum<columns> {
+    static inline LLAMA_INLINE typename WordSum<columns>::Weights weights(Bytes v) {
       return {both(v, [](__m256i w) { return _mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8); }),
               both(v, [](__m256i w) { return _mm256_srai_epi16(w, 8); })};
     }
   };
-  struct LevelSum : WordSum {
+  struct LevelSum : WordSum<64> {
     static constexpr Levels levels = nf4_levels<false>();
 
     static inline LLAMA_INLINE Weights weights(Bytes codes) {
@@ -180,7 +180,9 @@ struct Simd {
   static inline Floats add(Floats a, Floats b) { return {_mm256_add_ps(a.a, b.a), _mm256_add_ps(a.b, b.b)}; }
   static inline Floats maximum(Floats a, Floats b) { return {_mm256_max_ps(a.a, b.a), _mm256_max_ps(a.b, b.b)}; }
   static inline Floats divide(Floats a, Floats b) { return {_mm256_div_ps(a.a, b.a), _mm256_div_ps(a.b, b.b)}; }
-  static inline Floats swap_neighbours(Floats v) { return {_mm256_permute_ps(v.a, 0xB1), _mm256_permute_ps(v.b, 0xB1)}; }
+  static inline Floats swap_neighbours(Floats v) {
+    return {_mm256_permute_ps(v.a, 0xB1), _mm256_permute_ps(v.b, 0xB1)};
+  }
   static inline Floats negative_magnitude(Floats v) {
     return {_mm256_or_ps(v.a, _mm256_set1_ps(-0.0f)), _mm256_or_ps(v.b, _mm256_set1_ps(-0.0f))};
   }

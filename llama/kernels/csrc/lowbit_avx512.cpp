@@ -28,8 +28,8 @@ struct Simd {
   }
   static inline Bytes low(Bytes v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
   static inline Bytes high(Bytes v) { return low(_mm512_srli_epi16(v, 4)); }
-  template <int mask, int shift>  // codes | (plane >> shift & mask) << 4
-  static inline Bytes merge(Bytes codes, Bytes plane) {
+  template <int mask>  // codes | (plane >> shift & mask) << 4
+  static inline LLAMA_INLINE Bytes merge(Bytes codes, Bytes plane, int shift) {
     Bytes moved = shift < 4 ? _mm512_slli_epi16(plane, 4 - shift) : _mm512_srli_epi16(plane, shift - 4);
     return _mm512_ternarylogic_epi32(codes, moved, _mm512_set1_epi8(mask << 4), 0xF8);
   }
@@ -43,10 +43,8 @@ struct Simd {
   static inline Ints either(Ints a, Ints b) { return _mm512_or_si512(a, b); }
   static inline Ints left(Ints v, int n) { return _mm512_slli_epi32(v, n); }
   static inline Ints right(Ints v, int n) { return _mm512_srli_epi32(v, n); }
-  template <int i>
-  static inline Ints byte(Bytes v) { return mask(right(v, 8 * i), 255); }
-  template <int i>
-  static inline Ints signed_byte(Bytes v) { return _mm512_srai_epi32(left(v, 24 - 8 * i), 24); }
+  static inline Ints byte(Bytes v, int i) { return mask(right(v, 8 * i), 255); }
+  static inline Ints signed_byte(Bytes v, int i) { return _mm512_srai_epi32(left(v, 24 - 8 * i), 24); }
   static inline Ints widen(const uint8_t* at) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)at)); }
   static inline Ints widen_signed(const uint8_t* at) {
     return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)at));
@@ -60,11 +58,12 @@ struct Simd {
   struct CodeSum {
     using Code = int8_t;
     using Weights = Bytes;
-    static constexpr int order[4] = {0, 1, 2, 3};
-    Ints value = all(0), now;
+    static constexpr int order[4] = {0, 1, 2, 3}, most = columns / 4;
+    Ints value, now;
 
     static inline LLAMA_INLINE Bytes weights(Bytes codes) { return codes; }
     static int32_t start(int32_t first, int32_t last) { return first + last; }
+    inline LLAMA_INLINE void clear() { value = all(0); }
     inline LLAMA_INLINE void open(int32_t start) { now = all(start); }
     inline LLAMA_INLINE void add(const Bytes& weights, const Code* x) {
       int32_t four;
@@ -74,22 +73,24 @@ struct Simd {
     inline LLAMA_INLINE void close() { value = now; }
     inline LLAMA_INLINE void close(const Step& step) { value = Simd::add(value, _mm512_mullo_epi32(now, step)); }
   };
-  struct ByteSum : CodeSum<255, 0, 64> {
+  template <int columns>
+  struct ByteSum : CodeSum<255, 0, columns> {
     static inline LLAMA_INLINE Bytes weights(Bytes v) { return _mm512_xor_si512(v, _mm512_set1_epi8((char)128)); }
   };
   struct LevelSum {
     using Code = int8_t;
-    static constexpr int order[4] = {0, 1, 2, 3};
+    static constexpr int order[4] = {0, 1, 2, 3}, most = 16;
     struct Weights {
       Bytes high, low;
     };
-    ByteSum high, low;
+    ByteSum<64> high, low;
     Ints value;
 
     static inline LLAMA_INLINE Weights weights(Bytes codes) {
-      return {ByteSum::weights(lookup(kNf4.high, codes)), ByteSum::weights(lookup(kNf4.low, codes))};
+      return {ByteSum<64>::weights(lookup(kNf4.high, codes)), ByteSum<64>::weights(lookup(kNf4.low, codes))};
     }
     static int32_t start(int32_t first, int32_t last) { return first + last; }
+    inline LLAMA_INLINE void clear() {}
     inline LLAMA_INLINE void open(int32_t start) { high.open(start), low.open(start); }
     inline LLAMA_INLINE void add(const Weights& w, const Code* x) { high.add(w.high, x), low.add(w.low, x); }
     inline LLAMA_INLINE void close() { value = Simd::add(left(high.now, 8), low.now); }

@@ -16,131 +16,111 @@ struct Block {  // one block's fields, 16 rows each
   const uint8_t* field[4];
 };
 
-// A format cuts a block into groups (`group_size` columns with one scale<g>; activations are rounded by such groups) and
-// those into steps (`step_size` columns with one minimum, lowest<s>, and in K-quants one whole number, step<s>, that the
-// scale is multiplied by). visit<s>(block, f) calls f(column, codes) for the operands of step s, `column` counting from
-// the step's first. `sizes` are a row's bytes in each field, in kernel order; Sum multiplies codes by activations.
+// A format cuts a block into groups (`group_size` columns with one scale(g); activations are rounded by such groups)
+// and those into steps (`step_size` columns with one minimum, lowest(s), and in K-quants one whole number, step(s),
+// that the scale is multiplied by). visit(block, s, i, f) calls f(column, codes) for the i-th `together` operands of
+// step s, `column` counting from the step's first. `sizes` are a row's bytes in each field, in kernel order; Sum
+// multiplies codes by activations. What is said of s and i is decided by the compiler: it unrolls the loops over them.
 
 template <int Columns, int Bits, bool HasMinimum, int ScaleBytes = 2>
 struct Affine {
   static constexpr int block = Columns, group_size = Columns, step_size = Columns;
   static constexpr bool minimum = HasMinimum, steps = false, bytes = Bits == 8, table = false;
-  static constexpr int offset = HasMinimum || bytes ? 0 : 1 << (Bits - 1);
+  static constexpr int offset = HasMinimum || bytes ? 0 : 1 << (Bits - 1), together = bytes ? 1 : 2;
   static constexpr int sizes[4] = {bytes ? Columns : Columns / 2, Bits == 5 ? Columns / 8 : 0, ScaleBytes,
                                    HasMinimum ? 2 : 0};
-  using Sum = std::conditional_t<bytes, Simd::ByteSum, Simd::CodeSum<(1 << Bits) - 1, offset, step_size>>;
+  using Sum =
+      std::conditional_t<bytes, Simd::ByteSum<step_size>, Simd::CodeSum<(1 << Bits) - 1, offset, step_size>>;
 
-  template <int s, class F>
-  static inline LLAMA_INLINE void visit(const Block& b, F&& f) {
-    constexpr int vectors = sizes[0] / 4;
-    repeat<vectors>([&](auto i) LLAMA_INLINE {
-      auto codes = Simd::load(b.field[0] + 64 * i);
-      if constexpr (bytes) {
-        f(Index<4 * i>(), codes);
-      } else {
-        auto low = Simd::low(codes), high = Simd::high(codes);
-        if constexpr (Bits == 5) {  // a plane holds one bit of eight operands
-          constexpr int next = i + vectors;
-          low = Simd::template merge<1, i % 8>(low, Simd::load(b.field[1] + 64 * (i / 8)));
-          high = Simd::template merge<1, next % 8>(high, Simd::load(b.field[1] + 64 * (next / 8)));
-        }
-        f(Index<4 * i>(), low);
-        f(Index<4 * i + Columns / 2>(), high);
-      }
-    });
+  template <class F>
+  static inline LLAMA_INLINE void visit(const Block& b, int, int i, F&& f) {
+    const auto codes = Simd::load(b.field[0] + 64 * i);
+    if constexpr (bytes) {
+      f(4 * i, codes);
+    } else if constexpr (Bits == 4) {
+      f(4 * i, Simd::low(codes));
+      f(4 * i + Columns / 2, Simd::high(codes));
+    } else {  // a plane holds one bit of eight operands
+      const int further = i + Columns / 8;
+      f(4 * i, Simd::merge<1>(Simd::low(codes), Simd::load(b.field[1] + 64 * (i / 8)), i % 8));
+      f(4 * further, Simd::merge<1>(Simd::high(codes), Simd::load(b.field[1] + 64 * (further / 8)), further % 8));
+    }
   }
-  template <int g>
-  static inline Simd::Floats scale(const Block& b) {
+  static inline LLAMA_INLINE Simd::Floats scale(const Block& b, int) {
     if constexpr (ScaleBytes == 4) return Simd::floats(b.field[2]);
     return Simd::halves(b.field[2]);
   }
-  template <int s>
-  static inline Simd::Floats lowest(const Block& b) { return Simd::halves(b.field[3]); }
+  static inline LLAMA_INLINE Simd::Floats lowest(const Block& b, int) { return Simd::halves(b.field[3]); }
 };
 
 struct ZeroPoint4 : Affine<64, 4, true> {  // its minimum is minus the scale times a byte
   static constexpr int sizes[4] = {32, 0, 2, 1};
 
-  template <int s>
-  static inline Simd::Floats lowest(const Block& b) {
-    return Simd::multiply(Simd::multiply(scale<s>(b), Simd::all(-1.0f)), Simd::to_float(Simd::widen(b.field[3])));
+  static inline LLAMA_INLINE Simd::Floats lowest(const Block& b, int) {
+    return Simd::multiply(Simd::multiply(scale(b, 0), Simd::all(-1.0f)), Simd::to_float(Simd::widen(b.field[3])));
   }
 };
 
 struct NormalFloat4 {
-  static constexpr int block = 64, group_size = 64, step_size = 64, offset = 0;
+  static constexpr int block = 64, group_size = 64, step_size = 64, offset = 0, together = 2;
   static constexpr bool minimum = false, steps = false, bytes = true, table = true;
   static constexpr int sizes[4] = {32, 0, 2, 0};
   using Sum = Simd::LevelSum;
 
-  template <int s, class F>
-  static inline LLAMA_INLINE void visit(const Block& b, F&& f) {
-    repeat<8>([&](auto i) LLAMA_INLINE {
-      auto codes = Simd::load(b.field[0] + 64 * i);
-      f(Index<4 * i>(), Simd::high(codes));
-      f(Index<4 * i + 32>(), Simd::low(codes));
-    });
+  template <class F>
+  static inline LLAMA_INLINE void visit(const Block& b, int, int i, F&& f) {
+    const auto codes = Simd::load(b.field[0] + 64 * i);
+    f(4 * i, Simd::high(codes));
+    f(4 * i + 32, Simd::low(codes));
   }
-  template <int g>
-  static inline Simd::Floats scale(const Block& b) {
+  static inline LLAMA_INLINE Simd::Floats scale(const Block& b, int) {
     return Simd::multiply(Simd::halves(b.field[2]), Simd::all(1.0f / 32639));
   }
 };
 
 struct Q4K {
-  static constexpr int block = 256, group_size = 64, step_size = 32, offset = 0;
+  static constexpr int block = 256, group_size = 64, step_size = 32, offset = 0, together = 1;
   static constexpr bool minimum = true, steps = true, bytes = false, table = false;
   static constexpr int sizes[4] = {128, 12, 2, 2};
   using Sum = Simd::CodeSum<15, offset, step_size>;
 
-  template <int s, class F>
-  static inline LLAMA_INLINE void visit(const Block& b, F&& f) {
-    repeat<8>([&](auto i) LLAMA_INLINE {
-      auto codes = Simd::load(b.field[0] + 64 * (s / 2 * 8 + i));
-      f(Index<4 * i>(), s % 2 ? Simd::high(codes) : Simd::low(codes));
-    });
+  template <class F>
+  static inline LLAMA_INLINE void visit(const Block& b, int s, int i, F&& f) {
+    const auto codes = Simd::load(b.field[0] + 64 * (s / 2 * 8 + i));
+    f(4 * i, s % 2 ? Simd::high(codes) : Simd::low(codes));
   }
   // Six bits from twelve bytes: steps 0-3 in the low bits of bytes `first` + 0..3; steps 4-7 have their low four
   // bits in bytes 8..11 (scales below, minima above) and their high two above the six of steps 0-3.
-  template <int s, int first>
-  static inline Simd::Ints six_bits(const Block& b) {
-    auto byte = [&](int i) { return Simd::widen(b.field[1] + 16 * i); };
-    if constexpr (s < 4) return Simd::mask(byte(first + s), 63);
-    auto low = first ? Simd::right(byte(s + 4), 4) : Simd::mask(byte(s + 4), 15);
+  static inline LLAMA_INLINE Simd::Ints six_bits(const Block& b, int s, int first) {
+    auto byte = [&](int i) LLAMA_INLINE { return Simd::widen(b.field[1] + 16 * i); };
+    if (s < 4) return Simd::mask(byte(first + s), 63);
+    const auto low = first ? Simd::right(byte(s + 4), 4) : Simd::mask(byte(s + 4), 15);
     return Simd::either(low, Simd::left(Simd::right(byte(first + s - 4), 6), 4));
   }
-  template <int g>
-  static inline Simd::Floats scale(const Block& b) { return Simd::halves(b.field[2]); }
-  template <int s>
-  static inline Simd::Ints step(const Block& b) { return six_bits<s, 0>(b); }
-  template <int s>
-  static inline Simd::Floats lowest(const Block& b) {
-    return Simd::multiply(Simd::multiply(Simd::halves(b.field[3]), Simd::all(-1.0f)),
-                          Simd::to_float(six_bits<s, 4>(b)));
+  static inline LLAMA_INLINE Simd::Floats scale(const Block& b, int) { return Simd::halves(b.field[2]); }
+  static inline LLAMA_INLINE Simd::Ints step(const Block& b, int s) { return six_bits(b, s, 0); }
+  static inline LLAMA_INLINE Simd::Floats lowest(const Block& b, int s) {
+    const auto factor = Simd::multiply(Simd::halves(b.field[3]), Simd::all(-1.0f));
+    return Simd::multiply(factor, Simd::to_float(six_bits(b, s, 4)));
   }
 };
 
 struct Q6K {
-  static constexpr int block = 256, group_size = 64, step_size = 16, offset = 32;
+  static constexpr int block = 256, group_size = 64, step_size = 16, offset = 32, together = 1;
   static constexpr bool minimum = false, steps = true, bytes = false, table = false;
   static constexpr int sizes[4] = {128, 64, 16, 2};
   using Sum = Simd::CodeSum<63, offset, step_size>;
 
-  template <int s, class F>
-  static inline LLAMA_INLINE void visit(const Block& b, F&& f) {
-    constexpr int half = s / 8, part = s % 4;  // of 128 columns; of 16, another 16 lying 64 columns further
-    constexpr bool further = s / 4 % 2;
-    repeat<4>([&](auto i) LLAMA_INLINE {
-      auto codes = Simd::load(b.field[0] + 64 * (16 * half + 4 * part + i));
-      auto plane = Simd::load(b.field[1] + 64 * (8 * half + 4 * (part % 2) + i));
-      codes = further ? Simd::high(codes) : Simd::low(codes);
-      f(Index<4 * i>(), Simd::template merge<3, part / 2 * 2 + 4 * further>(codes, plane));
-    });
+  template <class F>
+  static inline LLAMA_INLINE void visit(const Block& b, int s, int i, F&& f) {
+    const int half = s / 8, part = s % 4;  // of 128 columns; of 16, another 16 lying 64 columns further
+    const bool further = s / 4 % 2;
+    const auto codes = Simd::load(b.field[0] + 64 * (16 * half + 4 * part + i));
+    const auto plane = Simd::load(b.field[1] + 64 * (8 * half + 4 * (part % 2) + i));
+    f(4 * i, Simd::merge<3>(further ? Simd::high(codes) : Simd::low(codes), plane, part / 2 * 2 + 4 * further));
   }
-  template <int g>
-  static inline Simd::Floats scale(const Block& b) { return Simd::halves(b.field[3]); }
-  template <int s>
-  static inline Simd::Ints step(const Block& b) { return Simd::widen_signed(b.field[2] + 16 * s); }
+  static inline LLAMA_INLINE Simd::Floats scale(const Block& b, int) { return Simd::halves(b.field[3]); }
+  static inline LLAMA_INLINE Simd::Ints step(const Block& b, int s) { return Simd::widen_signed(b.field[2] + 16 * s); }
 };
 
 template <class Format>
@@ -161,27 +141,32 @@ struct Walk {  // the blocks of one tile, in order from `block` on
 template <class Format>
 struct Packed {
   using Of = Format;
+  static constexpr int num_groups = Format::block / Format::group_size;
+  static constexpr int steps_of_group = Format::group_size / Format::step_size;
   const Block& block;
 
   template <class F>
-  inline LLAMA_INLINE void groups(F&& f) const { repeat<Format::block / Format::group_size>(f); }
-  template <class G, class F>
-  inline LLAMA_INLINE void steps(G g, F&& f) const {
-    constexpr int count = Format::group_size / Format::step_size;
-    repeat<count>([&](auto i) LLAMA_INLINE { f(Index<G::value * count + i>(), i); });
+  inline LLAMA_INLINE void groups(F&& f) const {
+    LLAMA_UNROLL for (int g = 0; g < num_groups; ++g) f(g);
   }
-  template <class S, class F>
-  inline LLAMA_INLINE void visit(S, F&& f) const {
-    Format::template visit<S::value>(block, [&](auto column, Simd::Bytes codes) LLAMA_INLINE {
-      f(column, Format::Sum::weights(codes));
-    });
+  template <class F>
+  inline LLAMA_INLINE void steps(int g, F&& f) const {
+    LLAMA_UNROLL for (int i = 0; i < steps_of_group; ++i) f(g * steps_of_group + i, i);
   }
-  template <class S>
-  inline LLAMA_INLINE auto step(S) const { return Simd::step(Format::template step<S::value>(block)); }
-  template <class G>
-  inline LLAMA_INLINE auto scale(G) const { return Format::template scale<G::value>(block); }
-  template <class S>
-  inline LLAMA_INLINE auto lowest(S) const { return Format::template lowest<S::value>(block); }
+  template <class F, class G>
+  inline LLAMA_INLINE void visit(int s, F&& f, G&& close) const {
+    constexpr int together = Format::together, run = Format::Sum::most / together;
+    LLAMA_UNROLL for (int first = 0; first < Format::step_size / 4 / together; first += run) {
+      LLAMA_UNROLL for (int i = 0; i < run; ++i)
+        Format::visit(block, s, first + i, [&](int column, const Simd::Bytes& codes) LLAMA_INLINE {
+          f(column, Format::Sum::weights(codes));
+        });
+      close();
+    }
+  }
+  inline LLAMA_INLINE auto step(int s) const { return Simd::step(Format::step(block, s)); }
+  inline LLAMA_INLINE auto scale(int g) const { return Format::scale(block, g); }
+  inline LLAMA_INLINE auto lowest(int s) const { return Format::lowest(block, s); }
 };
 
 // and decoded beforehand, for many.
@@ -195,12 +180,13 @@ struct Unpacked {
   Simd::Floats scale_of[num_groups], lowest_of[Format::minimum ? num_steps : 1];
 
   void fill(const Packed<Format>& from) {
-    repeat<num_steps>([&](auto s) LLAMA_INLINE {
-      from.visit(s, [&](auto column, const auto& weights) LLAMA_INLINE { weights_of[s][column / 4] = weights; });
+    LLAMA_UNROLL for (int s = 0; s < num_steps; ++s) {
+      auto keep = [&](int column, const auto& weights) LLAMA_INLINE { weights_of[s][column / 4] = weights; };
+      from.visit(s, keep, [] {});
       if constexpr (Format::steps) step_of[s] = from.step(s);
       if constexpr (Format::minimum) lowest_of[s] = from.lowest(s);
-    });
-    repeat<num_groups>([&](auto g) LLAMA_INLINE { scale_of[g] = from.scale(g); });
+    }
+    for (int g = 0; g < num_groups; ++g) scale_of[g] = from.scale(g);
   }
   template <class F>
   inline LLAMA_INLINE void groups(F&& f) const {
@@ -210,9 +196,13 @@ struct Unpacked {
   inline LLAMA_INLINE void steps(int g, F&& f) const {
     for (int i = 0; i < steps_of_group; ++i) f(g * steps_of_group + i, i);
   }
-  template <class F>
-  inline LLAMA_INLINE void visit(int s, F&& f) const {
-    repeat<operands>([&](auto i) LLAMA_INLINE { f(Index<4 * i>(), weights_of[s][i]); });
+  template <class F, class G>
+  inline LLAMA_INLINE void visit(int s, F&& f, G&& close) const {
+    constexpr int run = Format::Sum::most;
+    LLAMA_UNROLL for (int first = 0; first < operands; first += run) {
+      LLAMA_UNROLL for (int i = first; i < first + run; ++i) f(4 * i, weights_of[s][i]);
+      close();
+    }
   }
   inline LLAMA_INLINE const auto& step(int s) const { return step_of[s]; }  // not copied: gcc would do it in halves
   inline LLAMA_INLINE const auto& scale(int g) const { return scale_of[g]; }
@@ -242,32 +232,33 @@ template <int rows, class Source>
 inline LLAMA_INLINE void multiply(const Source& block, const Bundle<typename Source::Of, rows>& a,
                                   Simd::Floats* total) {
   using Format = typename Source::Of;
-  block.groups([&](auto g) LLAMA_INLINE {
+  block.groups([&](int g) LLAMA_INLINE {
     typename Format::Sum acc[rows];
-    block.steps(g, [&](auto s, int of_group) LLAMA_INLINE {
+    for (int m = 0; m < rows; ++m) acc[m].clear();
+    block.steps(g, [&](int s, int of_group) LLAMA_INLINE {
       const auto* x = a.x + g * rows * Format::group_size + of_group * Format::step_size;
-      repeat<rows>([&](auto m) LLAMA_INLINE { acc[m].open(a.start[s * rows + m]); });
-      block.visit(s, [&](auto column, const auto& weights) LLAMA_INLINE {
-        repeat<rows>([&](auto m) LLAMA_INLINE { acc[m].add(weights, x + m * Format::group_size + column); });
+      for (int m = 0; m < rows; ++m) acc[m].open(a.start[s * rows + m]);
+      auto add = [&](int column, const auto& weights) LLAMA_INLINE {
+        for (int m = 0; m < rows; ++m) acc[m].add(weights, x + m * Format::group_size + column);
+      };
+      block.visit(s, add, [&]() LLAMA_INLINE {
+        if constexpr (Format::steps) {
+          const auto& step = block.step(s);
+          for (int m = 0; m < rows; ++m) acc[m].close(step);
+        } else {
+          for (int m = 0; m < rows; ++m) acc[m].close();
+        }
       });
-      if constexpr (Format::steps) {
-        const auto& step = block.step(s);
-        repeat<rows>([&](auto m) LLAMA_INLINE { acc[m].close(step); });
-      } else {
-        repeat<rows>([&](auto m) LLAMA_INLINE { acc[m].close(); });
-      }
     });
     const auto& d = block.scale(g);
-    repeat<rows>([&](auto m) LLAMA_INLINE {
+    for (int m = 0; m < rows; ++m) {
       const auto factor = Simd::multiply(d, Simd::all(a.scale[g * rows + m]));
       total[m] = Simd::fma(Simd::to_float(acc[m].value), factor, total[m]);
-    });
+    }
     if constexpr (Format::minimum) {
-      block.steps(g, [&](auto s, int) LLAMA_INLINE {
+      block.steps(g, [&](int s, int) LLAMA_INLINE {
         const auto& lowest = block.lowest(s);
-        repeat<rows>([&](auto m) LLAMA_INLINE {
-          total[m] = Simd::fma(lowest, Simd::all(a.sum[s * rows + m]), total[m]);
-        });
+        for (int m = 0; m < rows; ++m) total[m] = Simd::fma(lowest, Simd::all(a.sum[s * rows + m]), total[m]);
       });
     }
   });
@@ -281,8 +272,10 @@ inline LLAMA_INLINE void with_rows(int64_t count, F&& f) {  // f(Index<count>())
   });
 }
 
+// Neither is inlined: each has the registers for itself.
 template <class Format, int rows>
-void product_rows(const uint8_t* packed, int64_t tiles, int64_t tile, const Activations& a, int64_t first, float* out) {
+__attribute__((noinline)) void product_rows(const uint8_t* packed, int64_t tiles, int64_t tile, const Activations& a,
+                                            int64_t first, float* out) {
   const int64_t blocks = a.columns / Format::block;
   Simd::Floats total[rows];
   for (int m = 0; m < rows; ++m) total[m] = Simd::all(0.0f);
@@ -294,13 +287,17 @@ void product_rows(const uint8_t* packed, int64_t tiles, int64_t tile, const Acti
 }
 
 template <class Format, int rows>
-void panel_rows(const Unpacked<Format>* panel, int64_t block, int64_t count, const Activations& a, int64_t first,
-                float* out) {
-  Simd::Floats total[rows];
-  for (int m = 0; m < rows; ++m) total[m] = block ? Simd::numbers(out + m * kTile) : Simd::all(0.0f);
+__attribute__((noinline)) void panel_rows(const Unpacked<Format>* panel, int64_t block, int64_t count,
+                                          const Activations& a, int64_t first, float* out) {
+  if (block == 0)
+    for (int m = 0; m < rows; ++m) Simd::store(out + m * kTile, Simd::all(0.0f));
   Bundle<Format, rows> bundle(a, first, block);
-  for (int64_t b = 0; b < count; ++b, bundle.next()) multiply<rows>(panel[b], bundle, total);
-  for (int m = 0; m < rows; ++m) Simd::store(out + m * kTile, total[m]);
+  for (int64_t b = 0; b < count; ++b, bundle.next()) {
+    Simd::Floats total[rows];  // between blocks in memory: the registers are needed
+    for (int m = 0; m < rows; ++m) total[m] = Simd::numbers(out + m * kTile);
+    multiply<rows>(panel[b], bundle, total);
+    for (int m = 0; m < rows; ++m) Simd::store(out + m * kTile, total[m]);
+  }
 }
 
 template <class Format>
@@ -374,33 +371,34 @@ void quantize(const float* x, int64_t first, int64_t count, const Activations& a
 template <class Format, class T>
 __attribute__((noinline)) void write_columns(const Simd::Bytes& codes, const Simd::Floats& scale,
                                              const Simd::Floats& lowest, int64_t stride, T* out) {
-  repeat<4>([&](auto c) LLAMA_INLINE {
-    auto value = Format::bytes ? Simd::template signed_byte<c>(codes) : Simd::template byte<c>(codes);
+  LLAMA_UNROLL for (int c = 0; c < 4; ++c) {
+    auto value = Format::bytes ? Simd::signed_byte(codes, c) : Simd::byte(codes, c);
     if constexpr (Format::table) {
-      value = Simd::left(Simd::template signed_byte<c>(Simd::lookup(kNf4.high, codes)), 8);
-      value = Simd::add(value, Simd::template signed_byte<c>(Simd::lookup(kNf4.low, codes)));
+      value = Simd::left(Simd::signed_byte(Simd::lookup(kNf4.high, codes), c), 8);
+      value = Simd::add(value, Simd::signed_byte(Simd::lookup(kNf4.low, codes), c));
     }
     Simd::store(out + c * stride, Simd::fma(Simd::to_float(value), scale, lowest));
-  });
+  }
 }
 
 template <class Format, class T>
 void dequantize(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t blocks, int64_t block, int64_t stride,
                 T* out) {
+  constexpr int step_size = Format::step_size;
   const Walk<Format> walk(packed, tiles, tile, blocks, block);
-  repeat<Format::block / Format::step_size>([&](auto step) LLAMA_INLINE {
-    constexpr int s = step;
-    Simd::Floats scale = Format::template scale<s * Format::step_size / Format::group_size>(walk.now), lowest;
-    if constexpr (Format::steps) scale = Simd::multiply(scale, Simd::to_float(Format::template step<s>(walk.now)));
+  LLAMA_UNROLL for (int s = 0; s < Format::block / step_size; ++s) {
+    Simd::Floats scale = Format::scale(walk.now, s * step_size / Format::group_size), lowest;
+    if constexpr (Format::steps) scale = Simd::multiply(scale, Simd::to_float(Format::step(walk.now, s)));
     if constexpr (Format::minimum) {
-      lowest = Format::template lowest<s>(walk.now);
+      lowest = Format::lowest(walk.now, s);
     } else {
       lowest = Simd::multiply(scale, Simd::all(-(float)Format::offset));
     }
-    Format::template visit<s>(walk.now, [&](int column, Simd::Bytes codes) LLAMA_INLINE {
-      write_columns<Format, T>(codes, scale, lowest, stride, out + (s * Format::step_size + column) * stride);
-    });
-  });
+    LLAMA_UNROLL for (int i = 0; i < step_size / 4 / Format::together; ++i)
+      Format::visit(walk.now, s, i, [&](int column, const Simd::Bytes& codes) LLAMA_INLINE {
+        write_columns<Format, T>(codes, scale, lowest, stride, out + (s * step_size + column) * stride);
+      });
+  }
 }
 
 template <class Format>

@@ -4,7 +4,9 @@
 #include "lowbit.h"
 #include "processor.h"
 #undef LLAMA_INLINE
-#define LLAMA_INLINE  // without vector registers it would only make the code long
+#undef LLAMA_UNROLL
+#define LLAMA_INLINE  // without vector registers they would only make the code long
+#define LLAMA_UNROLL
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -39,8 +41,8 @@ struct Simd {
   }
   static inline Bytes low(const Bytes& v) { return each<Bytes>([&](int i) { return v.v[i] & 15; }); }
   static inline Bytes high(const Bytes& v) { return each<Bytes>([&](int i) { return v.v[i] >> 4; }); }
-  template <int mask, int shift>  // codes | (plane >> shift & mask) << 4
-  static inline Bytes merge(const Bytes& codes, const Bytes& plane) {
+  template <int mask>  // codes | (plane >> shift & mask) << 4
+  static inline Bytes merge(const Bytes& codes, const Bytes& plane, int shift) {
     return each<Bytes>([&](int i) { return codes.v[i] | (plane.v[i] >> shift & mask) << 4; });
   }
   static inline Bytes lookup(const int8_t* table, const Bytes& codes) {
@@ -53,10 +55,8 @@ struct Simd {
   static inline Ints either(const Ints& a, const Ints& b) { return each<Ints>([&](int i) { return a.v[i] | b.v[i]; }); }
   static inline Ints left(const Ints& v, int n) { return each<Ints>([&](int i) { return v.v[i] * (1 << n); }); }
   static inline Ints right(const Ints& v, int n) { return each<Ints>([&](int i) { return v.v[i] >> n; }); }
-  template <int c>
-  static inline Ints byte(const Bytes& v) { return each<Ints>([&](int i) { return v.v[4 * i + c]; }); }
-  template <int c>
-  static inline Ints signed_byte(const Bytes& v) {
+  static inline Ints byte(const Bytes& v, int c) { return each<Ints>([&](int i) { return v.v[4 * i + c]; }); }
+  static inline Ints signed_byte(const Bytes& v, int c) {
     return each<Ints>([&](int i) { return (int8_t)v.v[4 * i + c]; });
   }
   static inline Ints widen(const uint8_t* at) { return each<Ints>([&](int i) { return at[i]; }); }
@@ -66,15 +66,16 @@ struct Simd {
 
   // Sums of products with four activations, which lie in `order`; `weights` is done once for all rows. Every step is
   // opened, added to and closed; `value` is the sum of all.
-  template <class Weight>
+  template <class Weight, int columns>
   struct Sum {
     using Code = int8_t;
     using Weights = Bytes;
-    static constexpr int order[4] = {0, 1, 2, 3};
-    Ints value = all(0), now;
+    static constexpr int order[4] = {0, 1, 2, 3}, most = columns / 4;
+    Ints value, now;
 
     static Bytes weights(const Bytes& codes) { return codes; }
     static int32_t start(int32_t first, int32_t last) { return first + last; }
+    void clear() { value = all(0); }
     void open(int32_t start) { now = all(start); }
     void add(const Bytes& w, const Code* x) {
       now = each<Ints>([&](int i) {
@@ -88,19 +89,21 @@ struct Simd {
     }
   };
   template <int highest, int offset, int columns>
-  using CodeSum = Sum<uint8_t>;
-  using ByteSum = Sum<int8_t>;
+  using CodeSum = Sum<uint8_t, columns>;
+  template <int columns>
+  using ByteSum = Sum<int8_t, columns>;
   struct LevelSum {
     using Code = int8_t;
-    static constexpr int order[4] = {0, 1, 2, 3};
+    static constexpr int order[4] = {0, 1, 2, 3}, most = 16;
     struct Weights {
       Bytes high, low;
     };
-    ByteSum high, low;
+    ByteSum<64> high, low;
     Ints value;
 
     static Weights weights(const Bytes& codes) { return {lookup(kNf4.high, codes), lookup(kNf4.low, codes)}; }
     static int32_t start(int32_t first, int32_t last) { return first + last; }
+    void clear() {}
     void open(int32_t start) { high.open(start), low.open(start); }
     void add(const Weights& w, const Code* x) { high.add(w.high, x), low.add(w.low, x); }
     void close() { value = Simd::add(left(high.now, 8), low.now); }

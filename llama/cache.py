@@ -16,6 +16,7 @@ import torch
 
 from llama.kernels.attention import attend_rows, row_table, store_rows
 from llama.kernels.library import serves
+from llama.rotary import Rotary
 
 Extent = tuple[int, int]  # (first slot, number of slots)
 
@@ -163,10 +164,11 @@ class KVCache:
         )
         slots = torch.tensor(list(chain.from_iterable(runs)), device=self.device)
         window = self.shape.sliding_window
-        single = [(span.first_row, span.seen(window)) for span in spans if span.num_rows == 1]
-        table = row_table(single) if self.fixed_rows is None else row_table(())
+        single = [span for span in spans if span.num_rows == 1 and self.fixed_rows is None]
+        others = [span for span in spans if span.num_rows > 1 or self.fixed_rows is not None]
+        table = row_table((span.first_row, span.seen(window)) for span in single)
         return [
-            LayerCache(keys, values, slots, tuple(spans), table, window, self.fixed_rows)
+            LayerCache(keys, values, slots, tuple(spans), table, tuple(others), window, self.fixed_rows)
             for keys, values in self._layers
         ]
 
@@ -215,23 +217,31 @@ class LayerCache:
     values: Store
     slots: torch.Tensor  # (num_tokens,) int64: where this step's tokens are stored
     spans: tuple[Span, ...]
-    table: torch.Tensor  # of the spans of one row, as `attend_rows` reads it
+    table: torch.Tensor  # of the spans that `attend_rows` looks after where it can
+    others: tuple[Span, ...]  # the rest
     sliding_window: int | None
     fixed_rows: int | None = None
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """Stores k, v (num_tokens, n_kv_heads, head_dim); q and the result are (num_tokens, heads, head_dim)."""
-        self.keys.put(self.slots, k)
-        self.values.put(self.slots, v)
-        out = q.new_empty(q.shape)
-        done = len(self.table) > 0 and serves(q)
-        if done:
-            stored = (self.keys.numbers, self.values.numbers, self.keys.scales, self.values.scales)
-            attend_rows(q, *stored, self.table, out)
-        for span in self.spans:
-            if span.num_rows > 1 or not done:
-                rows = slice(span.first_row, span.first_row + span.num_rows)
-                self._attend(q[rows], span, out[rows])
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        """Rotates q and k, stores k and v (num_tokens, n_kv_heads, head_dim), and lets each row look at its request.
+
+        q and the result are (num_tokens, heads, head_dim).
+        """
+        spans = self.spans
+        if serves(q):
+            keys, values = self.keys, self.values
+            stored = (keys.numbers, values.numbers, keys.scales, values.scales)
+            out = attend_rows(q, k, v, rotary.cos, rotary.sin, self.slots, *stored, self.table)
+            spans = self.others
+        else:
+            self.keys.put(self.slots, rotary(k))
+            self.values.put(self.slots, v)
+            out = q.new_empty(q.shape)
+        if spans:
+            q = rotary(q)
+        for span in spans:
+            rows = slice(span.first_row, span.first_row + span.num_rows)
+            self._attend(q[rows], span, out[rows])
         return out
 
     def _attend(self, q: torch.Tensor, span: Span, out: torch.Tensor) -> None:

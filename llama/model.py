@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -13,24 +12,10 @@ from torch import nn
 
 from llama.cache import CacheShape, ContiguousCache, LayerCache
 from llama.device import return_memory
-from llama.kernels.elementwise import rms_norm, rotate, swiglu
+from llama.kernels.elementwise import rms_norm, swiglu
 from llama.linear import Joint, Linear, in_tiles
 from llama.parallel import SINGLE, ModelParallel
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the length a model was trained at.
-
-    `kind` is "linear" (every frequency divided by `factor`) or "llama3" (long wavelengths divided, short ones
-    kept, those between blended; Llama 3.1, `llama-models` `models/llama3/model.py`).
-    """
-
-    kind: str
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_seq_len: int = 8192
+from llama.rotary import RopeScaling, Rotary, rope_frequencies
 
 
 @dataclass
@@ -70,42 +55,6 @@ class ModelArgs:
             self.hidden_dim = self.multiple_of * ((hidden_dim + self.multiple_of - 1) // self.multiple_of)
 
 
-def rope_frequencies(args: ModelArgs, device: torch.device | None = None) -> torch.Tensor:
-    """Radians per position of each rotary pair: (head_dim / 2,) float32, scaled as `args.rope_scaling` says."""
-    exponents = torch.arange(0, args.head_dim, 2, device=device)[: args.head_dim // 2].float() / args.head_dim
-    freqs = 1.0 / (args.rope_theta**exponents)
-    scaling = args.rope_scaling
-    if scaling is None:
-        return freqs
-    if scaling.kind == "linear":
-        return freqs / scaling.factor
-    wavelengths = 2 * math.pi / freqs
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = ((scaling.original_max_seq_len / wavelengths - low) / (high - low)).clamp(0, 1)
-    return (1 - smooth) * freqs / scaling.factor + smooth * freqs
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """A step's rotations in real numbers: with neighbouring pairs (a, b) of x and their angle t,
-    (a, b) * (cos t, cos t) + (b, a) * (-sin t, sin t). Both (num_tokens, 1, head_dim) float32.
-    """
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-
-    @classmethod
-    def at(cls, positions: torch.Tensor, freqs: torch.Tensor) -> Rotary:
-        """positions (num_tokens,), freqs (head_dim / 2,)"""
-        angles = torch.outer(positions.float(), freqs).unsqueeze(1)
-        cos, sin = angles.cos(), angles.sin()
-        return cls(torch.stack((cos, cos), -1).flatten(-2), torch.stack((-sin, sin), -1).flatten(-2))
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotates x (num_tokens, heads, head_dim) in float32; the result has x's dtype."""
-        return rotate(x, self.cos, self.sin)
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * weight; normalised in float32 and cast back before the product, as in the reference."""
 
@@ -135,11 +84,9 @@ class Attention(nn.Module):
         self.qkv = Joint(self, "wq", "wk", "wv")
 
     def forward(self, x: torch.Tensor, rotary: Rotary, cache: LayerCache) -> torch.Tensor:
-        heads = self.qkv(x).view(len(x), -1, self.head_dim)  # (num_tokens, q + k + v heads, head_dim)
-        rotated = rotary(heads[:, : -self.n_local_kv_heads])
-        q, k = rotated.split_with_sizes((self.n_local_heads, self.n_local_kv_heads), dim=1)
-        v = heads[:, -self.n_local_kv_heads :]
-        return self.parallel.all_reduce(self.wo(cache.attend(q, k, v).view(len(x), -1)))
+        num_heads = (self.n_local_heads, self.n_local_kv_heads, self.n_local_kv_heads)
+        q, k, v = self.qkv(x).view(len(x), -1, self.head_dim).split_with_sizes(num_heads, dim=1)
+        return self.parallel.all_reduce(self.wo(cache.attend(q, k, v, rotary).flatten(1)))
 
 
 class FeedForward(nn.Module):
@@ -247,7 +194,9 @@ class Transformer(nn.Module):
 
         Each layer stores the step's keys and values in its part of the cache.
         """
-        rotary = Rotary.at(positions, rope_frequencies(self.params, positions.device))
+        args = self.params
+        freqs = rope_frequencies(args.head_dim, args.rope_theta, args.rope_scaling, positions.device)
+        rotary = Rotary.at(positions, freqs)
         h = self.tok_embeddings(tokens).to(self.norm.weight.dtype)
         for layer, cache in zip(self.layers, caches, strict=True):
             h = layer(h, rotary, cache)

@@ -49,7 +49,11 @@ def kept_text(stored: Stored) -> str:
     """What becomes of low-bit blocks when they are loaded."""
     if stored.packed is None:
         return ""
-    counts = {"kept packed": stored.packed, "dequantized": stored.tensors - stored.packed}
+    counts = {
+        "kept packed": stored.packed,
+        "kept packed as the output layer, dequantized as the embedding": stored.shared,
+        "dequantized": stored.tensors - stored.packed - stored.shared,
+    }
     found = {what: count for what, count in counts.items() if count}
     return ", " + ", ".join(what if len(found) == 1 else f"{count} {what}" for what, count in found.items())
 

@@ -1,4 +1,4 @@
-"""Attention of single rows: the compiled kernel against its twin, and keys and values in 8 bits."""
+"""A step's attention of single rows: the compiled operator against its twin, and keys and values in 8 bits."""
 
 import pytest
 import torch
@@ -6,10 +6,13 @@ import torch
 from llama.cache import CacheShape, KVCache, LayerCache, Span
 from llama.kernels import library
 from llama.kernels.attention import attend_rows, attend_rows_twin, row_table, store_rows
+from llama.kernels.elementwise import rotate_twin
+from llama.rotary import Rotary, rope_frequencies
 
 compiled = pytest.mark.skipif(not library.AVAILABLE, reason="the kernels were not compiled")
 VARIANTS = ["avx512_vnni", "avx2", "scalar"]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+SLOTS = torch.tensor([7, 899, 0, 450])
 
 
 def needs(variant: str) -> None:
@@ -17,16 +20,23 @@ def needs(variant: str) -> None:
         pytest.skip(f"this machine cannot run {variant}")
 
 
+def angles(positions: list[int], head_dim: int) -> Rotary:
+    return Rotary.at(torch.tensor(positions), rope_frequencies(head_dim, 10000.0, None))
+
+
 def problem(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, int8: bool, slots: int = 900):
-    """q of four rows; keys and values; their scales or None."""
+    """Four tokens' q, k and v side by side as a product makes them, cos, sin, slots; keys and values, their scales."""
     generator = torch.Generator().manual_seed(heads)
-    q = torch.randn(4, heads, head_dim, generator=generator).to(dtype)
+    rows = torch.randn(4, heads + 2 * kv_heads, head_dim, generator=generator).to(dtype)
+    q, k, v = rows.split_with_sizes((heads, kv_heads, kv_heads), dim=1)
+    rotary = angles([5, 880, 40, 3], head_dim)
+    step = (q, k, v, rotary.cos, rotary.sin, SLOTS)
     size = (kv_heads, slots, head_dim)
     if not int8:
-        return (q, *(torch.randn(size, generator=generator).to(dtype) for _ in range(2)), None, None)
+        return (*step, *(torch.randn(size, generator=generator).to(dtype) for _ in range(2)), None, None)
     codes = [torch.randint(-127, 128, size, generator=generator).to(torch.int8) for _ in range(2)]
     scales = [torch.rand(size[:2], generator=generator) / 50 for _ in range(2)]
-    return (q, *codes, *scales)
+    return (*step, *codes, *scales)
 
 
 TABLE = row_table([(2, [(5, 1)]), (0, [(880, 20), (16, 300), (400, 7)]), (3, [(0, 512)])])
@@ -41,42 +51,39 @@ TABLE = row_table([(2, [(5, 1)]), (0, [(880, 20), (16, 300), (400, 7)]), (3, [(0
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rows_attend_as_their_twin_defines(variant, heads, kv_heads, head_dim, dtype, int8):
     needs(variant)
-    stored = problem(heads, kv_heads, head_dim, dtype, int8)
-    out, expected = torch.zeros_like(stored[0]), torch.zeros_like(stored[0])
-    attend_rows(*stored, TABLE, out, variant)
-    attend_rows_twin(*stored, TABLE, expected)
-    torch.testing.assert_close(out, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-    assert (out[1] == 0).all()  # the table does not name it
+    arguments = problem(heads, kv_heads, head_dim, dtype, int8)
+    out = attend_rows(*arguments, TABLE, variant)
+    expected = attend_rows_twin(*problem(heads, kv_heads, head_dim, dtype, int8), TABLE)
+    named = [0, 2, 3]
+    torch.testing.assert_close(out[named], expected[named], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @compiled
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_rows_bits_depend_neither_on_the_other_rows_nor_on_where_its_runs_lie(variant):
     needs(variant)
-    q, keys, values, *_ = problem(8, 2, 64, torch.float32, False)
-    together, alone, moved = (torch.zeros_like(q) for _ in range(3))
-    attend_rows(
-        q, keys, values, None, None, row_table([(1, [(0, 300)]), (3, [(300, 600)])]), together, variant
-    )
-    attend_rows(q, keys, values, None, None, row_table([(3, [(300, 600)])]), alone, variant)
-    assert torch.equal(together[3], alone[3])
+    *step, slots, keys, values, _, _ = problem(8, 2, 64, torch.float32, False)
+
+    def attended(slots, keys, values, table):
+        return attend_rows(*step, slots, keys.clone(), values.clone(), None, None, row_table(table), variant)[
+            3
+        ]
+
+    together = attended(slots, keys, values, [(1, [(0, 300)]), (3, [(300, 600)])])
+    alone = attended(slots, keys, values, [(3, [(300, 600)])])
+    assert torch.equal(together, alone)
     order = torch.cat([torch.arange(500, 900), torch.arange(500)])  # slots 300-499 now at 700, 500-899 at 0
-    table = row_table([(3, [(700, 200), (0, 400)])])
-    attend_rows(
-        q, keys[:, order].contiguous(), values[:, order].contiguous(), None, None, table, moved, variant
-    )
-    assert torch.equal(moved[3], alone[3])
+    moved = (slots + 400) % 900, keys[:, order].contiguous(), values[:, order].contiguous()
+    assert torch.equal(attended(*moved, [(3, [(700, 200), (0, 400)])]), alone)
 
 
 @compiled
 def test_several_threads_attend_as_one_does():
-    stored = problem(8, 2, 64, torch.float32, False)
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append(torch.zeros_like(stored[0]))
-        attend_rows(*stored, TABLE, results[-1])
+        results.append(attend_rows(*problem(8, 2, 64, torch.float32, False), TABLE)[[0, 2, 3]])
     torch.set_num_threads(before)
     assert torch.equal(*results)
 
@@ -85,11 +92,10 @@ def test_several_threads_attend_as_one_does():
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_huge_scores_neither_overflow_nor_lose_what_is_not_a_number(variant):
     needs(variant)
-    q, keys, values, *_ = problem(2, 1, 16, torch.float32, False)
+    q, *others = problem(2, 1, 16, torch.float32, False)
     q[0] *= 1e18
     q[1] = float("nan")
-    out = torch.zeros_like(q)
-    attend_rows(q, keys, values, None, None, row_table([(0, [(0, 50)]), (1, [(0, 50)])]), out, variant)
+    out = attend_rows(q, *others, row_table([(0, [(0, 50)]), (1, [(0, 50)])]), variant)
     assert out[0].isfinite().all()
     assert out[1].isnan().all()
 
@@ -99,59 +105,57 @@ def test_huge_scores_neither_overflow_nor_lose_what_is_not_a_number(variant):
     "table",
     [[0], [0, 1, 5], [0, 0], [4, 1, 0, 1], [-1, 1, 0, 1], [0, 1, 899, 2], [0, 1, -1, 2], [0, 1, 0, 0]],
 )
-def test_a_table_that_leaves_the_memory_is_refused(table):
-    stored = problem(4, 4, 16, torch.float32, False)
+def test_a_table_that_leaves_the_memory_is_refused_before_anything_is_stored(table):
+    arguments = problem(4, 4, 16, torch.float32, False)
+    keys = arguments[6].clone()
     with pytest.raises(RuntimeError, match="attend_rows"):
-        attend_rows(*stored, torch.tensor(table), torch.zeros_like(stored[0]))
+        attend_rows(*arguments, torch.tensor(table))
+    assert torch.equal(arguments[6], keys)
+
+
+@compiled
+@pytest.mark.parametrize("slot", [-1, 900])
+def test_a_slot_outside_the_cache_is_refused(slot):
+    *step, _, keys, values, _, _ = problem(4, 4, 16, torch.float32, False)
+    with pytest.raises(RuntimeError, match="outside the cache"):
+        attend_rows(*step, torch.tensor([0, 1, slot, 2]), keys, values, None, None, TABLE)
 
 
 @compiled
 @pytest.mark.parametrize("int8", [False, True])
 def test_the_operator_keeps_torchs_rules(int8):
-    stored = problem(4, 2, 16, torch.float32, int8)
-    arguments = (*stored, TABLE, torch.zeros_like(stored[0]), "auto")
+    table = row_table([(row, [(0, 30)]) for row in range(4)])
+    arguments = (*problem(4, 2, 16, torch.float32, int8), table, "auto")
     torch.library.opcheck(torch.ops.llama.attend_rows.default, arguments)
-
-
-def stored_rows(dtype: torch.dtype, int8: bool):
-    """Five rows to store, among them zeros and what is not a number; their slots; a cache's numbers and scales."""
-    rows = torch.randn(5, 4, 48, generator=torch.Generator().manual_seed(0)).to(dtype)[:, 1:]
-    rows[1, 2], rows[3, 1, 7] = 0, float("nan")
-    numbers = torch.zeros(3, 20, 48, dtype=torch.int8 if int8 else dtype)
-    return rows, torch.tensor([7, 0, 19, 3, 4]), numbers, torch.zeros(3, 20) if int8 else None
 
 
 @compiled
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_are_stored_as_pytorchs_operators_do(dtype, int8, monkeypatch):
-    rows, slots, *cache = stored_rows(dtype, int8)
-    _, _, *expected = stored_rows(dtype, int8)
-    store_rows(rows, slots, *cache)
-    monkeypatch.setattr(library, "serves", lambda *_: False)
-    store_rows(rows, slots, *expected)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_keys_are_turned_and_stored_as_pytorchs_operators_do(variant, dtype, int8):
+    needs(variant)
+    q, k, v, cos, sin, slots, *stored = problem(4, 2, 48, dtype, int8)
+    k[1, 1], v[2, 0], v[3, 1, 7] = 0, 0, float("nan")
+    expected = [None if tensor is None else tensor.clone() for tensor in stored]
+    attend_rows(q, k, v, cos, sin, slots, *stored, row_table(()), variant)
+    store_rows(rotate_twin(k, cos, sin), slots, expected[0], expected[2])
+    store_rows(v, slots, expected[1], expected[3])
     if not int8:
-        assert torch.equal(cache[0].view(torch.uint8), expected[0].view(torch.uint8))
+        tolerance = TOLERANCE[dtype] / 10  # of keys: PyTorch multiplies and adds in two roundings
+        torch.testing.assert_close(stored[0], expected[0], rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(stored[1], expected[1], rtol=0, atol=0, equal_nan=True)
         return
-    torch.testing.assert_close(cache[1], expected[1], rtol=0, atol=0, equal_nan=True)
-    finite = expected[1].isfinite()
-    assert not finite.all()
-    assert torch.equal(cache[0][finite], expected[0][finite])
-
-
-@compiled
-@pytest.mark.parametrize("slot", [-1, 20])
-def test_a_slot_outside_the_cache_is_refused(slot):
-    rows, slots, *cache = stored_rows(torch.float32, False)
-    slots[2] = slot
-    with pytest.raises(RuntimeError, match="outside the cache"):
-        store_rows(rows, slots, *cache)
-
-
-@compiled
-@pytest.mark.parametrize("int8", [False, True])
-def test_storing_keeps_torchs_rules(int8):
-    torch.library.opcheck(torch.ops.llama.store_rows.default, stored_rows(torch.float32, int8))
+    for numbers, scale, expected_numbers, expected_scale in zip(
+        stored[:2], stored[2:], expected[:2], expected[2:], strict=True
+    ):
+        torch.testing.assert_close(scale, expected_scale, rtol=1e-2, atol=1e-9, equal_nan=True)
+        finite = expected_scale.isfinite()
+        assert (numbers.int() - expected_numbers.int())[finite].abs().max() <= 1
+    assert torch.equal(
+        stored[1][stored[3].isfinite()], expected[1][expected[3].isfinite()]
+    )  # values are not turned
+    assert not stored[3].isfinite().all()
 
 
 SPANS = [Span(0, 1, 40, ((64, 48),)), Span(1, 3, 10, ((16, 8), (0, 8))), Span(4, 1, 9, ((48, 16),))]
@@ -167,7 +171,7 @@ def attended(dtype: torch.dtype, kv_dtype: torch.dtype, window: int | None = Non
         store.put(layer.slots, rows)
     [layer] = cache.layers(SPANS)
     q, k, v = (torch.randn(5, heads, 32, generator=generator).to(dtype) for heads in (6, 2, 2))
-    return layer.attend(q, k, v), layer
+    return layer.attend(q, k, v, angles([39, 7, 8, 9, 8], 32)), layer
 
 
 @compiled

@@ -33,7 +33,8 @@ from llama.checkpoint.gguf_file import write_gguf as write_container
 from llama.checkpoint.output import Output, staged
 from llama.checkpoint.to_meta import hidden_rounding
 from llama.checkpoint.tokenizer_files import TokenizerFiles
-from llama.model import ModelArgs, RopeScaling
+from llama.model import ModelArgs
+from llama.rotary import RopeScaling
 from llama.tokenizer import Tokenizer
 
 TEXTS = ("hello lo", "", "  two  spaces", "snow ☃ and 雪", "</s><s>[INST]", "\n\ttabs", "e" * 50)

@@ -12,7 +12,7 @@ from llama.checkpoint.gguf import llama3_factors
 from llama.checkpoint.gguf_file import BLOCKS, STRING, UINT32, GGUFFile, Value, shortest
 from llama.checkpoint.gguf_file import write_gguf as write_container
 from llama.checkpoint.output import Output
-from llama.model import RopeScaling
+from llama.rotary import RopeScaling
 
 
 def write(path, metadata, tensors=()):

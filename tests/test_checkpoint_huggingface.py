@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from llama.checkpoint import CheckpointError, convert, open_checkpoint
 from llama.checkpoint.names import FROM_GGUF, FROM_HF, TO_GGUF, TO_HF, deinterleave, interleave, rename
-from llama.model import ModelArgs, RopeScaling
+from llama.model import ModelArgs
+from llama.rotary import RopeScaling
 
 LLAMA3 = {
     "factor": 8.0,

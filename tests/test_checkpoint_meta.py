@@ -5,7 +5,7 @@ import torch
 from checkpoints import assert_equal, loaded, params, sample, state, write_meta
 
 from llama.checkpoint import CheckpointError, open_checkpoint
-from llama.model import RopeScaling
+from llama.rotary import RopeScaling
 
 
 def rewrite(path, **changes):

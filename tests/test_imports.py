@@ -10,7 +10,18 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "llama"
 
 ROWS = [
-    {"parallel", "scheduler", "tokenizer", "vocabulary", "kernels", "linear", "cache", "device", "progress"},
+    {
+        "parallel",
+        "scheduler",
+        "tokenizer",
+        "vocabulary",
+        "kernels",
+        "linear",
+        "rotary",
+        "cache",
+        "device",
+        "progress",
+    },
     {"model", "sampling", "quantization", "chat"},
     {"checkpoint", "runner"},
     {"engine"},
@@ -20,6 +31,8 @@ ROWS = [
 ]
 NEIGHBOURS = {
     ("cache", "kernels"),
+    ("cache", "rotary"),
+    ("rotary", "kernels"),
     ("tokenizer", "vocabulary"),
     ("__main__", "terminal"),
     ("__main__", "report"),

@@ -3,7 +3,8 @@ import slow
 import torch
 from conftest import tiny_args, tiny_model, tiny_weights
 
-from llama.model import ModelArgs, RopeScaling, Transformer
+from llama.model import ModelArgs, Transformer
+from llama.rotary import RopeScaling
 
 SHAPES = {
     "plain": dict(n_kv_heads=None),

@@ -6,7 +6,8 @@ import torch
 from test_parallel import torchrun
 
 from llama import Llama, SamplingParams
-from llama.checkpoint import default_model
+from llama.checkpoint import default_model, inspect
+from llama.quantization import has_kernels
 
 PROMPTS = [
     "The capital of France is",
@@ -127,3 +128,8 @@ def test_the_default_model_answers_a_question(llm):
         [[{"role": "user", "content": "What is the capital of France?"}]], temperature=0.0
     )
     assert "Paris" in answer["generation"]["content"]
+
+
+def test_inspect_says_that_the_embedding_is_packed_as_the_output_layer_and_unpacked_as_itself():
+    stored = inspect(default_model()).types["Q8_0"]
+    assert (stored.tensors, stored.packed, stored.shared) == (1, 0, has_kernels("cpu"))

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..model import ModelArgs, RopeScaling
+from ..model import ModelArgs
+from ..rotary import RopeScaling
 from .arrays import Array, Mapped
 from .files import open_file
 from .gguf_file import BLOCKS, GGUFFile, TensorHeader

@@ -32,6 +32,8 @@ class Stored:
     nbytes: int
     packed: int | None = None
     """How many of the tensors stay in their low-bit blocks, the others being dequantized; None for plain numbers."""
+    shared: int = 0
+    """How many are both: an embedding that is looked up in numbers and multiplied, as the output layer, in blocks."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,14 @@ def inspect(path: str | Path, world_size: int = 1) -> Inspection:
     for weight in checkpoint.weights():
         so_far = types.get(weight.stored, Stored(0, 0, 0))
         packed = None if weight.is_plain else (so_far.packed or 0) + keeps_blocks(weight, world_size)
+        is_output = checkpoint.args.tie_word_embeddings and weight.name == "tok_embeddings.weight"
+        shared = is_output and keeps_blocks(replace(weight, name="output.weight"), world_size)
         types[weight.stored] = Stored(
-            so_far.tensors + 1, so_far.parameters + weight.numel, so_far.nbytes + weight.nbytes, packed
+            so_far.tensors + 1,
+            so_far.parameters + weight.numel,
+            so_far.nbytes + weight.nbytes,
+            packed,
+            so_far.shared + shared,
         )
     tokenizer, chat_format = _tokenizer(checkpoint)
     return Inspection(

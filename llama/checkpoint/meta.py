@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ..model import ModelArgs, RopeScaling
+from ..model import ModelArgs
 from ..parallel import SPLIT
+from ..rotary import RopeScaling
 from .arrays import Joined, Mapped
 from .files import read_json
 from .names import module_name

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ..model import ModelArgs, RopeScaling
+from ..model import ModelArgs
+from ..rotary import RopeScaling
 from .weight import CheckpointError
 
 MAX_INT = 2**31 - 1

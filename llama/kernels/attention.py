@@ -1,7 +1,6 @@
-"""What decoding does with the cache in every layer: storing rows, and attention of single rows for all requests.
+"""What decoding does with the cache in every layer, for all requests of a step: one compiled operator on the CPU.
 
-Each is one compiled operator on the CPU. PyTorch's operators define both: those of `attend_rows_twin`, and those that
-`store_rows` falls back to.
+PyTorch's operators define it (`attend_rows_twin`).
 """
 
 from __future__ import annotations
@@ -12,6 +11,9 @@ import torch
 from torch import Tensor
 
 from llama.kernels import library
+from llama.kernels.elementwise import rotate_twin
+
+_attend_rows = library.operator("attend_rows")
 
 
 def row_table(rows: Iterable[tuple[int, Sequence[tuple[int, int]]]]) -> Tensor:
@@ -24,31 +26,43 @@ def row_table(rows: Iterable[tuple[int, Sequence[tuple[int, int]]]]) -> Tensor:
 
 def attend_rows(
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
     keys: Tensor,
     values: Tensor,
     key_scale: Tensor | None,
     value_scale: Tensor | None,
     table: Tensor,
-    out: Tensor,
     variant: str = "auto",
-) -> None:
-    """Fills the rows of `out` that `table` names: each row of q attends over its own runs of slots.
+) -> Tensor:
+    """Rotates q and k, stores k and v of every token, and lets the rows that `table` names attend.
 
-    q, out: (rows, heads, head_dim) bfloat16 or float32. keys, values: (kv_heads, slots, head_dim) of that type, or
-    int8 with float32 scales (kv_heads, slots). table: what `row_table` makes; a row occurs once. Scores are scaled by
-    head_dim ** -0.5 and computed in float32. Raises RuntimeError for a table that leaves the cache.
+    q (num_tokens, heads, head_dim), k and v (num_tokens, kv_heads, head_dim): bfloat16 or float32, of any stride from
+    token to token. cos, sin (num_tokens, 1, head_dim) float32: see `rotate`. keys, values (kv_heads, num_slots,
+    head_dim): of that type, or int8 with float32 scales (kv_heads, num_slots); they get k and v at slots
+    (num_tokens,) int64, each named once, as `store_rows` describes. table: what `row_table` makes; a row occurs once.
+    Scores are scaled by head_dim ** -0.5 and computed in float32. Returns q's shape and dtype; rows that the table
+    does not name hold nothing. Raises RuntimeError for slots or a table that leave the cache, with nothing stored.
     """
-    torch.ops.llama.attend_rows(q, keys, values, key_scale, value_scale, table, out, variant)
+    return _attend_rows(q, k, v, cos, sin, slots, keys, values, key_scale, value_scale, table, variant)
+
+
+if library.AVAILABLE:
+
+    @torch.library.register_fake("llama::attend_rows")
+    def _(q: Tensor, *_: object) -> Tensor:
+        return q.new_empty(q.shape)
 
 
 def store_rows(rows: Tensor, slots: Tensor, numbers: Tensor, scales: Tensor | None) -> None:
     """Puts rows (num_tokens, kv_heads, head_dim) into `numbers` (kv_heads, num_slots, head_dim) at slots (num_tokens,).
 
     `numbers` has the rows' dtype, or is int8 beside float32 scales (kv_heads, num_slots): each row is then rounded to
-    steps of 1/127 of its largest magnitude, and its scale is what a step is worth. Slots are int64, each named once.
+    steps of 1/127 of its largest magnitude, and its scale is what a step is worth. By PyTorch's operators.
     """
-    if library.serves(rows, 1) and rows.stride()[1:] == (rows.shape[-1], 1):
-        return torch.ops.llama.store_rows(rows, slots, numbers, scales)
     rows = rows.transpose(0, 1)
     if scales is not None:
         worth = rows.abs().amax(-1).float() / 127
@@ -57,34 +71,32 @@ def store_rows(rows: Tensor, slots: Tensor, numbers: Tensor, scales: Tensor | No
     numbers.index_copy_(1, slots, rows)
 
 
-if library.AVAILABLE:
-
-    @torch.library.register_fake("llama::attend_rows")
-    def _(*arguments: object) -> None:
-        return None
-
-    @torch.library.register_fake("llama::store_rows")
-    def _(*arguments: object) -> None:
-        return None
-
-
 def attend_rows_twin(
     q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
     keys: Tensor,
     values: Tensor,
     key_scale: Tensor | None,
     value_scale: Tensor | None,
     table: Tensor,
-    out: Tensor,
-) -> None:
+) -> Tensor:
     """What `attend_rows` means, in PyTorch operators and float32; slow."""
+    store_rows(rotate_twin(k, cos, sin), slots, keys, key_scale)
+    store_rows(v, slots, values, value_scale)
+    q, out = rotate_twin(q, cos, sin), q.new_empty(q.shape)
     numbers = iter(table.tolist())
     for row in numbers:
         runs = [(next(numbers), next(numbers)) for _ in range(next(numbers))]
-        slots = torch.cat([torch.arange(slot, slot + length) for slot, length in runs])
-        k, v = keys[:, slots].float(), values[:, slots].float()
+        seen = torch.cat([torch.arange(slot, slot + length) for slot, length in runs])
+        stored_keys, stored_values = keys[:, seen].float(), values[:, seen].float()
         if key_scale is not None:
-            k, v = k * key_scale[:, slots].unsqueeze(-1), v * value_scale[:, slots].unsqueeze(-1)
+            stored_keys = stored_keys * key_scale[:, seen].unsqueeze(-1)
+            stored_values = stored_values * value_scale[:, seen].unsqueeze(-1)
         grouped = q[row].float().unflatten(0, (keys.shape[0], -1))  # (kv_heads, group, head_dim)
-        weights = (grouped @ k.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)
-        out[row] = (weights @ v).flatten(0, 1).to(out.dtype)
+        weights = (grouped @ stored_keys.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1)
+        out[row] = (weights @ stored_values).flatten(0, 1).to(out.dtype)
+    return out

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.kernels import library
-from llama.kernels.library import UNIT, serves
+from llama.kernels.library import UNIT, operator, serves
+
+_rms_norm, _rotate, _swiglu = (operator(name) for name in ("rms_norm", "rotate", "swiglu"))
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -19,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     Normalised in float32 and cast back before the product, as in the reference.
     """
     if serves(x) and weight.dtype == x.dtype:
-        return torch.ops.llama.rms_norm(x, weight, eps)
+        return _rms_norm(x, weight, eps)
     return F.rms_norm(x, weight.shape, None, eps) * weight
 
 
@@ -29,7 +31,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     cos, sin: (num_tokens, 1, head_dim) float32. Computed in float32; the result has x's dtype.
     """
     if serves(x) and x.stride()[1:] == (x.shape[-1], 1):
-        return torch.ops.llama.rotate(x, cos, sin)
+        return _rotate(x, cos, sin)
+    return rotate_twin(x, cos, sin)
+
+
+def rotate_twin(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The same by PyTorch's operators."""
     x32 = x.float()
     swapped = x32.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return (x32 * cos).addcmul_(swapped, sin).to(x.dtype)
@@ -38,7 +45,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up of x (..., 2 * columns), the gate first: (..., columns). Shazeer 2020, arXiv:2002.05202."""
     if serves(x, 2 * UNIT):
-        return torch.ops.llama.swiglu(x)
+        return _swiglu(x)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,6 +23,11 @@ def load_library() -> bool:
 
 AVAILABLE = load_library()
 UNIT = 16  # numbers that the kernels for attention and between products take at a time
+
+
+def operator(name: str) -> Callable[..., Any] | None:
+    """torch.ops.llama's operator of that name, found once: looking it up takes as long as a small product."""
+    return getattr(torch.ops.llama, name).default if AVAILABLE else None
 
 
 def serves(x: torch.Tensor, multiple: int = UNIT) -> bool:

@@ -16,6 +16,8 @@ from torch import Tensor
 from llama.kernels import library
 from llama.kernels.layouts import LAYOUTS, TILE, Field, Layout, pack_bits, unpack_bits
 
+_lowbit_linear = library.operator("lowbit_linear")
+
 TILES_AT_ONCE = 64  # rows are rearranged 1024 at a time, so that temporaries stay small
 
 
@@ -37,7 +39,7 @@ def lowbit_linear(
     Returns (..., outputs) in x's dtype. `variant`: one of `variants()`; "auto" is "tiles" for many rows on
     a processor with AMX, else the widest integer kernel, whose result for a row does not depend on the other rows.
     """
-    return torch.ops.llama.lowbit_linear(x, packed, bias, format, outputs, variant)
+    return _lowbit_linear(x, packed, bias, format, outputs, variant)
 
 
 if library.AVAILABLE:

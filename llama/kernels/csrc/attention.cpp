@@ -1,10 +1,9 @@
-// torch.ops.llama.attend_rows: rows that each look at their own stored keys and values, on CPU; and store_rows, which
-// puts keys or values into the cache.
+// torch.ops.llama.attend_rows: everything that a decoding step does with the cache in a layer, on CPU. Queries and keys
+// are turned by their positions' angles, keys and values stored, and rows look each at their own stored tokens.
 //
-// attend_rows is what decoding does in every layer, for all requests in one call: PyTorch's operators would need a call
-// for each, read the keys once for every query head or rearrange them first, and know nothing of runs of slots. Long
-// contexts are cut into chunks for the threads (Flash-Decoding, Dao et al. 2023), always at the same places, and merged
-// in order.
+// PyTorch's operators would need some calls for each request, read the keys once for every query head or rearrange them
+// first, and know nothing of runs of slots; in a small model the calls alone take as long as the work. Long contexts
+// are cut into chunks for the threads (Flash-Decoding, Dao et al. 2023), always at the same places, and merged in order.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -19,7 +18,9 @@
 #include <vector>
 
 #include "attention.h"
+#include "elementwise.h"
 #include "processor.h"
+#include "tensors.h"
 
 namespace llama {
 namespace {
@@ -29,13 +30,21 @@ using torch::stable::Tensor;
 
 constexpr int64_t kNumbersPerThread = 32768;  // of keys, values or parts: less is not worth waking a thread for
 
-AttentionKernels find_kernels(const std::string& variant) {
+struct Kernels {
+  AttentionKernels attention;
+  ElementwiseKernels<float> float32;
+  ElementwiseKernels<uint16_t> bfloat16;
+};
+
+Kernels find_kernels(const std::string& variant) {
 #if defined(__x86_64__)
-  if (has_avx512() && (variant == "auto" || variant == "avx512_vnni")) return avx512::attention();
-  if (has_avx2() && (variant == "auto" || variant == "avx2")) return avx2::attention();
+  if (has_avx512() && (variant == "auto" || variant == "avx512_vnni"))
+    return {avx512::attention(), avx512::elementwise<float>(), avx512::elementwise<uint16_t>()};
+  if (has_avx2() && (variant == "auto" || variant == "avx2"))
+    return {avx2::attention(), avx2::elementwise<float>(), avx2::elementwise<uint16_t>()};
 #endif
   STD_TORCH_CHECK(variant == "auto" || variant == "scalar", "attend_rows has no kernel '", variant, "' here");
-  return scalar::attention();
+  return {scalar::attention(), scalar::elementwise<float>(), scalar::elementwise<uint16_t>()};
 }
 
 struct Chunk {
@@ -79,12 +88,6 @@ float number_at(const void* numbers, int64_t i, bool bfloat16) {
   return bfloat16 ? from_bfloat16(((const uint16_t*)numbers)[i]) : ((const float*)numbers)[i];
 }
 
-void check_scales(const char* name, const std::optional<Tensor>& scales, bool int8, int64_t count) {
-  STD_TORCH_CHECK(scales.has_value() == int8 && (!int8 || (scales->scalar_type() == ScalarType::Float &&
-                                                           scales->is_contiguous() && scales->numel() == count)),
-                  name, ": int8 needs one float32 scale for each head and slot, other types none");
-}
-
 struct Heads {
   int64_t num, kv, group, dim;
 };
@@ -114,31 +117,70 @@ void merge(const Heads& h, const std::vector<Partial>& partials, int64_t first, 
   }
 }
 
-// q, out (rows, heads, head_dim); keys, values (kv_heads, slots, head_dim), int8 with scales (kv_heads, slots) float32,
-// or of q's type. Rows of `out` that the table does not name are left as they are.
-void attend_rows(Tensor q, Tensor keys, Tensor values, std::optional<Tensor> key_scale,
-                 std::optional<Tensor> value_scale, Tensor table, Tensor out, std::string variant) {
-  const auto type = q.scalar_type(), stored = keys.scalar_type();
-  const bool bfloat16 = type == ScalarType::BFloat16, int8 = stored == ScalarType::Char;
-  STD_TORCH_CHECK(q.dim() == 3 && keys.dim() == 3 && values.dim() == 3, "attend_rows takes three dimensions");
-  STD_TORCH_CHECK((bfloat16 || type == ScalarType::Float) && out.scalar_type() == type &&
-                      (int8 || stored == type) && values.scalar_type() == stored,
-                  "attend_rows takes bfloat16 or float32, and keys and values of that type or int8");
-  const Heads h{q.size(1), keys.size(0), q.size(1) / std::max<int64_t>(keys.size(0), 1), q.size(2)};
-  const int64_t slots = keys.size(1);
-  STD_TORCH_CHECK(h.kv > 0 && h.group * h.kv == h.num && h.dim % 16 == 0 && keys.size(2) == h.dim,
-                  "attend_rows: heads do not fit key heads, or head_dim is no multiple of 16");
-  STD_TORCH_CHECK(keys.is_contiguous() && values.is_contiguous() && out.is_contiguous() && q.stride(2) == 1 &&
-                      q.stride(1) == h.dim && values.size(0) == h.kv && values.size(1) == slots &&
-                      values.size(2) == h.dim && out.size(0) == q.size(0) && out.numel() == q.numel(),
-                  "attend_rows: memory is not laid out as expected");
-  for (const auto& scales : {key_scale, value_scale}) check_scales("attend_rows", scales, int8, h.kv * slots);
-  STD_TORCH_CHECK(table.scalar_type() == ScalarType::Long && table.is_contiguous() && table.dim() == 1,
-                  "attend_rows: the table is a row of int64");
+// What one call works on. Rows of q, k and v are (tokens, heads, dim), of any stride from token to token.
+struct Step {
+  Tensor q, k, v;
+  const float *cos, *sin;          // [token][dim]
+  const int64_t* slots;            // of each token
+  char *keys, *values;             // [kv head][slot][dim]
+  float *key_scale, *value_scale;  // [kv head][slot] of int8, or null
+  Heads heads;
+  int64_t num_tokens, num_slots;
+  bool bfloat16, int8;
+  Kernels kernels;
 
-  const AttentionKernels kernels = find_kernels(variant);
-  const AttendChunk attend = int8 ? kernels.int8 : bfloat16 ? kernels.bfloat16 : kernels.float32;
-  const Plan plan = make_plan((const int64_t*)table.const_data_ptr(), table.numel(), q.size(0), slots);
+  int64_t element() const { return bfloat16 ? 2 : 4; }
+  const char* row(const Tensor& x, int64_t token, int64_t head) const {
+    return (const char*)x.const_data_ptr() + (token * x.stride(0) + head * heads.dim) * element();
+  }
+  // A head's row turned by its token's angles, in its own type.
+  void rotate(const char* row, int64_t token, void* out) const {
+    const float *c = cos + token * heads.dim, *s = sin + token * heads.dim;
+    if (bfloat16) {
+      kernels.bfloat16.rotate((const uint16_t*)row, c, s, heads.dim, (uint16_t*)out);
+    } else {
+      kernels.float32.rotate((const float*)row, c, s, heads.dim, (float*)out);
+    }
+  }
+};
+
+// One head's row into a slot: as it is, or as int8 with its largest magnitude as 127, and what a step of that is worth.
+void store(const Step& s, const char* row, int64_t at, char* numbers, float* scale) {
+  const int64_t dim = s.heads.dim;
+  if (!s.int8) {
+    std::memcpy(numbers + at * dim * s.element(), row, dim * s.element());
+    return;
+  }
+  const auto number = [&](int64_t d) { return number_at(row, d, s.bfloat16); };
+  constexpr float round_to_even = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
+  float peak = 0, not_finite = 0;
+  for (int64_t d = 0; d < dim; ++d) peak = std::max(peak, std::abs(number(d))), not_finite += number(d) * 0;
+  scale[at] = peak / 127 + not_finite;  // what is no number stays so
+  const float step = std::max(peak / 127, 1e-30f);
+  auto* codes = (int8_t*)numbers + at * dim;
+  for (int64_t d = 0; d < dim; ++d)
+    codes[d] = not_finite == 0 ? (int8_t)(number(d) / step + round_to_even - round_to_even) : 0;
+}
+
+void store_tokens(const Step& s) {
+  const int64_t kv = s.heads.kv, grain = std::max<int64_t>(1, kNumbersPerThread / (kv * s.heads.dim));
+  torch::stable::parallel_for(0, s.num_tokens, grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> turned(s.heads.dim);
+    for (int64_t i = begin * kv; i < end * kv; ++i) {
+      const int64_t token = i / kv, head = i % kv, at = head * s.num_slots + s.slots[token];
+      s.rotate(s.row(s.k, token, head), token, turned.data());
+      store(s, (const char*)turned.data(), at, s.keys, s.key_scale);
+      store(s, s.row(s.v, token, head), at, s.values, s.value_scale);
+    }
+  });
+}
+
+// Fills the rows of `out` that the plan names.
+void attend(const Step& s, const Plan& plan, void* out) {
+  const Heads& h = s.heads;
+  const AttendChunk attend_chunk = s.int8       ? s.kernels.attention.int8
+                                   : s.bfloat16 ? s.kernels.attention.bfloat16
+                                                : s.kernels.attention.float32;
   const int64_t num_chunks = plan.chunks.size(), items = num_chunks * h.kv, part = h.group * (h.dim + 2);
   std::unique_ptr<float[]> memory(new float[items * part]);
   std::vector<Partial> partials(items);
@@ -153,24 +195,25 @@ void attend_rows(Tensor q, Tensor keys, Tensor values, std::optional<Tensor> key
     middle[i] = tokens + plan.chunks[i / h.kv].tokens / 2;
     tokens += plan.chunks[i / h.kv].tokens;
   }
-  const int64_t head_numbers = slots * h.dim, element = int8 ? 1 : bfloat16 ? 2 : 4;
-  const void* data = q.const_data_ptr();
+  const int64_t head_bytes = s.num_slots * h.dim * (s.int8 ? 1 : s.element());
   const int64_t fewest = std::max<int64_t>(1, kNumbersPerThread / h.dim);
   torch::stable::parallel_for(0, tokens, fewest, [&](int64_t from, int64_t to) {
-    std::vector<float> rows(h.group * h.dim);
+    std::vector<float> turned(h.dim), rows(h.group * h.dim);
     const float scale = 1.0f / std::sqrt((float)h.dim);
     const auto place = [&](int64_t token) {
       return std::lower_bound(middle.begin(), middle.end(), token) - middle.begin();
     };
     for (int64_t i = place(from), end = place(to); i < end; ++i) {
       const Chunk& chunk = plan.chunks[i / h.kv];
-      const int64_t kv = i % h.kv, at = chunk.row * q.stride(0) + kv * h.group * h.dim;
-      for (int64_t d = 0; d < h.group * h.dim; ++d) rows[d] = scale * number_at(data, at + d, bfloat16);
-      const Stored head{(const char*)keys.const_data_ptr() + kv * head_numbers * element,
-                        (const char*)values.const_data_ptr() + kv * head_numbers * element,
-                        int8 ? (const float*)key_scale->const_data_ptr() + kv * slots : nullptr,
-                        int8 ? (const float*)value_scale->const_data_ptr() + kv * slots : nullptr};
-      attend(rows.data(), h.group, h.dim, head, &plan.runs[chunk.first_run], chunk.num_runs, partials[i]);
+      const int64_t kv = i % h.kv;
+      for (int64_t g = 0; g < h.group; ++g) {
+        s.rotate(s.row(s.q, chunk.row, kv * h.group + g), chunk.row, turned.data());
+        for (int64_t d = 0; d < h.dim; ++d) rows[g * h.dim + d] = scale * number_at(turned.data(), d, s.bfloat16);
+      }
+      const Stored head{s.keys + kv * head_bytes, s.values + kv * head_bytes,
+                        s.int8 ? s.key_scale + kv * s.num_slots : nullptr,
+                        s.int8 ? s.value_scale + kv * s.num_slots : nullptr};
+      attend_chunk(rows.data(), h.group, h.dim, head, &plan.runs[chunk.first_run], chunk.num_runs, partials[i]);
     }
   });
 
@@ -184,68 +227,69 @@ void attend_rows(Tensor q, Tensor keys, Tensor values, std::optional<Tensor> key
   torch::stable::parallel_for(0, merges, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = starts[i / h.kv], at = plan.chunks[first].row * h.num * h.dim;
-      merge(h, partials, first, starts[i / h.kv + 1], i % h.kv, bfloat16,
-            (char*)out.mutable_data_ptr() + at * (bfloat16 ? 2 : 4));
+      merge(h, partials, first, starts[i / h.kv + 1], i % h.kv, s.bfloat16, (char*)out + at * s.element());
     }
   });
 }
 
-// rows (tokens, kv_heads, head_dim) into `numbers` (kv_heads, slots, head_dim) at slots (tokens): as they are, or as
-// int8 with the largest magnitude of each as 127, one step's worth in scales (kv_heads, slots).
-void store_rows(Tensor rows, Tensor slots, Tensor numbers, std::optional<Tensor> scales) {
-  const auto type = rows.scalar_type(), stored = numbers.scalar_type();
+// q (tokens, heads, head_dim); k, v (tokens, kv_heads, head_dim); cos, sin (tokens, 1, head_dim) float32; slots (tokens).
+// keys, values (kv_heads, num_slots, head_dim): int8 with scales (kv_heads, num_slots) float32, or of q's type.
+// -> as q; rows that the table does not name hold nothing.
+Tensor attend_rows(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor slots, Tensor keys, Tensor values,
+                   std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor table,
+                   std::string variant) {
+  const auto type = q.scalar_type(), stored = keys.scalar_type();
   const bool bfloat16 = type == ScalarType::BFloat16, int8 = stored == ScalarType::Char;
-  STD_TORCH_CHECK((bfloat16 || type == ScalarType::Float) && (int8 || stored == type),
-                  "store_rows takes bfloat16 or float32, and stores that type or int8");
-  STD_TORCH_CHECK(rows.dim() == 3 && numbers.dim() == 3 && numbers.is_contiguous() &&
-                      rows.size(1) == numbers.size(0) && rows.size(2) == numbers.size(2) && rows.stride(2) == 1 &&
-                      rows.stride(1) == rows.size(2),
-                  "store_rows: memory is not laid out as expected");
-  const int64_t tokens = rows.size(0), heads = rows.size(1), dim = rows.size(2), num_slots = numbers.size(1);
-  STD_TORCH_CHECK(slots.scalar_type() == ScalarType::Long && slots.is_contiguous() && slots.numel() == tokens,
-                  "store_rows: slots are not one int64 for each row");
-  check_scales("store_rows", scales, int8, heads * num_slots);
+  STD_TORCH_CHECK((bfloat16 || type == ScalarType::Float) && k.scalar_type() == type && v.scalar_type() == type &&
+                      (int8 || stored == type) && values.scalar_type() == stored,
+                  "attend_rows takes bfloat16 or float32, and keys and values of that type or int8");
+  for (const Tensor& x : {q, k, v, keys, values})
+    STD_TORCH_CHECK(x.dim() == 3 && x.size(2) == q.size(2), "attend_rows takes three dimensions, the last head_dim");
+  const Heads h{q.size(1), keys.size(0), q.size(1) / std::max<int64_t>(keys.size(0), 1), q.size(2)};
+  const int64_t tokens = q.size(0), num_slots = keys.size(1);
+  STD_TORCH_CHECK(h.kv > 0 && h.group * h.kv == h.num && h.dim > 0 && h.dim % 16 == 0,
+                  "attend_rows: heads do not fit key heads, or head_dim is no multiple of 16");
+  for (const Tensor& x : {q, k, v})
+    STD_TORCH_CHECK(x.size(0) == tokens && x.stride(2) == 1 && x.stride(1) == h.dim,
+                    "attend_rows: q, k and v are not rows of heads that lie side by side");
+  for (const Tensor& x : {keys, values})
+    STD_TORCH_CHECK(x.is_contiguous() && x.size(0) == h.kv && x.size(1) == num_slots,
+                    "attend_rows: the cache is not laid out as expected");
+  STD_TORCH_CHECK(k.size(1) == h.kv && v.size(1) == h.kv, "attend_rows: k and v do not fit the cache");
+  for (const Tensor& x : {cos, sin})
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == tokens * h.dim,
+                    "attend_rows: cos and sin are not float32 (tokens, 1, head_dim)");
+  for (const auto& x : {key_scale, value_scale})
+    STD_TORCH_CHECK(x.has_value() == int8 && (!int8 || (x->scalar_type() == ScalarType::Float && x->is_contiguous() &&
+                                                        x->numel() == h.kv * num_slots)),
+                    "attend_rows: int8 needs one float32 scale for each head and slot, other types none");
+  for (const Tensor& x : {slots, table})
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long && x.is_contiguous() && x.dim() == 1,
+                    "attend_rows: slots and table are rows of int64");
+  STD_TORCH_CHECK(slots.numel() == tokens, "attend_rows: slots are not one for each token");
   const auto* place = (const int64_t*)slots.const_data_ptr();
   for (int64_t i = 0; i < tokens; ++i)
-    STD_TORCH_CHECK(place[i] >= 0 && place[i] < num_slots, "store_rows: a slot lies outside the cache");
+    STD_TORCH_CHECK(place[i] >= 0 && place[i] < num_slots, "attend_rows: a slot lies outside the cache");
 
-  const int64_t element = bfloat16 ? 2 : 4, stride = rows.stride(0);
-  const auto* from = (const char*)rows.const_data_ptr();
-  auto* to = (char*)numbers.mutable_data_ptr();
-  auto* scale = int8 ? (float*)scales->mutable_data_ptr() : nullptr;
-  const int64_t grain = std::max<int64_t>(1, kNumbersPerThread / std::max<int64_t>(1, heads * dim));
-  torch::stable::parallel_for(0, tokens, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin * heads; i < end * heads; ++i) {
-      const char* row = from + (i / heads * stride + i % heads * dim) * element;
-      const int64_t at = i % heads * num_slots + place[i / heads];
-      if (int8) {
-        const auto number = [&](int64_t d) { return number_at(row, d, bfloat16); };
-        constexpr float round_to_even = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
-        float peak = 0, not_finite = 0;
-        for (int64_t d = 0; d < dim; ++d) peak = std::max(peak, std::abs(number(d))), not_finite += number(d) * 0;
-        scale[at] = peak / 127 + not_finite;  // what is no number stays so
-        const float step = std::max(peak / 127, 1e-30f);
-        auto* codes = (int8_t*)to + at * dim;
-        for (int64_t d = 0; d < dim; ++d)
-          codes[d] = not_finite == 0 ? (int8_t)(number(d) / step + round_to_even - round_to_even) : 0;
-      } else {
-        std::memcpy(to + at * dim * element, row, dim * element);
-      }
-    }
-  });
+  const Step step{q, k, v, (const float*)cos.const_data_ptr(), (const float*)sin.const_data_ptr(), place,
+                  (char*)keys.mutable_data_ptr(), (char*)values.mutable_data_ptr(),
+                  int8 ? (float*)key_scale->mutable_data_ptr() : nullptr,
+                  int8 ? (float*)value_scale->mutable_data_ptr() : nullptr, h, tokens, num_slots, bfloat16, int8,
+                  find_kernels(variant)};
+  const Plan plan = make_plan((const int64_t*)table.const_data_ptr(), table.numel(), tokens, num_slots);
+  Tensor out = empty_like(q, {tokens, h.num, h.dim});
+  store_tokens(step);
+  attend(step, plan, out.mutable_data_ptr());
+  return out;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llama, m) {
   m.def(
-      "attend_rows(Tensor q, Tensor keys, Tensor values, Tensor? key_scale, Tensor? value_scale, Tensor table, "
-      "Tensor(a!) out, str variant) -> ()");
-  m.def("store_rows(Tensor rows, Tensor slots, Tensor(a!) numbers, Tensor(b!)? scales) -> ()");
+      "attend_rows(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys, "
+      "Tensor(b!) values, Tensor(c!)? key_scale, Tensor(d!)? value_scale, Tensor table, str variant) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(llama, CPU, m) {
-  m.impl("attend_rows", TORCH_BOX(&attend_rows));
-  m.impl("store_rows", TORCH_BOX(&store_rows));
-}
+STABLE_TORCH_LIBRARY_IMPL(llama, CPU, m) { m.impl("attend_rows", TORCH_BOX(&attend_rows)); }
 
 }  // namespace llama

@@ -1,9 +1,9 @@
 """Key/value storage, and what one layer sees of it in one step.
 
-Attention makes one call on the cache, `attend(q, k, v)`: it stores the step's keys and values and lets each
-request's rows look at that request's own. Where they lie is the cache's business alone: a request owns a list of
-*extents*, contiguous runs of slots, and a slot holds the keys and values of one token. Keys and values are never
-repeated for grouped heads, never gathered into a copy, never padded.
+Attention makes one call on the cache, `attend(qkv, rotary)`: it rotates queries and keys, stores the step's keys and
+values and lets each request's rows look at that request's own. Where they lie is the cache's business alone: a request
+owns a list of *extents*, contiguous runs of slots, and a slot holds the keys and values of one token. Keys and values
+are never repeated for grouped heads, never gathered into a copy, never padded.
 """
 
 from __future__ import annotations
@@ -162,13 +162,13 @@ class KVCache:
             for span in spans
             for slot, length in clip(span.extents, span.context - span.num_rows, span.context)
         )
-        slots = torch.tensor(list(chain.from_iterable(runs)), device=self.device)
+        slots = torch.tensor(list(chain.from_iterable(runs)), dtype=torch.int64, device=self.device)
         window = self.shape.sliding_window
-        single = [span for span in spans if span.num_rows == 1 and self.fixed_rows is None]
-        others = [span for span in spans if span.num_rows > 1 or self.fixed_rows is not None]
-        table = row_table((span.first_row, span.seen(window)) for span in single)
+        alone = tuple(span for span in spans if span.num_rows == 1 and self.fixed_rows is None)
+        others = tuple(span for span in spans if span.num_rows > 1 or self.fixed_rows is not None)
+        table = row_table((span.first_row, span.seen(window)) for span in alone)
         return [
-            LayerCache(keys, values, slots, tuple(spans), table, tuple(others), window, self.fixed_rows)
+            LayerCache(keys, values, slots, alone, others, table, window, self.fixed_rows)
             for keys, values in self._layers
         ]
 
@@ -216,30 +216,31 @@ class LayerCache:
     keys: Store  # of one layer
     values: Store
     slots: torch.Tensor  # (num_tokens,) int64: where this step's tokens are stored
-    spans: tuple[Span, ...]
-    table: torch.Tensor  # of the spans that `attend_rows` looks after where it can
-    others: tuple[Span, ...]  # the rest
+    alone: tuple[Span, ...]  # spans of one row, which `attend_rows` computes where it can
+    others: tuple[Span, ...]  # those that are always computed by PyTorch's operators
+    table: torch.Tensor  # of `alone`, as `attend_rows` reads it
     sliding_window: int | None
     fixed_rows: int | None = None
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rotary: Rotary) -> torch.Tensor:
-        """Rotates q and k, stores k and v (num_tokens, n_kv_heads, head_dim), and lets each row look at its request.
+    def attend(self, qkv: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+        """Rotates queries and keys, stores keys and values, and lets each row look at its own request's.
 
-        q and the result are (num_tokens, heads, head_dim).
+        qkv (num_tokens, query + key + value heads, head_dim), in that order and side by side. Returns
+        (num_tokens, query heads, head_dim) in its dtype.
         """
-        spans = self.spans
-        if serves(q):
-            keys, values = self.keys, self.values
+        keys, values, num_heads = self.keys, self.values, self.num_heads
+        if serves(qkv):
             stored = (keys.numbers, values.numbers, keys.scales, values.scales)
-            out = attend_rows(q, k, v, rotary.cos, rotary.sin, self.slots, *stored, self.table)
-            spans = self.others
+            out = attend_rows(qkv, rotary.cos, rotary.sin, self.slots, *stored, self.table)
+            if not self.others:
+                return out
+            q, rest = rotary(qkv[:, : -2 * num_heads]), self.others
         else:
-            self.keys.put(self.slots, rotary(k))
-            self.values.put(self.slots, v)
-            out = q.new_empty(q.shape)
-        if spans:
-            q = rotary(q)
-        for span in spans:
+            q, k = rotary(qkv[:, :-num_heads]).tensor_split((-num_heads,), dim=1)
+            keys.put(self.slots, k)
+            values.put(self.slots, qkv[:, -num_heads:])
+            out, rest = q.new_empty(q.shape), self.alone + self.others
+        for span in rest:
             rows = slice(span.first_row, span.first_row + span.num_rows)
             self._attend(q[rows], span, out[rows])
         return out

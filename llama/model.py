@@ -84,9 +84,8 @@ class Attention(nn.Module):
         self.qkv = Joint(self, "wq", "wk", "wv")
 
     def forward(self, x: torch.Tensor, rotary: Rotary, cache: LayerCache) -> torch.Tensor:
-        num_heads = (self.n_local_heads, self.n_local_kv_heads, self.n_local_kv_heads)
-        q, k, v = self.qkv(x).view(len(x), -1, self.head_dim).split_with_sizes(num_heads, dim=1)
-        return self.parallel.all_reduce(self.wo(cache.attend(q, k, v, rotary).flatten(1)))
+        qkv = self.qkv(x).view(len(x), -1, self.head_dim)  # (num_tokens, query + key + value heads, head_dim)
+        return self.parallel.all_reduce(self.wo(cache.attend(qkv, rotary).flatten(1)))
 
 
 class FeedForward(nn.Module):

@@ -51,7 +51,7 @@ def kept_text(stored: Stored) -> str:
         return ""
     counts = {
         "kept packed": stored.packed,
-        "kept packed as the output layer, dequantized as the embedding": stored.shared,
+        "packed as the output layer but dequantized as the embedding": stored.shared,
         "dequantized": stored.tensors - stored.packed - stored.shared,
     }
     found = {what: count for what, count in counts.items() if count}

@@ -1,4 +1,4 @@
-"""A step's attention of single rows: the compiled operator against its twin, and keys and values in 8 bits."""
+"""Rotating, storing and attending: the compiled operator against its twin, and keys and values in 8 bits."""
 
 import pytest
 import torch
@@ -12,7 +12,6 @@ from llama.rotary import Rotary, rope_frequencies
 compiled = pytest.mark.skipif(not library.AVAILABLE, reason="the kernels were not compiled")
 VARIANTS = ["avx512_vnni", "avx2", "scalar"]
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
-SLOTS = torch.tensor([7, 899, 0, 450])
 
 
 def needs(variant: str) -> None:
@@ -24,14 +23,14 @@ def angles(positions: list[int], head_dim: int) -> Rotary:
     return Rotary.at(torch.tensor(positions), rope_frequencies(head_dim, 10000.0, None))
 
 
-def problem(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, int8: bool, slots: int = 900):
-    """Four tokens' q, k and v side by side as a product makes them, cos, sin, slots; keys and values, their scales."""
+def problem(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, int8: bool, tokens: int = 4):
+    """A step's qkv, cos, sin, slots; keys and values of 900 slots, and their scales or None."""
     generator = torch.Generator().manual_seed(heads)
-    rows = torch.randn(4, heads + 2 * kv_heads, head_dim, generator=generator).to(dtype)
-    q, k, v = rows.split_with_sizes((heads, kv_heads, kv_heads), dim=1)
-    rotary = angles([5, 880, 40, 3], head_dim)
-    step = (q, k, v, rotary.cos, rotary.sin, SLOTS)
-    size = (kv_heads, slots, head_dim)
+    qkv = torch.randn(tokens, heads + 2 * kv_heads, head_dim, generator=generator).to(dtype)
+    rotary = angles([5, 880, 40, 3, *range(4, tokens)], head_dim)
+    slots = torch.tensor([7, 899, 0, 450, *range(100, 96 + tokens)])
+    step = (qkv, rotary.cos, rotary.sin, slots)
+    size = (kv_heads, 900, head_dim)
     if not int8:
         return (*step, *(torch.randn(size, generator=generator).to(dtype) for _ in range(2)), None, None)
     codes = [torch.randint(-127, 128, size, generator=generator).to(torch.int8) for _ in range(2)]
@@ -65,9 +64,8 @@ def test_a_rows_bits_depend_neither_on_the_other_rows_nor_on_where_its_runs_lie(
     *step, slots, keys, values, _, _ = problem(8, 2, 64, torch.float32, False)
 
     def attended(slots, keys, values, table):
-        return attend_rows(*step, slots, keys.clone(), values.clone(), None, None, row_table(table), variant)[
-            3
-        ]
+        stored = (keys.clone(), values.clone(), None, None)
+        return attend_rows(*step, slots, *stored, row_table(table), variant)[3]
 
     together = attended(slots, keys, values, [(1, [(0, 300)]), (3, [(300, 600)])])
     alone = attended(slots, keys, values, [(3, [(300, 600)])])
@@ -78,24 +76,26 @@ def test_a_rows_bits_depend_neither_on_the_other_rows_nor_on_where_its_runs_lie(
 
 
 @compiled
-def test_several_threads_attend_as_one_does():
+@pytest.mark.parametrize("tokens", [4, 700])
+def test_several_threads_store_and_attend_as_one_does(tokens):
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        results.append(attend_rows(*problem(8, 2, 64, torch.float32, False), TABLE)[[0, 2, 3]])
+        arguments = problem(8, 2, 64, torch.float32, False, tokens)
+        results.append((attend_rows(*arguments, TABLE)[[0, 2, 3]], *arguments[4:6]))
     torch.set_num_threads(before)
-    assert torch.equal(*results)
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
 @compiled
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_huge_scores_neither_overflow_nor_lose_what_is_not_a_number(variant):
     needs(variant)
-    q, *others = problem(2, 1, 16, torch.float32, False)
-    q[0] *= 1e18
-    q[1] = float("nan")
-    out = attend_rows(q, *others, row_table([(0, [(0, 50)]), (1, [(0, 50)])]), variant)
+    qkv, *others = problem(2, 1, 16, torch.float32, False)
+    qkv[0, :2] *= 1e18
+    qkv[1, :2] = float("nan")
+    out = attend_rows(qkv, *others, row_table([(0, [(0, 50)]), (1, [(0, 50)])]), variant)
     assert out[0].isfinite().all()
     assert out[1].isnan().all()
 
@@ -103,22 +103,58 @@ def test_huge_scores_neither_overflow_nor_lose_what_is_not_a_number(variant):
 @compiled
 @pytest.mark.parametrize(
     "table",
-    [[0], [0, 1, 5], [0, 0], [4, 1, 0, 1], [-1, 1, 0, 1], [0, 1, 899, 2], [0, 1, -1, 2], [0, 1, 0, 0]],
+    [
+        [0],
+        [0, 1, 5],
+        [0, 0],
+        [4, 1, 0, 1],
+        [-1, 1, 0, 1],
+        [0, 1, 899, 2],
+        [0, 1, -1, 2],
+        [0, 1, 0, 0],
+        [0, 2**62, 0, 1],
+    ],
 )
-def test_a_table_that_leaves_the_memory_is_refused_before_anything_is_stored(table):
-    arguments = problem(4, 4, 16, torch.float32, False)
-    keys = arguments[6].clone()
-    with pytest.raises(RuntimeError, match="attend_rows"):
-        attend_rows(*arguments, torch.tensor(table))
-    assert torch.equal(arguments[6], keys)
+def test_a_table_that_leaves_the_memory_is_refused(table):
+    refuses("attend_rows", table=torch.tensor(table))
 
 
 @compiled
-@pytest.mark.parametrize("slot", [-1, 900])
-def test_a_slot_outside_the_cache_is_refused(slot):
-    *step, _, keys, values, _, _ = problem(4, 4, 16, torch.float32, False)
-    with pytest.raises(RuntimeError, match="outside the cache"):
-        attend_rows(*step, torch.tensor([0, 1, slot, 2]), keys, values, None, None, TABLE)
+@pytest.mark.parametrize("slots", [[0, 1, -1, 2], [0, 1, 900, 2], [0, 1, 2]])
+def test_slots_outside_the_cache_or_too_few_are_refused(slots):
+    refuses("slot", slots=torch.tensor(slots))
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("qkv", lambda x: x[:, :8], "do not fit key heads"),
+        ("qkv", lambda x: x.transpose(0, 1).contiguous().transpose(0, 1), "side by side"),
+        ("qkv", torch.Tensor.double, "takes bfloat16 or float32"),
+        ("cos", lambda x: x[:3], "cos and sin"),
+        ("keys", lambda x: x[..., :8], "not laid out"),
+        ("values", torch.Tensor.bfloat16, "of that type or int8"),
+        ("key_scale", lambda _: torch.ones(4, 900), "other types none"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(name, change, message):
+    refuses(message, **{name: change(named(problem(4, 4, 16, torch.float32, False))[name])})
+
+
+def named(arguments: tuple) -> dict:
+    names = ("qkv", "cos", "sin", "slots", "keys", "values", "key_scale", "value_scale")
+    return dict(zip(names, arguments, strict=True))
+
+
+def refuses(message: str, **changed: torch.Tensor) -> None:
+    """attend_rows raises and stores nothing where one argument of a good call is another."""
+    good = named(problem(4, 4, 16, torch.float32, False))
+    before = good["keys"].clone(), good["values"].clone()
+    with pytest.raises(RuntimeError, match=message):
+        attend_rows(**{**good, "table": TABLE} | changed)
+    assert torch.equal(good["keys"], before[0])
+    assert torch.equal(good["values"], before[1])
 
 
 @compiled
@@ -135,10 +171,11 @@ def test_the_operator_keeps_torchs_rules(int8):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_keys_are_turned_and_stored_as_pytorchs_operators_do(variant, dtype, int8):
     needs(variant)
-    q, k, v, cos, sin, slots, *stored = problem(4, 2, 48, dtype, int8)
+    qkv, cos, sin, slots, *stored = problem(4, 2, 48, dtype, int8)
+    _, k, v = qkv.split_with_sizes((4, 2, 2), dim=1)
     k[1, 1], v[2, 0], v[3, 1, 7] = 0, 0, float("nan")
     expected = [None if tensor is None else tensor.clone() for tensor in stored]
-    attend_rows(q, k, v, cos, sin, slots, *stored, row_table(()), variant)
+    attend_rows(qkv, cos, sin, slots, *stored, row_table(()), variant)
     store_rows(rotate_twin(k, cos, sin), slots, expected[0], expected[2])
     store_rows(v, slots, expected[1], expected[3])
     if not int8:
@@ -170,18 +207,22 @@ def attended(dtype: torch.dtype, kv_dtype: torch.dtype, window: int | None = Non
     for store, rows in zip((layer.keys, layer.values), before, strict=True):
         store.put(layer.slots, rows)
     [layer] = cache.layers(SPANS)
-    q, k, v = (torch.randn(5, heads, 32, generator=generator).to(dtype) for heads in (6, 2, 2))
-    return layer.attend(q, k, v, angles([39, 7, 8, 9, 8], 32)), layer
+    qkv = torch.randn(5, 6 + 2 + 2, 32, generator=generator).to(dtype)
+    return layer.attend(qkv, angles([39, 7, 8, 9, 8], 32)), layer
 
 
 @compiled
+@pytest.mark.parametrize("fixed", [None, 16])
 @pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.int8])
-def test_the_cache_gives_the_same_with_the_kernel_and_without(kv_dtype, window, monkeypatch):
-    with_kernel, _ = attended(torch.float32, kv_dtype, window)
-    monkeypatch.setattr("llama.cache.serves", lambda q: False)
-    without, _ = attended(torch.float32, kv_dtype, window)
-    torch.testing.assert_close(with_kernel, without, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [(torch.float32, torch.float32), (torch.float32, torch.int8), (torch.bfloat16, torch.bfloat16)],
+)
+def test_the_cache_gives_the_same_with_the_kernel_and_without(dtype, kv_dtype, window, fixed, monkeypatch):
+    with_kernel, _ = attended(dtype, kv_dtype, window, fixed)
+    monkeypatch.setattr("llama.cache.serves", lambda qkv: False)
+    without, _ = attended(dtype, kv_dtype, window, fixed)
+    torch.testing.assert_close(with_kernel, without, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("fixed", [None, 16])

@@ -31,9 +31,9 @@ class Stored:
     parameters: int
     nbytes: int
     packed: int | None = None
-    """How many of the tensors stay in their low-bit blocks, the others being dequantized; None for plain numbers."""
+    """How many of the tensors stay in their low-bit blocks; None for plain numbers."""
     shared: int = 0
-    """How many are both: an embedding that is looked up in numbers and multiplied, as the output layer, in blocks."""
+    """How many are packed as the output layer and dequantized as the embedding; all others are dequantized."""
 
 
 @dataclass(frozen=True)

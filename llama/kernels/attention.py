@@ -1,4 +1,4 @@
-"""What decoding does with the cache in every layer, for all requests of a step: one compiled operator on the CPU.
+"""What a step does with the cache in every layer, for all its requests: one compiled operator on the CPU.
 
 PyTorch's operators define it (`attend_rows_twin`).
 """
@@ -25,9 +25,7 @@ def row_table(rows: Iterable[tuple[int, Sequence[tuple[int, int]]]]) -> Tensor:
 
 
 def attend_rows(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
     slots: Tensor,
@@ -38,30 +36,32 @@ def attend_rows(
     table: Tensor,
     variant: str = "auto",
 ) -> Tensor:
-    """Rotates q and k, stores k and v of every token, and lets the rows that `table` names attend.
+    """Rotates queries and keys, stores keys and values of every token, and lets the rows that `table` names attend.
 
-    q (num_tokens, heads, head_dim), k and v (num_tokens, kv_heads, head_dim): bfloat16 or float32, of any stride from
+    qkv (num_tokens, query + key + value heads, head_dim): bfloat16 or float32, heads side by side, of any stride from
     token to token. cos, sin (num_tokens, 1, head_dim) float32: see `rotate`. keys, values (kv_heads, num_slots,
-    head_dim): of that type, or int8 with float32 scales (kv_heads, num_slots); they get k and v at slots
-    (num_tokens,) int64, each named once, as `store_rows` describes. table: what `row_table` makes; a row occurs once.
-    Scores are scaled by head_dim ** -0.5 and computed in float32. Returns q's shape and dtype; rows that the table
-    does not name hold nothing. Raises RuntimeError for slots or a table that leave the cache, with nothing stored.
+    head_dim): of that type, or int8 with float32 scales (kv_heads, num_slots); written at slots (num_tokens,) int64,
+    each named once, as `store_rows` describes. table: what `row_table` makes; a row occurs once. Scores are scaled by
+    head_dim ** -0.5 and computed in float32. Returns (num_tokens, query heads, head_dim) in qkv's dtype; rows that the
+    table does not name hold nothing. Raises RuntimeError for other shapes and types, and for slots or a table that
+    leave the cache, with nothing stored.
     """
-    return _attend_rows(q, k, v, cos, sin, slots, keys, values, key_scale, value_scale, table, variant)
+    return _attend_rows(qkv, cos, sin, slots, keys, values, key_scale, value_scale, table, variant)
 
 
 if library.AVAILABLE:
 
     @torch.library.register_fake("llama::attend_rows")
-    def _(q: Tensor, *_: object) -> Tensor:
-        return q.new_empty(q.shape)
+    def _(qkv: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, keys: Tensor, *_: object) -> Tensor:
+        return qkv.new_empty(qkv.shape[0], qkv.shape[1] - 2 * keys.shape[0], qkv.shape[2])
 
 
 def store_rows(rows: Tensor, slots: Tensor, numbers: Tensor, scales: Tensor | None) -> None:
     """Puts rows (num_tokens, kv_heads, head_dim) into `numbers` (kv_heads, num_slots, head_dim) at slots (num_tokens,).
 
     `numbers` has the rows' dtype, or is int8 beside float32 scales (kv_heads, num_slots): each row is then rounded to
-    steps of 1/127 of its largest magnitude, and its scale is what a step is worth. By PyTorch's operators.
+    steps of 1/127 of its largest magnitude, and its scale is what a step is worth. Slots are int64, each named once.
+    By PyTorch's operators.
     """
     rows = rows.transpose(0, 1)
     if scales is not None:
@@ -72,9 +72,7 @@ def store_rows(rows: Tensor, slots: Tensor, numbers: Tensor, scales: Tensor | No
 
 
 def attend_rows_twin(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    qkv: Tensor,
     cos: Tensor,
     sin: Tensor,
     slots: Tensor,
@@ -85,6 +83,7 @@ def attend_rows_twin(
     table: Tensor,
 ) -> Tensor:
     """What `attend_rows` means, in PyTorch operators and float32; slow."""
+    q, k, v = qkv.tensor_split((-2 * len(keys), -len(keys)), dim=1)
     store_rows(rotate_twin(k, cos, sin), slots, keys, key_scale)
     store_rows(v, slots, values, value_scale)
     q, out = rotate_twin(q, cos, sin), q.new_empty(q.shape)

@@ -62,9 +62,9 @@ def extensions() -> list[Extension]:
 
 
 class ParallelBuild(build_ext):
-    """Compiles an extension's sources side by side: each instruction set's kernels take some seconds."""
+    """Compiles sources side by side: each instruction set's kernels take some seconds."""
 
-    def build_extension(self, ext: Extension) -> None:
+    def build_extensions(self) -> None:
         compile_some = self.compiler.compile
 
         def compile_each(sources: list[str], **options: object) -> list[str]:
@@ -73,4 +73,4 @@ class ParallelBuild(build_ext):
                 return [name for names in objects for name in names]
 
         self.compiler.compile = compile_each
-        super().build_extension(ext)
+        super().build_extensions()

@@ -1,9 +1,10 @@
-// torch.ops.llama.attend_rows: everything that a decoding step does with the cache in a layer, on CPU. Queries and keys
-// are turned by their positions' angles, keys and values stored, and rows look each at their own stored tokens.
+// torch.ops.llama.attend_rows: what a step does with the cache in a layer, on CPU. Queries and keys are turned by their
+// positions' angles, keys and values stored, and single rows look each at their own request's stored tokens.
 //
 // PyTorch's operators would need some calls for each request, read the keys once for every query head or rearrange them
 // first, and know nothing of runs of slots; in a small model the calls alone take as long as the work. Long contexts
-// are cut into chunks for the threads (Flash-Decoding, Dao et al. 2023), always at the same places, and merged in order.
+// are cut into chunks for the threads (Flash-Decoding, Dao et al. 2023), always at the same places, and merged in
+// order.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -60,7 +61,7 @@ struct Plan {
 Plan make_plan(const int64_t* table, int64_t size, int64_t num_rows, int64_t num_slots) {
   Plan plan;
   for (int64_t at = 0; at < size;) {
-    STD_TORCH_CHECK(size - at >= 2 && table[at + 1] >= 1 && size - at - 2 >= 2 * table[at + 1] && table[at] >= 0 &&
+    STD_TORCH_CHECK(size - at >= 2 && table[at + 1] >= 1 && (size - at - 2) / 2 >= table[at + 1] && table[at] >= 0 &&
                         table[at] < num_rows,
                     "attend_rows: the table names no row of q, or ends within one");
     const int64_t row = table[at], count = table[at + 1];
@@ -117,38 +118,40 @@ void merge(const Heads& h, const std::vector<Partial>& partials, int64_t first, 
   }
 }
 
-// What one call works on. Rows of q, k and v are (tokens, heads, dim), of any stride from token to token.
+// What one call works on: `stride` numbers from token to token, query heads before key heads before value heads.
 struct Step {
-  Tensor q, k, v;
+  const char* qkv;
+  int64_t stride;
   const float *cos, *sin;          // [token][dim]
   const int64_t* slots;            // of each token
-  char *keys, *values;             // [kv head][slot][dim]
-  float *key_scale, *value_scale;  // [kv head][slot] of int8, or null
+  char *keys, *values;             // [key head][slot][dim]
+  float *key_scale, *value_scale;  // [key head][slot] of int8, or null
   Heads heads;
   int64_t num_tokens, num_slots;
   bool bfloat16, int8;
   Kernels kernels;
 
-  int64_t element() const { return bfloat16 ? 2 : 4; }
-  const char* row(const Tensor& x, int64_t token, int64_t head) const {
-    return (const char*)x.const_data_ptr() + (token * x.stride(0) + head * heads.dim) * element();
+  int64_t row_bytes() const { return heads.dim * (bfloat16 ? 2 : 4); }
+  const char* row(int64_t token, int64_t head) const {
+    return qkv + (token * stride + head * heads.dim) * (bfloat16 ? 2 : 4);
   }
-  // A head's row turned by its token's angles, in its own type.
-  void rotate(const char* row, int64_t token, void* out) const {
+  // A row turned by its token's angles, in its own type.
+  void rotate(int64_t token, int64_t head, void* out) const {
+    const void* from = row(token, head);
     const float *c = cos + token * heads.dim, *s = sin + token * heads.dim;
     if (bfloat16) {
-      kernels.bfloat16.rotate((const uint16_t*)row, c, s, heads.dim, (uint16_t*)out);
+      kernels.bfloat16.rotate((const uint16_t*)from, c, s, heads.dim, (uint16_t*)out);
     } else {
-      kernels.float32.rotate((const float*)row, c, s, heads.dim, (float*)out);
+      kernels.float32.rotate((const float*)from, c, s, heads.dim, (float*)out);
     }
   }
 };
 
-// One head's row into a slot: as it is, or as int8 with its largest magnitude as 127, and what a step of that is worth.
+// A row into a slot: as it is, or as int8 with its largest magnitude as 127, and what a step of that is worth.
 void store(const Step& s, const char* row, int64_t at, char* numbers, float* scale) {
   const int64_t dim = s.heads.dim;
   if (!s.int8) {
-    std::memcpy(numbers + at * dim * s.element(), row, dim * s.element());
+    std::memcpy(numbers + at * s.row_bytes(), row, s.row_bytes());
     return;
   }
   const auto number = [&](int64_t d) { return number_at(row, d, s.bfloat16); };
@@ -163,14 +166,15 @@ void store(const Step& s, const char* row, int64_t at, char* numbers, float* sca
 }
 
 void store_tokens(const Step& s) {
-  const int64_t kv = s.heads.kv, grain = std::max<int64_t>(1, kNumbersPerThread / (kv * s.heads.dim));
+  const Heads& h = s.heads;
+  const int64_t grain = std::max<int64_t>(1, kNumbersPerThread / (h.kv * h.dim));
   torch::stable::parallel_for(0, s.num_tokens, grain, [&](int64_t begin, int64_t end) {
-    std::vector<float> turned(s.heads.dim);
-    for (int64_t i = begin * kv; i < end * kv; ++i) {
-      const int64_t token = i / kv, head = i % kv, at = head * s.num_slots + s.slots[token];
-      s.rotate(s.row(s.k, token, head), token, turned.data());
-      store(s, (const char*)turned.data(), at, s.keys, s.key_scale);
-      store(s, s.row(s.v, token, head), at, s.values, s.value_scale);
+    std::vector<char> turned(s.row_bytes());
+    for (int64_t i = begin * h.kv; i < end * h.kv; ++i) {
+      const int64_t token = i / h.kv, kv = i % h.kv, at = kv * s.num_slots + s.slots[token];
+      s.rotate(token, h.num + kv, turned.data());
+      store(s, turned.data(), at, s.keys, s.key_scale);
+      store(s, s.row(token, h.num + h.kv + kv), at, s.values, s.value_scale);
     }
   });
 }
@@ -195,10 +199,11 @@ void attend(const Step& s, const Plan& plan, void* out) {
     middle[i] = tokens + plan.chunks[i / h.kv].tokens / 2;
     tokens += plan.chunks[i / h.kv].tokens;
   }
-  const int64_t head_bytes = s.num_slots * h.dim * (s.int8 ? 1 : s.element());
+  const int64_t head_bytes = s.num_slots * (s.int8 ? h.dim : s.row_bytes());
   const int64_t fewest = std::max<int64_t>(1, kNumbersPerThread / h.dim);
   torch::stable::parallel_for(0, tokens, fewest, [&](int64_t from, int64_t to) {
-    std::vector<float> turned(h.dim), rows(h.group * h.dim);
+    std::vector<char> turned(s.row_bytes());
+    std::vector<float> rows(h.group * h.dim);
     const float scale = 1.0f / std::sqrt((float)h.dim);
     const auto place = [&](int64_t token) {
       return std::lower_bound(middle.begin(), middle.end(), token) - middle.begin();
@@ -207,7 +212,7 @@ void attend(const Step& s, const Plan& plan, void* out) {
       const Chunk& chunk = plan.chunks[i / h.kv];
       const int64_t kv = i % h.kv;
       for (int64_t g = 0; g < h.group; ++g) {
-        s.rotate(s.row(s.q, chunk.row, kv * h.group + g), chunk.row, turned.data());
+        s.rotate(chunk.row, kv * h.group + g, turned.data());
         for (int64_t d = 0; d < h.dim; ++d) rows[g * h.dim + d] = scale * number_at(turned.data(), d, s.bfloat16);
       }
       const Stored head{s.keys + kv * head_bytes, s.values + kv * head_bytes,
@@ -226,42 +231,37 @@ void attend(const Step& s, const Plan& plan, void* out) {
   const int64_t grain = std::max<int64_t>(1, kNumbersPerThread / merged);
   torch::stable::parallel_for(0, merges, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t first = starts[i / h.kv], at = plan.chunks[first].row * h.num * h.dim;
-      merge(h, partials, first, starts[i / h.kv + 1], i % h.kv, s.bfloat16, (char*)out + at * s.element());
+      const int64_t first = starts[i / h.kv], at = plan.chunks[first].row * h.num * s.row_bytes();
+      merge(h, partials, first, starts[i / h.kv + 1], i % h.kv, s.bfloat16, (char*)out + at);
     }
   });
 }
 
-// q (tokens, heads, head_dim); k, v (tokens, kv_heads, head_dim); cos, sin (tokens, 1, head_dim) float32; slots (tokens).
-// keys, values (kv_heads, num_slots, head_dim): int8 with scales (kv_heads, num_slots) float32, or of q's type.
-// -> as q; rows that the table does not name hold nothing.
-Tensor attend_rows(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor slots, Tensor keys, Tensor values,
+// qkv (tokens, heads, head_dim); cos, sin (tokens, 1, head_dim) float32; slots (tokens).
+// keys, values (kv_heads, num_slots, head_dim): int8 with scales (kv_heads, num_slots) float32, or of qkv's type.
+// -> (tokens, query heads, head_dim) as qkv; rows that the table does not name hold nothing.
+Tensor attend_rows(Tensor qkv, Tensor cos, Tensor sin, Tensor slots, Tensor keys, Tensor values,
                    std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor table,
                    std::string variant) {
-  const auto type = q.scalar_type(), stored = keys.scalar_type();
+  const auto type = qkv.scalar_type(), stored = keys.scalar_type();
   const bool bfloat16 = type == ScalarType::BFloat16, int8 = stored == ScalarType::Char;
-  STD_TORCH_CHECK((bfloat16 || type == ScalarType::Float) && k.scalar_type() == type && v.scalar_type() == type &&
-                      (int8 || stored == type) && values.scalar_type() == stored,
+  STD_TORCH_CHECK((bfloat16 || type == ScalarType::Float) && (int8 || stored == type) && values.scalar_type() == stored,
                   "attend_rows takes bfloat16 or float32, and keys and values of that type or int8");
-  for (const Tensor& x : {q, k, v, keys, values})
-    STD_TORCH_CHECK(x.dim() == 3 && x.size(2) == q.size(2), "attend_rows takes three dimensions, the last head_dim");
-  const Heads h{q.size(1), keys.size(0), q.size(1) / std::max<int64_t>(keys.size(0), 1), q.size(2)};
-  const int64_t tokens = q.size(0), num_slots = keys.size(1);
-  STD_TORCH_CHECK(h.kv > 0 && h.group * h.kv == h.num && h.dim > 0 && h.dim % 16 == 0,
+  STD_TORCH_CHECK(qkv.dim() == 3 && keys.dim() == 3 && values.dim() == 3, "attend_rows takes three dimensions");
+  const int64_t tokens = qkv.size(0), dim = qkv.size(2), kv = keys.size(0), num_slots = keys.size(1);
+  const int64_t queries = qkv.size(1) - 2 * kv;
+  STD_TORCH_CHECK(kv > 0 && queries > 0 && queries % kv == 0 && dim > 0 && dim % 16 == 0,
                   "attend_rows: heads do not fit key heads, or head_dim is no multiple of 16");
-  for (const Tensor& x : {q, k, v})
-    STD_TORCH_CHECK(x.size(0) == tokens && x.stride(2) == 1 && x.stride(1) == h.dim,
-                    "attend_rows: q, k and v are not rows of heads that lie side by side");
+  STD_TORCH_CHECK(qkv.stride(2) == 1 && qkv.stride(1) == dim, "attend_rows: heads do not lie side by side");
   for (const Tensor& x : {keys, values})
-    STD_TORCH_CHECK(x.is_contiguous() && x.size(0) == h.kv && x.size(1) == num_slots,
+    STD_TORCH_CHECK(x.is_contiguous() && x.size(0) == kv && x.size(1) == num_slots && x.size(2) == dim,
                     "attend_rows: the cache is not laid out as expected");
-  STD_TORCH_CHECK(k.size(1) == h.kv && v.size(1) == h.kv, "attend_rows: k and v do not fit the cache");
   for (const Tensor& x : {cos, sin})
-    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == tokens * h.dim,
+    STD_TORCH_CHECK(x.scalar_type() == ScalarType::Float && x.is_contiguous() && x.numel() == tokens * dim,
                     "attend_rows: cos and sin are not float32 (tokens, 1, head_dim)");
   for (const auto& x : {key_scale, value_scale})
     STD_TORCH_CHECK(x.has_value() == int8 && (!int8 || (x->scalar_type() == ScalarType::Float && x->is_contiguous() &&
-                                                        x->numel() == h.kv * num_slots)),
+                                                        x->numel() == kv * num_slots)),
                     "attend_rows: int8 needs one float32 scale for each head and slot, other types none");
   for (const Tensor& x : {slots, table})
     STD_TORCH_CHECK(x.scalar_type() == ScalarType::Long && x.is_contiguous() && x.dim() == 1,
@@ -271,13 +271,25 @@ Tensor attend_rows(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor 
   for (int64_t i = 0; i < tokens; ++i)
     STD_TORCH_CHECK(place[i] >= 0 && place[i] < num_slots, "attend_rows: a slot lies outside the cache");
 
-  const Step step{q, k, v, (const float*)cos.const_data_ptr(), (const float*)sin.const_data_ptr(), place,
-                  (char*)keys.mutable_data_ptr(), (char*)values.mutable_data_ptr(),
-                  int8 ? (float*)key_scale->mutable_data_ptr() : nullptr,
-                  int8 ? (float*)value_scale->mutable_data_ptr() : nullptr, h, tokens, num_slots, bfloat16, int8,
-                  find_kernels(variant)};
+  const Step step{
+      .qkv = (const char*)qkv.const_data_ptr(),
+      .stride = qkv.stride(0),
+      .cos = (const float*)cos.const_data_ptr(),
+      .sin = (const float*)sin.const_data_ptr(),
+      .slots = place,
+      .keys = (char*)keys.mutable_data_ptr(),
+      .values = (char*)values.mutable_data_ptr(),
+      .key_scale = int8 ? (float*)key_scale->mutable_data_ptr() : nullptr,
+      .value_scale = int8 ? (float*)value_scale->mutable_data_ptr() : nullptr,
+      .heads = {queries, kv, queries / kv, dim},
+      .num_tokens = tokens,
+      .num_slots = num_slots,
+      .bfloat16 = bfloat16,
+      .int8 = int8,
+      .kernels = find_kernels(variant),
+  };
   const Plan plan = make_plan((const int64_t*)table.const_data_ptr(), table.numel(), tokens, num_slots);
-  Tensor out = empty_like(q, {tokens, h.num, h.dim});
+  Tensor out = empty_like(qkv, {tokens, queries, dim});
   store_tokens(step);
   attend(step, plan, out.mutable_data_ptr());
   return out;
@@ -287,8 +299,8 @@ Tensor attend_rows(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor 
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llama, m) {
   m.def(
-      "attend_rows(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys, "
-      "Tensor(b!) values, Tensor(c!)? key_scale, Tensor(d!)? value_scale, Tensor table, str variant) -> Tensor");
+      "attend_rows(Tensor qkv, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys, Tensor(b!) values, "
+      "Tensor(c!)? key_scale, Tensor(d!)? value_scale, Tensor table, str variant) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(llama, CPU, m) { m.impl("attend_rows", TORCH_BOX(&attend_rows)); }
 

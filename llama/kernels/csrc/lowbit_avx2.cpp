@@ -90,12 +90,11 @@ struct Simd {
   using Step = Pair;
   static inline Step step(Ints v) { return either(mask(v, 0xffff), left(v, 16)); }  // for both words of a lane
 
-  // Sums of products with four activations, which lie in `order`; `weights` is done once for all rows. Every step is
-  // opened, added to and closed; `value` is the sum of all.
+  // Sums of products with four activations, which lie in `order`; `weights` is done once for all rows.
   //
   // Two products of a small code and an activation (up to 127) make 16 bits, and so do several such pairs: of `most`
-  // operands, until they are closed. Where a whole step's values fit, it starts at what the offset takes away: sums on
-  // the way may wrap around.
+  // operands. Where a whole step's values fit, it starts at what the offset takes away, and sums on the way may wrap
+  // around. Where they do not, the group is one step, and its sum starts there.
   template <int highest, int offset, int columns>
   struct CodeSum {
     using Code = int8_t;

@@ -52,8 +52,7 @@ struct Simd {
   using Step = Ints;
   static inline Step step(Ints v) { return v; }
 
-  // Sums of products with four activations, which lie in `order`; `weights` is done once for all rows. Every step is
-  // opened, added to and closed; `value` is the sum of all.
+  // Sums of products with four activations, which lie in `order`; `weights` is done once for all rows.
   template <int highest, int offset, int columns>
   struct CodeSum {
     using Code = int8_t;

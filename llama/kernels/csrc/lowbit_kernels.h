@@ -19,8 +19,11 @@ struct Block {  // one block's fields, 16 rows each
 // A format cuts a block into groups (`group_size` columns with one scale(g); activations are rounded by such groups)
 // and those into steps (`step_size` columns with one minimum, lowest(s), and in K-quants one whole number, step(s),
 // that the scale is multiplied by). visit(block, s, i, f) calls f(column, codes) for the i-th `together` operands of
-// step s, `column` counting from the step's first. `sizes` are a row's bytes in each field, in kernel order; Sum
-// multiplies codes by activations. What is said of s and i is decided by the compiler: it unrolls the loops over them.
+// step s, `column` counting from the step's first; s and i are constants once the loops over them are unrolled. `sizes`
+// are a row's bytes in each field, in kernel order.
+//
+// Sum multiplies codes by activations: `clear` at a group's begin, `open` at a step's, then `add` for its operands and
+// `close` after each `most` of them, which divides their number. `value` is then the sum of all.
 
 template <int Columns, int Bits, bool HasMinimum, int ScaleBytes = 2>
 struct Affine {

@@ -64,8 +64,7 @@ struct Simd {
   using Step = Ints;
   static inline Step step(const Ints& v) { return v; }
 
-  // Sums of products with four activations, which lie in `order`; `weights` is done once for all rows. Every step is
-  // opened, added to and closed; `value` is the sum of all.
+  // Sums of products with four activations, which lie in `order`; `weights` is done once for all rows.
   template <class Weight, int columns>
   struct Sum {
     using Code = int8_t;

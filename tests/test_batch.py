@@ -2,8 +2,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import tiny_args, tiny_weights
-from models import save_meta, save_tokenizer
+from support.meta_files import save_meta, save_tokenizer
+from support.tiny import tiny_args, tiny_weights
 
 from llama import Llama, SamplingParams
 from llama.batch import Batch, finished_lines

@@ -1,9 +1,9 @@
 import random
 
 import pytest
-import slow
 import torch
-from conftest import ByteTokenizer, tiny_args, tiny_model, tiny_weights
+from support import slow
+from support.tiny import ByteTokenizer, tiny_args, tiny_model, tiny_weights
 
 from llama.engine import Engine, StopText
 from llama.runner import BLOCK_SIZE, Batch, Runner

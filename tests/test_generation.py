@@ -4,10 +4,10 @@ import inspect
 from pathlib import Path
 
 import pytest
-import slow
 import torch
-from conftest import tiny_args, tiny_weights
-from models import save_meta, save_tokenizer
+from support import slow
+from support.meta_files import save_meta, save_tokenizer
+from support.tiny import tiny_args, tiny_weights
 
 from llama import Llama, SamplingParams, Tokenizer
 from llama.device import choose_dtype

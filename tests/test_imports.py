@@ -21,6 +21,7 @@ ROWS = [
         "cache",
         "device",
         "progress",
+        "files",
     },
     {"model", "sampling", "quantization", "chat"},
     {"checkpoint", "runner"},
@@ -38,6 +39,7 @@ NEIGHBOURS = {
     ("__main__", "report"),
     ("batch", "protocol"),
     ("checkpoint", "checkpoint"),
+    ("files", "files"),
     ("kernels", "kernels"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -1,7 +1,7 @@
 import pytest
-import slow
 import torch
-from conftest import tiny_args, tiny_model, tiny_weights
+from support import slow
+from support.tiny import tiny_args, tiny_model, tiny_weights
 
 from llama.model import ModelArgs, Transformer
 from llama.rotary import RopeScaling

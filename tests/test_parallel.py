@@ -1,33 +1,15 @@
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_args, tiny_weights
-from models import save_meta, save_tokenizer
+from support.meta_files import save_meta, save_tokenizer
+from support.ranks import torchrun
+from support.tiny import tiny_args, tiny_weights
 
 from llama import Llama, SamplingParams
 from llama.model import check_divides
 from llama.parallel import SINGLE, start
-
-TESTS = Path(__file__).parent
-
-
-def torchrun(
-    ranks: int, script: str, *arguments: object, timeout: float = 240
-) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS.parent)}
-    return subprocess.run(
-        [*command, str(TESTS / script), *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=environment,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +24,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def single(checkpoint) -> dict:
-    """One rank's answers to what tests/parallel_ranks.py asks."""
+    """One rank's answers to what tests/support/parallel_ranks.py asks."""
     llm = Llama.build(checkpoint / "1-shards", max_seq_len=64, device="cpu", dtype="fp32")
     prompts = [[1, 5, 9, 11], [1, 7], [1, *range(20, 50)]]
     greedy = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, logprobs=0, prompt_logprobs=0)

@@ -1,8 +1,8 @@
 import math
 
 import pytest
-import slow
-from conftest import ByteTokenizer, tiny_args, tiny_model, tiny_weights
+from support import slow
+from support.tiny import ByteTokenizer, tiny_args, tiny_model, tiny_weights
 
 from llama import Llama
 from llama.perplexity import perplexity

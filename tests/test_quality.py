@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-import slow
 import torch
-from conftest import ByteTokenizer, tiny_args, tiny_model, tiny_weights
+from support import slow
+from support.tiny import ByteTokenizer, tiny_args, tiny_model, tiny_weights
 
 from llama import Llama
 from llama.perplexity import perplexity

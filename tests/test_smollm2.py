@@ -3,7 +3,7 @@
 import gguf
 import pytest
 import torch
-from test_parallel import torchrun
+from support.ranks import torchrun
 
 from llama import Llama, SamplingParams
 from llama.checkpoint import default_model, inspect

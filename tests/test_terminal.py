@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import tiny_args, tiny_weights
-from models import save_meta, save_tokenizer
+from support.meta_files import save_meta, save_tokenizer
+from support.tiny import tiny_args, tiny_weights
 
 from llama import __main__ as command_line
 from llama import terminal

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .memory import map_pages
+from ..files.pages import map_pages
 
 
 class Array(ABC):

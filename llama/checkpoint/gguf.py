@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..files.gguf import BLOCKS, GGUFFile, TensorHeader
+from ..files.mapped import open_file
 from ..model import ModelArgs
 from ..rotary import RopeScaling
 from .arrays import Array, Mapped
-from .files import open_file
-from .gguf_file import BLOCKS, GGUFFile, TensorHeader
 from .names import FROM_GGUF, rename
 from .settings import REQUIRED, Settings, check_args, generation_settings
 from .shapes import check_layers, is_tied

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..files.errors import shown
+from ..files.tensor_file import TensorFile
 from ..quantization import FORMATS, row_chunks
 from .arrays import Array, Mapped
 from .lowbit import Packed
-from .settings import Settings, shown
-from .tensor_file import TensorFile
+from .settings import Settings
 from .weight import CheckpointError
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")

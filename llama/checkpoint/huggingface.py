@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
+from ..files.errors import shown
+from ..files.mapped import read_json
+from ..files.tensor_file import TensorFile, read_tensor_file
 from ..model import ModelArgs
 from .arrays import Array
-from .files import read_json
 from .gptq import stored_arrays
 from .lowbit import Packed, as_matrix, low_bit_format
 from .names import FROM_HF, interleave, is_rotary, module_name, rename
-from .settings import REQUIRED, Settings, check_args, generation_settings, rope_scaling, shown
+from .settings import REQUIRED, Settings, check_args, generation_settings, rope_scaling
 from .shapes import check_layers, expected_shapes, is_tied
-from .tensor_file import TensorFile, read_tensor_file
 from .tokenizer_files import find_tokenizer
 from .weight import Checkpoint, CheckpointError, Weight, dominant_dtype
 

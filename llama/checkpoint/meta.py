@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from ..files.mapped import read_json
+from ..files.tensor_file import TensorFile, read_tensor_file
 from ..model import ModelArgs
 from ..parallel import SPLIT
 from ..rotary import RopeScaling
 from .arrays import Joined, Mapped
-from .files import read_json
 from .names import module_name
 from .settings import REQUIRED, Settings, check_args, generation_settings, rope_scaling
 from .shapes import check_layers, is_tied
-from .tensor_file import TensorFile, read_tensor_file
 from .tokenizer_files import find_tokenizer
 from .weight import Checkpoint, CheckpointError, Weight, dominant_dtype
 

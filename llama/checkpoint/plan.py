@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .output import Output, Progress
+from ..files.output import Output, Progress
 
 Writer = Callable[[Path, Sequence[Output], Progress], None]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..files.errors import CheckpointError, shown
 from ..model import ModelArgs
 from ..rotary import RopeScaling
-from .weight import CheckpointError
 
 MAX_INT = 2**31 - 1
 MAX_LAYERS = 10_000
@@ -89,12 +89,6 @@ class Settings:
         if type(value) not in kinds:
             raise self.error(key, value, f"{allowed} is allowed")
         return value
-
-
-def shown(value: Any) -> str:
-    """A value from a file, short enough for one line of an error."""
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def rope_scaling(settings: Settings, default_original: int | None = None) -> RopeScaling | None:

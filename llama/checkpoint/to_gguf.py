@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
+from ..files.gguf import FLOAT32, KINDS, STRING, UINT32, Value, write_gguf
+from ..files.output import Output
 from ..model import ModelArgs
 from .gguf import ROPE_FACTORS, SAMPLING, llama3_factors
-from .gguf_file import FLOAT32, KINDS, STRING, UINT32, Value, write_gguf
 from .names import TO_GGUF, rename
-from .output import Output, output
+from .output import output
 from .plan import Plan
 from .tokenizer_files import TokenizerFiles
 from .weight import Checkpoint, CheckpointError

@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
+from ..files.output import Output
+from ..files.safetensors import write_safetensors
 from ..model import ModelArgs
 from .arrays import Reordered
 from .names import TO_HF, deinterleave, is_rotary, rename
-from .output import Output, output
+from .output import output
 from .plan import Plan, json_bytes
-from .safetensors_file import write_safetensors
 from .to_meta import rope_scaling_object
 from .tokenizer_files import TokenizerFiles
 from .weight import Checkpoint, CheckpointError

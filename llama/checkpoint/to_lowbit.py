@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..files.output import Output
 from ..quantization import FORMATS
 from .conversion import write_plan
 from .names import TO_HF, deinterleave, is_rotary, module_name, rename
-from .output import Output
 from .packing import LINEARS, untied
 from .plan import Plan, json_bytes
 from .to_huggingface import plan_huggingface

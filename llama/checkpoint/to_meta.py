@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..files.torch_zip import write_torch_file
 from ..model import ModelArgs, check_divides
 from .load import split_dim
 from .meta import FACTOR_32, context
@@ -14,7 +15,6 @@ from .names import module_name
 from .output import output
 from .plan import Plan, json_bytes
 from .tokenizer_files import TokenizerFiles
-from .torch_file import write_torch_file
 from .weight import Checkpoint, Weight
 
 ROUNDINGS = (

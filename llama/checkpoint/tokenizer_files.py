@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..files.gguf import BOOL, FLOAT32, INT32, STRING, UINT8, UINT32, Value
 from ..tokenizer import Tokenizer
 from ..vocabulary import (
     BYTE_OF_CHAR,
@@ -16,7 +17,6 @@ from ..vocabulary import (
     Vocabulary,
     proto_from_vocabulary,
 )
-from .gguf_file import BOOL, FLOAT32, INT32, STRING, UINT8, UINT32, Value
 from .plan import json_bytes
 
 NAMES = ("tokenizer.model", "tokenizer.json")

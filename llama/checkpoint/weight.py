@@ -11,21 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..files.errors import CheckpointError
 from ..model import ModelArgs
 from .arrays import Array
-
-MAX_LINE = 2000
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written; one line that names the file and, where there is one, the tensor.
-
-    Names come from the file, so what a terminal would not print as it is becomes "?", and long lines are cut.
-    """
-
-    def __init__(self, message: str) -> None:
-        line = "".join(char if char.isprintable() else "?" for char in message)
-        super().__init__(line if len(line) <= MAX_LINE else line[: MAX_LINE - 3] + "...")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from .weight import CheckpointError
+from .errors import CheckpointError
 
 MAX_JSON_BYTES = 16 << 20
 

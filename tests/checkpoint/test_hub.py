@@ -6,7 +6,7 @@ import sys
 import threading
 
 import pytest
-from checkpoints import assert_equal, sample, state, write_gguf, write_hf, write_meta
+from support.checkpoints import assert_equal, sample, state, write_gguf, write_hf, write_meta
 
 from llama.checkpoint import CheckpointError, open_checkpoint, resolve
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_args, tiny_weights
-from models import save_meta, save_tokenizer
 from safetensors.torch import load_file
+from support.meta_files import save_meta, save_tokenizer
+from support.tiny import tiny_args, tiny_weights
 
 from llama import Llama, SamplingParams
 from llama.checkpoint import convert, load_weights, open_checkpoint, packed_modules, save_low_bit, untied

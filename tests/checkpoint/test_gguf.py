@@ -4,14 +4,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from checkpoints import assert_equal, byte_vocabulary, loaded, sample, state, write_gguf
 from gguf import GGMLQuantizationType as Kind
+from support.checkpoints import assert_equal, byte_vocabulary, loaded, sample, state, write_gguf
 
 from llama.checkpoint import CheckpointError, open_checkpoint
 from llama.checkpoint.gguf import llama3_factors
-from llama.checkpoint.gguf_file import BLOCKS, STRING, UINT32, GGUFFile, Value, shortest
-from llama.checkpoint.gguf_file import write_gguf as write_container
-from llama.checkpoint.output import Output
+from llama.files.gguf import BLOCKS, STRING, UINT32, GGUFFile, Value, shortest
+from llama.files.gguf import write_gguf as write_container
+from llama.files.output import Output
 from llama.rotary import RopeScaling
 
 

@@ -3,7 +3,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from checkpoints import (
+from safetensors.torch import load_file, save_file
+from support.checkpoints import (
     assert_equal,
     hf_config,
     loaded,
@@ -13,7 +14,6 @@ from checkpoints import (
     write_meta,
     write_sentencepiece,
 )
-from safetensors.torch import load_file, save_file
 
 from llama.checkpoint import CheckpointError, convert, open_checkpoint
 from llama.checkpoint.names import FROM_GGUF, FROM_HF, TO_GGUF, TO_HF, deinterleave, interleave, rename

@@ -9,16 +9,16 @@ import zipfile
 
 import pytest
 import torch
-from checkpoints import LINUX, assert_equal, sample, state, write_gguf, write_hf, write_meta
-from hostile import bit_flips, fuzzed, sweep, truncations
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.checkpoints import LINUX, assert_equal, sample, state, write_gguf, write_hf, write_meta
+from support.hostile import bit_flips, fuzzed, sweep, truncations
 
 from llama.checkpoint import CheckpointError, open_checkpoint
-from llama.checkpoint.gguf_file import GGUFFile
-from llama.checkpoint.safetensors_file import read_safetensors
-from llama.checkpoint.tensor_file import read_tensor_file
-from llama.checkpoint.torch_file import read_torch_file
+from llama.files.gguf import GGUFFile
+from llama.files.safetensors import read_safetensors
+from llama.files.tensor_file import read_tensor_file
+from llama.files.torch_zip import read_torch_file
 
 pytestmark = pytest.mark.skipif(not LINUX, reason="the processes of POSIX")
 FORMATS = ("meta", "hf", "bin", "gguf")

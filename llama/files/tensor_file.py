@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .files import open_file
-from .safetensors_file import read_safetensors
-from .torch_file import read_torch_file
+from .mapped import open_file
+from .safetensors import read_safetensors
+from .torch_zip import read_torch_file
 
 
 class TensorFile(NamedTuple):

@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from checkpoints import state
 from torch import Tensor
 
 from llama.checkpoint import CheckpointError, open_checkpoint
+from support.checkpoints import state
 
 MEMORY = 512 << 20  # bytes of address space beyond what the process has when it starts
 SECONDS = 5.0  # for one damaged file

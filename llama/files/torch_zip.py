@@ -15,9 +15,9 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from .files import open_file, size_check
+from .errors import CheckpointError
+from .mapped import open_file, size_check
 from .output import Output, Progress
-from .weight import CheckpointError
 
 MAX_PICKLE_BYTES = 4 << 20
 MAX_MEMBERS = 100_000

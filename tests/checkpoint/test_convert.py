@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import (
+from support.checkpoints import (
     LINUX,
     anonymous_memory,
     assert_equal,
@@ -29,10 +29,11 @@ from checkpoints import (
 
 from llama.checkpoint import CheckpointError, convert, default_model, legacy_source, open_checkpoint, verify
 from llama.checkpoint.conversion import parse_size
-from llama.checkpoint.gguf_file import write_gguf as write_container
-from llama.checkpoint.output import Output, staged
+from llama.checkpoint.output import staged
 from llama.checkpoint.to_meta import hidden_rounding
 from llama.checkpoint.tokenizer_files import TokenizerFiles
+from llama.files.gguf import write_gguf as write_container
+from llama.files.output import Output
 from llama.model import ModelArgs
 from llama.rotary import RopeScaling
 from llama.tokenizer import Tokenizer
@@ -500,7 +501,7 @@ def test_a_killed_conversion_leaves_the_old_destination_and_is_cleaned_up_by_the
     code = """
         import os, signal, sys
         from llama.checkpoint import convert
-        from llama.checkpoint.output import Output
+        from llama.files.output import Output
         left = [int(sys.argv[3])]
         write = Output.write
         def write_and_die(output, file):

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from .files import MappedFile
+from .errors import CheckpointError
+from .mapped import MappedFile
 from .output import Output, Progress
-from .weight import CheckpointError
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 UINT8, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 0, 4, 5, 6, 7, 8, 9

@@ -2,7 +2,7 @@ import json
 
 import pytest
 import torch
-from checkpoints import assert_equal, loaded, params, sample, state, write_meta
+from support.checkpoints import assert_equal, loaded, params, sample, state, write_meta
 
 from llama.checkpoint import CheckpointError, open_checkpoint
 from llama.rotary import RopeScaling

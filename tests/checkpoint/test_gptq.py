@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-from checkpoints import hf_weights, loaded, sample, state, write_hf
 from safetensors.torch import load_file, save_file
+from support.checkpoints import hf_weights, loaded, sample, state, write_hf
 
 from llama.checkpoint import (
     CheckpointError,

@@ -10,7 +10,6 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from conftest import tiny_args, tiny_weights
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from llama.checkpoint import Checkpoint, load_weights, open_checkpoint
 from llama.model import ModelArgs, Transformer
 from llama.parallel import ModelParallel
 from llama.vocabulary import TokenType, Vocabulary, proto_from_vocabulary
+from support.tiny import tiny_args, tiny_weights
 
 COLUMN_SPLIT = ("wo.weight", "w2.weight")
 ROW_SPLIT = ("wq", "wk", "wv", "w1", "w3", "output")

@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import MappedFile, parse_json
+from .errors import CheckpointError, shown
+from .mapped import MappedFile, parse_json
 from .output import Output, Progress
-from .settings import shown
-from .weight import CheckpointError
 
 MAX_HEADER_BYTES = 32 << 20  # the format allows 100 MB; real headers have far less than one
 DTYPES = {

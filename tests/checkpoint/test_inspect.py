@@ -5,7 +5,7 @@ from dataclasses import replace
 import gguf
 import pytest
 import torch
-from checkpoints import sample, write_gguf, write_hf, write_meta, write_sentencepiece
+from support.checkpoints import sample, write_gguf, write_hf, write_meta, write_sentencepiece
 
 from llama.checkpoint import CheckpointError, default_model, estimate, inspect, verify
 from llama.device import free_memory

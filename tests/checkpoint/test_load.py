@@ -4,7 +4,7 @@ from dataclasses import replace
 import gguf
 import pytest
 import torch
-from checkpoints import (
+from support.checkpoints import (
     LINUX,
     anonymous_memory,
     assert_equal,
@@ -15,7 +15,7 @@ from checkpoints import (
     write_hf,
     write_meta,
 )
-from conftest import tiny_model
+from support.tiny import tiny_model
 from torch import nn
 
 from llama.checkpoint import CheckpointError, default_model, expected_shapes, load_weights, open_checkpoint

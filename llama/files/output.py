@@ -1,0 +1,40 @@
+"""A tensor to be written: what a file's header says of it, and how to get it when its turn comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError
+
+Progress = Callable[[int], None]
+"""Called with the bytes of each tensor that has been written."""
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of the file to be written: what its header says, and how to get it when its turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    def write(self, file: IO[bytes]) -> None:
+        """Appends its bytes; raises CheckpointError where a value does not fit into the type."""
+        tensor = self.read()
+        if tuple(tensor.shape) != self.shape:
+            raise CheckpointError(f"{self.name}: has shape {list(tensor.shape)}, expected {list(self.shape)}")
+        converted = tensor.to(self.dtype)
+        if self.dtype == torch.float16 and bool((converted.isinf() & ~tensor.isinf()).any()):
+            raise CheckpointError(f"{self.name}: holds values beyond float16's 65504; choose bf16 or fp32")
+        file.write(converted.contiguous().flatten().view(torch.uint8).numpy())

@@ -34,6 +34,11 @@ class Array(ABC):
         """Name of the stored type: "bfloat16", "float16", ... or a ggml block type such as "Q4_1"."""
         return str(self.dtype).removeprefix("torch.")
 
+    @property
+    def format(self) -> str | None:
+        """The low-bit format of what a `PackedArray` holds; None for every other array."""
+        return None
+
     @abstractmethod
     def read(self, dim: int, start: int, stop: int) -> Tensor:
         """A part, on the CPU; may be the mapped memory itself."""
@@ -49,6 +54,23 @@ class Array(ABC):
     def reordered(self, head_dim: int, reorder: Callable[[Tensor, int], Tensor]) -> Array:
         """The same with its rows in another rotary order, as `Reordered` describes it."""
         return Reordered(self, head_dim, reorder)
+
+
+class PackedArray(Array):
+    """A matrix in low-bit blocks: `packed` gives them as they are, `read` dequantizes them to float32."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32
+
+    @property
+    @abstractmethod
+    def format(self) -> str:
+        """The blocks' format, in lower case; may be one that only `read` knows."""
+
+    @abstractmethod
+    def packed(self, dim: int, start: int, stop: int) -> Tensor:
+        """The blocks of a part, uint8 (rows, bytes of a row). Raises CheckpointError inside a block."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..files.gguf import BLOCKS, GGUFFile, TensorHeader
 from ..files.mapped import open_file
 from ..model import ModelArgs
 from ..rotary import RopeScaling
-from .arrays import Array, Mapped
+from .arrays import Array, Mapped, PackedArray
 from .names import FROM_GGUF, rename
 from .settings import REQUIRED, Settings, check_args, generation_settings
 from .shapes import check_layers, is_tied
@@ -35,12 +35,11 @@ _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
 @dataclass(frozen=True)
-class Blocks(Array):
+class Blocks(PackedArray):
     """A matrix in ggml's low-bit blocks; `read` dequantizes only the blocks it needs, to float32."""
 
     file: GGUFFile
     header: TensorHeader
-    dtype = torch.float32
 
     @property
     def shape(self) -> tuple[int, ...]:

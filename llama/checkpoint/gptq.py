@@ -17,7 +17,7 @@ from ..files.errors import shown
 from ..files.tensor_file import TensorFile
 from ..quantization import FORMATS, row_chunks
 from .arrays import Array, Mapped
-from .lowbit import Packed
+from .lowbit import LowBitMatrix
 from .settings import Settings
 from .weight import CheckpointError
 
@@ -158,7 +158,7 @@ class FourBitBlocks(Array):
         return out.flatten(1)
 
 
-class FourBitPacked(Packed):
+class FourBitPacked(LowBitMatrix):
     """Such a matrix as a weight that can stay packed."""
 
     stored = FourBitMatrix.stored
@@ -198,7 +198,7 @@ def stored_arrays(
                 f"{places[module]}: {module}: is in four bits, but no config names the method"
             )
         matrix = _matrix(places[module], module, parts, method)
-        packed = FourBitPacked(FourBitBlocks(matrix), BLOCKS.name) if matrix.fits_blocks() else matrix
+        packed = FourBitPacked(FourBitBlocks(matrix), BLOCKS) if matrix.fits_blocks() else matrix
         yield f"{module}.weight", packed, places[module]
 
 

@@ -13,9 +13,10 @@ from ..files.errors import shown
 from ..files.mapped import read_json
 from ..files.tensor_file import TensorFile, read_tensor_file
 from ..model import ModelArgs
+from ..quantization import FORMATS
 from .arrays import Array
 from .gptq import stored_arrays
-from .lowbit import Packed, as_matrix, low_bit_format
+from .lowbit import LowBitMatrix, as_matrix, lowbit_format
 from .names import FROM_HF, interleave, is_rotary, module_name, rename
 from .settings import REQUIRED, Settings, check_args, generation_settings, rope_scaling
 from .shapes import check_layers, expected_shapes, is_tied
@@ -58,7 +59,7 @@ def open_huggingface(path: Path) -> Checkpoint:
     files = [read_tensor_file(file) for file in weight_files(path)]
     args, stop_ids = read_args(settings)
     arrays = list(_arrays(path, settings, files))
-    weights = list(_weights(args, arrays, low_bit_format(settings)))
+    weights = list(_weights(args, arrays, lowbit_format(settings)))
     check_layers(args, weights, settings.file)
     names = {weight.name for weight in weights}
     args.attention_bias = "layers.0.attention.wq.bias" in names
@@ -193,7 +194,7 @@ def _arrays(path: Path, settings: Settings, files: list[TensorFile]) -> Iterator
     yield from stored_arrays(quantization, files)
 
 
-def _weights(args: ModelArgs, arrays: list[tuple[str, Array, Path]], low_bit: str | None) -> Iterator[Weight]:
+def _weights(args: ModelArgs, arrays: list[tuple[str, Array, Path]], lowbit: str | None) -> Iterator[Weight]:
     one_layer = expected_shapes(replace(args, n_layers=1, tie_word_embeddings=False))
     rows = {module_name(name): shape[0] for name, shape in one_layer if len(shape) == 2}
     for stored_name, array, file in arrays:
@@ -204,9 +205,9 @@ def _weights(args: ModelArgs, arrays: list[tuple[str, Array, Path]], low_bit: st
                 f"{file}: {stored_name}: has shape {list(array.shape)}; 1 or 2 dimensions are expected"
             )
         name = rename(stored_name, FROM_HF) or stored_name
-        if low_bit is not None and array.dtype == torch.uint8 and module_name(name) in rows:
+        if lowbit is not None and array.dtype == torch.uint8 and module_name(name) in rows:
             blocks = as_matrix(array, rows[module_name(name)], f"{file}: {stored_name}")
-            array = Packed(blocks, low_bit)
+            array = LowBitMatrix(blocks, FORMATS[lowbit])
         if is_rotary(name):
             if array.shape[0] % args.head_dim:
                 raise CheckpointError(

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from ..quantization import FORMATS
-from .arrays import Array, Mapped
+from ..quantization import FORMATS, Format
+from .arrays import Array, Mapped, PackedArray
 from .settings import Settings
 from .weight import CheckpointError
 
@@ -21,17 +20,19 @@ KEYS = ("quantization", "bigdl_transformers_low_bit")  # ours, BigDL-LLM's
 
 
 @dataclass(frozen=True)
-class Packed(Array):
+class LowBitMatrix(PackedArray):
     """A matrix in blocks of one of FORMATS; `read` dequantizes it to float32."""
 
     blocks: Array  # uint8 (rows, bytes of a row)
-    format: str
-    dtype = torch.float32
+    form: Format
+
+    @property
+    def format(self) -> str:
+        return self.form.name
 
     @property
     def shape(self) -> tuple[int, ...]:
-        form = FORMATS[self.format]
-        return self.blocks.shape[0], self.blocks.shape[1] // form.block_bytes * form.block
+        return self.blocks.shape[0], self.blocks.shape[1] // self.form.block_bytes * self.form.block
 
     @property
     def stored(self) -> str:
@@ -43,29 +44,25 @@ class Packed(Array):
 
     def read(self, dim: int, start: int, stop: int) -> Tensor:
         if dim == 0:
-            return FORMATS[self.format].dequantize(self.packed(0, start, stop))
-        return (
-            FORMATS[self.format].dequantize(self.packed(0, 0, self.shape[0])).narrow(1, start, stop - start)
-        )
+            return self.form.dequantize(self.packed(0, start, stop))
+        return self.form.dequantize(self.packed(0, 0, self.shape[0])).narrow(1, start, stop - start)
 
-    def reordered(self, head_dim: int, reorder: Callable[[Tensor, int], Tensor]) -> Packed:
+    def reordered(self, head_dim: int, reorder: Callable[[Tensor, int], Tensor]) -> LowBitMatrix:
         return replace(self, blocks=self.blocks.reordered(head_dim, reorder))
 
     def packed(self, dim: int, start: int, stop: int) -> Tensor:
-        """The blocks of that part, uint8 (rows, bytes of a row)."""
         if dim == 0:
             return self.blocks.read(0, start, stop)
-        form = FORMATS[self.format]
-        if start % form.block or stop % form.block:
+        block, scale = self.form.block, self.form.block_bytes
+        if start % block or stop % block:
             raise CheckpointError(
-                f"columns {start} to {stop} are not whole {self.format} blocks of {form.block}: "
+                f"columns {start} to {stop} are not whole {self.format} blocks of {block}: "
                 "use fewer ranks, or another format"
             )
-        scale = form.block_bytes
-        return self.blocks.read(1, start // form.block * scale, stop // form.block * scale).contiguous()
+        return self.blocks.read(1, start // block * scale, stop // block * scale).contiguous()
 
 
-def low_bit_format(settings: Settings) -> str | None:
+def lowbit_format(settings: Settings) -> str | None:
     """The format that a config.json names; None for an ordinary one. Raises CheckpointError for an unknown one."""
     settings.ignore("bigdl_lcmu_enabled")
     found = [format for key in KEYS if (format := settings.text(key)) is not None]

@@ -34,10 +34,10 @@ def save_low_bit(
     embeddings, norms and biases stay as they are. Weights that are stored in this format already are taken as they
     are. Raises LowBitError where the columns are not whole blocks.
     """
-    return write_plan(checkpoint.path, destination, partial(plan_low_bit, checkpoint, format), progress)
+    return write_plan(checkpoint.path, destination, partial(plan_lowbit, checkpoint, format), progress)
 
 
-def plan_low_bit(checkpoint: Checkpoint, format: str) -> Plan:
+def plan_lowbit(checkpoint: Checkpoint, format: str) -> Plan:
     checkpoint = untied(checkpoint)
     tokenizer = None if checkpoint.tokenizer_path is None else TokenizerFiles(checkpoint.tokenizer_path)
     weights = {rename(weight.name, TO_HF): weight for weight in checkpoint.weights()}

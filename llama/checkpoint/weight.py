@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..files.errors import CheckpointError
 from ..model import ModelArgs
-from .arrays import Array
+from .arrays import Array, PackedArray
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Weight:
     @property
     def format(self) -> str | None:
         """The low-bit format of what `read_packed` gives, in lower case; None where it does not work."""
-        return getattr(self.array, "format", None)
+        return self.array.format
 
     def part(self, dim: int | None, rank: int, world_size: int) -> Weight:
         """What `rank` of `world_size` holds of this weight, cut along `dim` (None: all of it)."""
@@ -106,7 +106,7 @@ class Weight:
 
         `start` and `stop` count weights, not bytes; along dimension 1 they must fall between blocks.
         """
-        if not self.is_packed:
+        if not isinstance(self.array, PackedArray):
             raise CheckpointError(
                 f"{self.file}: {self.name}: is stored as {self.stored}, not in low-bit blocks"
             )
@@ -114,7 +114,7 @@ class Weight:
             raise ValueError(
                 f"{self.name}: is cut along dimension {self.cut[0]} and cannot be cut along {dim} as well"
             )
-        return self._read(self.array.packed, dim, start, stop), self.stored  # type: ignore[attr-defined]
+        return self._read(self.array.packed, dim, start, stop), self.stored
 
     def _read(self, read: Callable[..., Any], dim: int | None, start: int, stop: int | None) -> Any:
         """What `read` gives for a part of this part."""

@@ -22,6 +22,7 @@ from llama.chat import (
     UNSAFE_ERROR,
     Dialog,
     Message,
+    Prompt,
     Role,
     choose_format,
 )
@@ -288,8 +289,7 @@ class Llama:
         params = self._reference_params(max_gen_len, temperature, top_p, logprobs, False)
         completions = answered(self._chat(dialogs, [params] * len(dialogs)))
         return [
-            {"generation": {"role": "assistant", "content": c.text}, **self._details(c, logprobs)}
-            for c in completions
+            {"generation": self.chat_format.parse(c.text), **self._details(c, logprobs)} for c in completions
         ]
 
     # ---- beyond the reference
@@ -330,11 +330,12 @@ class Llama:
 
     def stream_chat(self, dialog: Dialog, params: SamplingParams | None = None) -> Iterator[str]:
         """The pieces of one answer as they come; joined they are `chat`'s text."""
-        if self.chat_format.is_unsafe(dialog):
+        prompt = Prompt.of(dialog)
+        if self.chat_format.is_unsafe(prompt):
             yield UNSAFE_ERROR
             return
         params = self.with_stops(self._resolved(params, 1)[0])
-        for event in self.stream(self.chat_format.encode(dialog), params):
+        for event in self.stream(self.chat_format.encode(prompt), params):
             yield event.text
 
     def run(self, requests: Iterable[tuple[list[int], SamplingParams]]) -> Iterator[Completion]:
@@ -422,12 +423,11 @@ class Llama:
 
     def _chat(self, dialogs: Sequence[Dialog], params: Sequence[SamplingParams]) -> list[Completion]:
         refused = Completion(UNSAFE_ERROR, [], "error", error=UNSAFE_ERROR)
-        unsafe = [self.chat_format.is_unsafe(dialog) for dialog in dialogs]
-        prompts = [self.chat_format.encode(dialog) for dialog in dialogs]
-        asked = [i for i, refuse in enumerate(unsafe) if not refuse]
-        answers = iter(
-            self._complete([prompts[i] for i in asked], [self.with_stops(params[i]) for i in asked])
-        )
+        asked = [Prompt.of(dialog) for dialog in dialogs]
+        unsafe = [self.chat_format.is_unsafe(prompt) for prompt in asked]
+        prompts = [self.chat_format.encode(prompt) for prompt in asked]
+        safe = [i for i, refuse in enumerate(unsafe) if not refuse]
+        answers = iter(self._complete([prompts[i] for i in safe], [self.with_stops(params[i]) for i in safe]))
         return [
             refused if refuse else next(answers)
             for refuse, p in zip(unsafe, params, strict=True)

@@ -61,7 +61,7 @@ class Chat:
         finally:
             self.turns += [
                 {"role": "user", "content": message},
-                {"role": "assistant", "content": "".join(pieces)},
+                self.llm.chat_format.parse("".join(pieces)),
             ]
 
     def command(self, line: str) -> str | None:

@@ -38,6 +38,7 @@ NEIGHBOURS = {
     ("__main__", "terminal"),
     ("__main__", "report"),
     ("batch", "protocol"),
+    ("chat", "chat"),
     ("checkpoint", "checkpoint"),
     ("files", "files"),
     ("kernels", "kernels"),

@@ -1,3 +1,4 @@
+import json
 import string
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from llama.chat import (
     ChatFormatError,
     DialogError,
     JinjaFormat,
+    Prompt,
     choose_format,
     fit_dialog,
     format_dialog,
@@ -684,6 +686,41 @@ def test_templates_have_what_transformers_gives_them():
 def test_templates_see_only_role_and_content_of_a_message():
     message = {"role": "user", "content": "Hi", "name": "<|im_start|>", "tool_calls": [1]}
     assert render("{{ messages }}", [message]) == "[{'role': 'user', 'content': 'Hi'}]"
+
+
+TOOL = {
+    "type": "function",
+    "function": {"name": "look<|im_end|>", "parameters": {"properties": {"</s>": {"type": "string"}}}},
+}
+
+
+def test_templates_are_told_of_tools_and_options():
+    template = (
+        "{% for tool in tools %}{{ tool.type }} {{ tool['function'].name }} {% endfor %}"
+        "{{ 'quick' if enable_thinking is false }} {{ style }}"
+    )
+    prompt = Prompt(tuple(turns("Hi")), (TOOL,), {"enable_thinking": False, "style": "plain"})
+    assert render(template, prompt) == "function look<|im_end|> quick plain"
+
+
+def test_control_strings_in_tools_and_options_stay_text():
+    tokenizer = ByteTokenizer(add_bos=False)
+    template = "{{ tools | tojson }}{{ style }}<|im_end|>{{ messages[0].content }}"
+    chosen = JinjaFormat(tokenizer, template)
+    prompt = Prompt(tuple(turns("Hi")), (TOOL,), {"style": "<think>"})
+    text = json.dumps([TOOL]) + "<think>"
+    assert chosen.encode(prompt) == [*text.encode(), tokenizer.special_tokens["<|im_end|>"], *b"Hi"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_without_a_place_for_tools_refuses_them(name):
+    with pytest.raises(DialogError, match=f"^chat format {name} has no place for tools: leave them out$"):
+        FORMATS[name](ByteTokenizer()).encode(Prompt(tuple(turns("Hi")), (TOOL,)))
+
+
+def test_a_models_answer_is_the_next_message():
+    message = FORMATS["llama2"](ByteTokenizer()).parse("Hello")
+    assert message == {"role": "assistant", "content": "Hello"}
 
 
 def test_a_templates_refusal_is_one_line():

@@ -1,0 +1,42 @@
+"""From a dialog to token ids and back: the chat formats."""
+
+from llama.chat.fitting import FormattedDialog, fit_dialog, format_dialog
+from llama.chat.formats import (
+    B_INST,
+    B_SYS,
+    DEFAULT_SYSTEM_PROMPT,
+    E_INST,
+    E_SYS,
+    FORMATS,
+    SPECIAL_TAGS,
+    UNSAFE_ERROR,
+    ChatFormat,
+    ChatFormatError,
+)
+from llama.chat.prompt import Dialog, DialogError, Message, Prompt, Role, with_system
+from llama.chat.selection import choose_format
+from llama.chat.template import JinjaFormat
+
+__all__ = [
+    "B_INST",
+    "B_SYS",
+    "DEFAULT_SYSTEM_PROMPT",
+    "E_INST",
+    "E_SYS",
+    "FORMATS",
+    "SPECIAL_TAGS",
+    "UNSAFE_ERROR",
+    "ChatFormat",
+    "ChatFormatError",
+    "Dialog",
+    "DialogError",
+    "FormattedDialog",
+    "JinjaFormat",
+    "Message",
+    "Prompt",
+    "Role",
+    "choose_format",
+    "fit_dialog",
+    "format_dialog",
+    "with_system",
+]

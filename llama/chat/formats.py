@@ -1,0 +1,259 @@
+"""The chat formats: one way each to write a prompt as token ids.
+
+Nothing that a person types becomes a control token, in any format and in any role. A format yields pieces: an
+int is a control token that the format itself places, a str is text, encoded as plain text however much it
+looks like a control token. Pieces of text that touch are encoded as one, so the text between two control
+tokens is split as if it stood alone; with sentencepiece each has its own leading space, as in Meta's code.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import ClassVar
+
+from llama.chat.prompt import Dialog, DialogError, Message, Prompt, split_system
+from llama.tokenizer import Tokenizer
+
+Piece = str | int  # text, to be encoded as plain text | the id of a control token
+
+B_INST, E_INST = "[INST]", "[/INST]"
+B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
+SPECIAL_TAGS = [B_INST, E_INST, "<<SYS>>", "<</SYS>>"]
+UNSAFE_ERROR = "Error: special tags are not allowed as part of the prompt."
+
+
+DEFAULT_SYSTEM_PROMPT = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible, while being "
+    "safe. Please ensure that your responses are socially unbiased and positive in nature. If a question does "
+    "not make any sense, or is not factually coherent, explain why instead of answering something not correct. "
+    "If you don't know the answer to a question, please don't share false information."
+)
+
+
+class ChatFormatError(ValueError):
+    """The chat format cannot be used: unknown, not for this vocabulary, or a template that fails."""
+
+
+class ChatFormat(ABC):
+    """One way to write a dialog as token ids, for one tokenizer.
+
+    A new format is a subclass with `write` and a row in FORMATS. `needs` names the control tokens without
+    which it cannot be used, `ends` those that end an answer, where the vocabulary has them, `stop` the text
+    that does, `tags` the plain text that marks turns and that content may therefore not hold.
+    """
+
+    name: ClassVar[str]
+    roles: ClassVar[tuple[str, ...]] = ("system", "user", "assistant")
+    system_first: ClassVar[bool] = False  # a system message is taken only as the first
+    takes_tools: ClassVar[bool] = False
+    needs: ClassVar[tuple[str, ...]] = ()
+    needs_eos: ClassVar[bool] = False
+    ends: ClassVar[tuple[str, ...]] = ()
+    stop: ClassVar[tuple[str, ...]] = ()
+    tags: Sequence[str] = ()
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        """Raises ChatFormatError where the vocabulary lacks a control token that the format needs."""
+        self.tokenizer = tokenizer
+        self.control = tokenizer.special_tokens
+        self.names = {token: text for text, token in self.control.items()}
+        self.bos = (tokenizer.bos_id,) if tokenizer.add_bos else ()  # what begins a text
+        self.eos = tokenizer.eos_id
+        missing = [token for token in self.needs if token not in self.control]
+        if self.needs_eos and self.eos < 0:
+            missing.append("an end-of-text token")
+        if missing:
+            raise ChatFormatError(
+                f"chat format {self.name} needs {', '.join(missing)}, which this model's vocabulary does not "
+                f"have; give another of {', '.join(FORMATS)}, or none"
+            )
+        self.stop_ids = tokenizer.stop_ids | {self.control[end] for end in self.ends if end in self.control}
+
+    @abstractmethod
+    def write(self, prompt: Prompt) -> Iterable[Piece]:
+        """The pieces of a prompt whose roles have been checked, up to where the assistant's answer begins."""
+
+    def encode(self, prompt: Prompt | Dialog) -> list[int]:
+        """The prompt's token ids. Raises DialogError."""
+        tokens: list[int] = []
+        for kind, same in groupby(self._pieces(prompt), key=type):
+            run = list(same)
+            tokens += run if kind is int else self.tokenizer.encode("".join(run), bos=False, eos=False)
+        return tokens
+
+    def text(self, prompt: Prompt | Dialog) -> str:
+        """The prompt for people to read, each control token as its string. Raises DialogError."""
+        pieces = self._pieces(prompt)
+        return "".join(p if isinstance(p, str) else self.names.get(p, f"<{p}>") for p in pieces)
+
+    def parse(self, text: str) -> Message:
+        """What the model answered, as the dialog's next message."""
+        return {"role": "assistant", "content": text}
+
+    def check_roles(self, messages: Sequence[Message]) -> None:
+        """Raises DialogError for a role that the format does not have, or not there."""
+        for number, message in enumerate(messages, 1):
+            allowed = self.roles[1:] if number > 1 and self.system_first else self.roles
+            if message["role"] not in allowed:
+                raise DialogError(
+                    f"message {number} has role {message['role']!r}; allowed: {', '.join(allowed)}"
+                )
+
+    def is_unsafe(self, prompt: Prompt | Dialog) -> bool:
+        """Whether any content holds one of `tags`, which the reference answers with UNSAFE_ERROR."""
+        return any(tag in message["content"] for message in Prompt.of(prompt).messages for tag in self.tags)
+
+    def _pieces(self, prompt: Prompt | Dialog) -> Iterable[Piece]:
+        prompt = Prompt.of(prompt)
+        if prompt.tools and not self.takes_tools:
+            raise DialogError(f"chat format {self.name} has no place for tools: leave them out")
+        self.check_roles(prompt.messages)
+        return self.write(prompt)
+
+
+class Llama2Format(ChatFormat):
+    """Llama 2, to the token as `chat_completion` in Meta's llama/generation.py writes it; tags are plain text.
+
+    `<s>[INST] <<SYS>>`, system, `<</SYS>>`, user ` [/INST] ` answer ` </s><s>[INST] ` user ` [/INST]`.
+    """
+
+    name = "llama2"
+    needs_eos = True
+    tags = SPECIAL_TAGS
+
+    def check_roles(self, messages: Sequence[Message]) -> None:
+        """Raises DialogError in the reference's words."""
+        turns = split_system(messages)[1]
+        if any(turn["role"] != ("user", "assistant")[place % 2] for place, turn in enumerate(turns)):
+            raise DialogError(
+                "model only supports 'system', 'user' and 'assistant' roles, "
+                "starting with 'system', then 'user' and alternating (u/a/u/a/u...)"
+            )
+        if messages[-1]["role"] != "user":
+            raise DialogError(f"Last message must be from user, got {messages[-1]['role']}")
+
+    def write(self, prompt: Prompt) -> Iterator[Piece]:
+        system, turns = split_system(prompt.messages)
+        contents = [turn["content"] for turn in turns]
+        if system is not None:
+            contents[0] = B_SYS + system + E_SYS + contents[0]
+        for user, answer in zip(contents[::2], contents[1::2], strict=False):  # the last has no answer yet
+            yield from self.bos
+            yield f"{B_INST} {user.strip()} {E_INST} {answer.strip()} "
+            yield self.eos
+        yield from self.bos
+        yield f"{B_INST} {contents[-1].strip()} {E_INST}"
+
+
+class Llama3Format(ChatFormat):
+    """Llama 3 and later as Meta's llama3/tokenizer.py: content stripped, roles in any order.
+
+    llama-models' ChatFormat is the same, except that it leaves content as it is.
+    """
+
+    name = "llama3"
+    roles = ("system", "user", "assistant", "tool")
+    needs = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+    ends = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
+
+    def write(self, prompt: Prompt) -> Iterator[Piece]:
+        begin, start, end, eot = (self.control[token] for token in self.needs)
+        yield begin
+        for message in prompt.messages:
+            role = "ipython" if message["role"] == "tool" else message["role"]
+            yield from (start, role, end, "\n\n", message["content"].strip(), eot)
+        yield from (start, "assistant", end, "\n\n")
+
+
+class ChatMLFormat(ChatFormat):
+    """ChatML: `<|im_start|>role`, newline, content as it is, `<|im_end|>`, newline.
+
+    Some models' templates put in a system message where the dialog has none (SmolLM2's does). This format
+    adds nothing, and equals such a template for every dialog that begins with a system message.
+    """
+
+    name = "chatml"
+    roles = ("system", "user", "assistant", "tool")
+    needs = ("<|im_start|>", "<|im_end|>")
+    ends = ("<|im_end|>",)
+
+    def write(self, prompt: Prompt) -> Iterator[Piece]:
+        start, end = (self.control[token] for token in self.needs)
+        if self.bos != (start,):
+            yield from self.bos
+        for message in prompt.messages:
+            yield from (start, f"{message['role']}\n{message['content']}", end, "\n")
+        yield from (start, "assistant\n")
+
+
+class AtomFormat(ChatFormat):
+    """Atom (Llama2-Chinese): `<s>Human: user`, newline, `</s><s>Assistant: `."""
+
+    name = "atom"
+    needs_eos = True
+    stop = ("Human:",)
+    LABELS: ClassVar[dict[str, str]] = {"system": "System", "user": "Human", "assistant": "Assistant"}
+
+    def write(self, prompt: Prompt) -> Iterator[Piece]:
+        for message in prompt.messages:
+            yield from self.bos
+            yield f"{self.LABELS[message['role']]}: {message['content'].strip()}\n"
+            yield self.eos
+        yield from self.bos
+        yield "Assistant: "
+
+
+class AlpacaFormat(ChatFormat):
+    """Stanford Alpaca's instruction prompt, over several turns; a system message replaces its preamble."""
+
+    name = "alpaca"
+    needs_eos = True
+    system_first = True
+    stop = ("### Instruction:",)
+    PREAMBLE: ClassVar[str] = (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request."
+    )
+
+    def write(self, prompt: Prompt) -> Iterator[Piece]:
+        system, turns = split_system(prompt.messages)
+        yield from self.bos
+        yield f"{(self.PREAMBLE if system is None else system).strip()}\n\n"
+        for turn in turns:
+            if turn["role"] == "user":
+                yield f"### Instruction:\n{turn['content'].strip()}\n\n"
+            else:
+                yield from (f"### Response:\n{turn['content'].strip()}", self.eos, "\n\n")
+        yield "### Response:\n"
+
+
+class VicunaFormat(ChatFormat):
+    """Vicuna 1.1 and later as FastChat writes it; a system message replaces its preamble."""
+
+    name = "vicuna"
+    needs_eos = True
+    system_first = True
+    stop = ("USER:",)
+    PREAMBLE: ClassVar[str] = (
+        "A chat between a curious user and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the user's questions."
+    )
+
+    def write(self, prompt: Prompt) -> Iterator[Piece]:
+        system, turns = split_system(prompt.messages)
+        yield from self.bos
+        yield f"{(self.PREAMBLE if system is None else system).strip()} "
+        for turn in turns:
+            if turn["role"] == "user":
+                yield f"USER: {turn['content'].strip()} "
+            else:
+                yield from (f"ASSISTANT: {turn['content'].strip()}", self.eos)
+        yield "ASSISTANT:"
+
+
+FORMATS: dict[str, type[ChatFormat]] = {
+    kind.name: kind
+    for kind in (Llama2Format, Llama3Format, ChatMLFormat, AtomFormat, AlpacaFormat, VicunaFormat)
+}

@@ -1,0 +1,121 @@
+"""Chat templates: programs in Jinja that come with a model and write its prompts."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from llama.chat.formats import FORMATS, SPECIAL_TAGS, ChatFormat, ChatFormatError, Piece
+from llama.chat.prompt import DialogError, Prompt
+from llama.chat.sandbox import Sandbox, one_line
+from llama.tokenizer import Tokenizer
+
+
+class JinjaFormat(ChatFormat):
+    """A Jinja chat template, rendered as transformers does, except that typed control strings stay text.
+
+    First the text that was given (contents, tools, options) is hidden: those of its characters that occur in
+    control strings are replaced, before rendering, by private code points that occur nowhere else. However the
+    template trims, joins or wraps it, a control string in the result is then the template's own. (Whitespace is
+    not hidden, for `trim` to find it; keys of tools and options are not, for templates to look them up.)
+
+    Templates may look into text (`content.split("</think>")`, `content | upper`), so it is rendered again as it
+    is, but with a private code point before each control string in it. Where the control tokens without that
+    mark are the very same as before, this is the prompt; where they are not, the first one is.
+    """
+
+    name = "jinja"
+    roles = ("system", "user", "assistant", "tool")
+    takes_tools = True
+
+    def __init__(self, tokenizer: Tokenizer, template: str, source: str = "the chat template") -> None:
+        """`source` names the template in messages. Raises ChatFormatError if it cannot be compiled."""
+        super().__init__(tokenizer)
+        self.source = source
+        if all(tag in template for tag in SPECIAL_TAGS):
+            self.tags = SPECIAL_TAGS
+        controls = sorted((text for text in self.control if text.strip()), key=len, reverse=True)
+        self._controls = re.compile(f"({'|'.join(map(re.escape, controls)) or '(?!)'})")
+        self._characters = sorted(char for char in set("".join(controls)) if not char.isspace())
+        self._used = {*template, *self._characters}
+        self._variables = {
+            "add_generation_prompt": True,
+            "bos_token": self.names.get(tokenizer.bos_id, ""),
+            "eos_token": self.names.get(tokenizer.eos_id, ""),
+            "documents": None,
+        }
+        self._sandbox = Sandbox()
+        self._lock = threading.Lock()  # the sandbox accounts for one rendering at a time
+        self._template = self._guarded(self._sandbox.from_string, template)
+
+    def write(self, prompt: Prompt) -> list[Piece]:
+        hidden, marked = self._render(prompt, self._characters), self._render(prompt, [])
+        own, same = ([piece for piece in way if isinstance(piece, int)] for way in (hidden, marked))
+        pieces = marked if own == same else hidden
+        return pieces if tuple(pieces[:1]) == self.bos else [*self.bos, *pieces]
+
+    def _render(self, prompt: Prompt, characters: list[str]) -> list[Piece]:
+        """The rendered prompt, cut at its control tokens, with these characters of given text hidden."""
+        given = [[m["content"] for m in prompt.messages], list(prompt.tools) or None, dict(prompt.options)]
+        texts = list(_texts(given))
+        used = self._used.union(*texts)
+        free = (code for code in range(0xF0000, 0x10FFFE) if chr(code) not in used)
+        show = dict(zip(free, ["", *characters], strict=False))
+        if len(show) <= len(characters):
+            raise DialogError("the dialog uses up Unicode's private code points; take some out")
+        mark = chr(next(iter(show)))
+        hide = {ord(character): code for code, character in show.items() if character}
+        contents, tools, options = _each_text(
+            given,
+            lambda text: self._controls.sub(mark + r"\1", text.translate(hide)),
+            lambda key: self._controls.sub(mark + r"\1", key),  # templates look keys up
+        )
+        roles = [message["role"] for message in prompt.messages]
+        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+        variables = self._variables | options | {"messages": messages, "tools": tools}
+        with self._lock:
+            self._sandbox.allow(sum(map(len, texts)))
+            text = self._guarded(self._template.render, variables)
+        parts = self._controls.split(text)  # text and control strings by turns
+        return [
+            self.control[part] if i % 2 and not parts[i - 1].endswith(mark) else part.translate(show)
+            for i, part in enumerate(parts)
+            if part
+        ]
+
+    def _guarded(self, function: Callable[..., Any], argument: Any) -> Any:
+        try:
+            return function(argument)
+        except DialogError:
+            raise
+        except Exception as error:  # a template's code can raise anything
+            line = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""
+            raise ChatFormatError(
+                f"{self.source} fails: {line}{one_line(error) or type(error).__name__}; "
+                f"give chat_format, one of {', '.join(FORMATS)}, or a Jinja file"
+            ) from error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text in a tree of JSON, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from (key, *_texts(item))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
+
+
+def _each_text(value: Any, change: Callable[[str], str], change_key: Callable[[str], str]) -> Any:
+    """A tree of JSON with every text changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change_key(key): _each_text(item, change, change_key) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_each_text(item, change, change_key) for item in value]
+    return value

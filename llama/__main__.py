@@ -1,4 +1,4 @@
-"""The command line: flags -> one function call."""
+"""The command line: one function a command, which turns flags into a call."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llama import checkpoint, report, terminal
-from llama.batch import Batch
-from llama.chat import DEFAULT_SYSTEM_PROMPT
-from llama.generation import Llama
-from llama.progress import progress_bar
-from llama.quantization import resolve_format
-from llama.sampling import SamplingParams
+from llama.options import MODEL, SAMPLER, takes
+
+if TYPE_CHECKING:  # a command imports what it needs when it runs
+    from llama.generation import Llama
 
 app = typer.Typer(
     name="llama",
@@ -26,32 +23,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Model = Annotated[
-    str | None, typer.Argument(metavar="[MODEL]", help="A checkpoint; the embedded default if left out.")
-]
-Tokenizer = Annotated[str | None, typer.Option(help="The tokenizer's file, if not in or beside MODEL.")]
-MaxSeqLen = Annotated[int | None, typer.Option(min=1, help="Tokens of prompt and answer together.")]
-ChatFormat = Annotated[str | None, typer.Option(help="A chat format's name, or a Jinja template's file.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps ...")]
-DType = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
-Quantization = Annotated[
-    str | None, typer.Option(help="sym_int4, nf4, q8_0 ...; none unpacks low-bit blocks.")
-]
-KvDtype = Annotated[str, typer.Option(help="auto, or int8: keys and values in 8 bits, for long contexts.")]
-Temperature = Annotated[float | None, typer.Option(help="How freely to sample; 0 takes the likeliest token.")]
-TopP = Annotated[
-    float | None, typer.Option(help="Sample among the likeliest tokens that reach this probability.")
-]
-TopK = Annotated[int | None, typer.Option(help="Sample among this many of the likeliest tokens.")]
-RepetitionPenalty = Annotated[
-    float | None, typer.Option(help="Above 1: tokens already there become less likely.")
-]
-MaxTokens = Annotated[int | None, typer.Option(help="The most tokens of an answer.")]
-Stop = Annotated[
-    list[str] | None, typer.Option(help="End the answer at this text; may be given several times.")
-]
-Seed = Annotated[int | None, typer.Option(help="The same seed gives the same answer.")]
-
+MODEL_HELP = "A checkpoint; the embedded default if left out."
+Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)]
 
 USAGE_ERROR = typer.BadParameter.__base__  # click's, or that of the click inside typer, as the version has it
 
@@ -60,56 +33,27 @@ class WrongCall(ValueError):
     """Arguments that do not fit together."""
 
 
-def build(model: str | None, **options: object) -> Llama:
-    """`Llama.build`, with its report on standard error: standard output is for answers."""
-    with contextlib.redirect_stdout(sys.stderr):
-        return Llama.build(model, **options)
-
-
 @app.command()
+@takes(load=MODEL, sample=SAMPLER)
 def chat(
     model: Model = None,
     message: Annotated[
         str | None, typer.Argument(metavar="[MESSAGE]", help="Answer this one and exit.")
     ] = None,
     system: Annotated[str | None, typer.Option(help='The system prompt; "default" is a careful one.')] = None,
-    chat_format: ChatFormat = None,
-    tokenizer: Tokenizer = None,
-    max_seq_len: MaxSeqLen = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    repetition_penalty: RepetitionPenalty = None,
-    max_tokens: MaxTokens = None,
-    stop: Stop = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    quantization: Quantization = None,
-    kv_dtype: KvDtype = "auto",
+    *,
+    load: dict[str, Any],
+    sample: dict[str, Any],
 ) -> None:
     """Talk with a model; Ctrl-C ends an answer, /quit the conversation."""
+    from llama import terminal
+    from llama.chat import DEFAULT_SYSTEM_PROMPT
+    from llama.sampling import SamplingParams
+
     if message is None and model is not None and not names_a_model(model):
         model, message = None, model
-    params = SamplingParams(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        max_tokens=max_tokens,
-        stop=tuple(stop or ()),
-        seed=seed,
-    )
-    llm = build(
-        model,
-        tokenizer_path=tokenizer,
-        max_seq_len=max_seq_len,
-        chat_format=chat_format,
-        device=device,
-        dtype=dtype,
-        quantization=quantization,
-        kv_dtype=kv_dtype,
-    )
+    params = SamplingParams(**sample)
+    llm = build(model, load)
     conversation = terminal.Chat(llm, params, DEFAULT_SYSTEM_PROMPT if system == "default" else system)
     if message is None:
         terminal.run(conversation)
@@ -118,6 +62,7 @@ def chat(
 
 
 @app.command()
+@takes(load=MODEL.without("chat_format"), sample=SAMPLER.with_defaults(max_tokens=256))
 def complete(
     model: Model = None,
     prompt: Annotated[
@@ -125,46 +70,20 @@ def complete(
     ] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt too.")] = False,
-    tokenizer: Tokenizer = None,
-    max_seq_len: MaxSeqLen = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    repetition_penalty: RepetitionPenalty = None,
-    max_tokens: MaxTokens = 256,
-    stop: Stop = None,
-    seed: Seed = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    quantization: Quantization = None,
-    kv_dtype: KvDtype = "auto",
+    *,
+    load: dict[str, Any],
+    sample: dict[str, Any],
 ) -> None:
     """Continue a text."""
+    from llama.sampling import SamplingParams
+
     if prompt is None:
         if sys.stdin.isatty():
             raise WrongCall("nothing to continue: give --prompt TEXT, or the text on standard input")
         prompt = sys.stdin.read()
-    params = SamplingParams(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        repetition_penalty=repetition_penalty,
-        max_tokens=max_tokens,
-        stop=tuple(stop or ()),
-        seed=seed,
-        echo=echo,
-    )
-    llm = build(
-        model,
-        tokenizer_path=tokenizer,
-        max_seq_len=max_seq_len,
-        device=device,
-        dtype=dtype,
-        quantization=quantization,
-        kv_dtype=kv_dtype,
-    )
-    pieces = llm.stream_text(prompt, params) if stream else [llm.complete([prompt], params)[0].text]
-    for piece in pieces:
+    params = SamplingParams(**sample, echo=echo)
+    llm = build(model, load)
+    for piece in llm.stream_text(prompt, params) if stream else [llm.complete([prompt], params)[0].text]:
         if llm.rank == 0:
             print(piece, end="", flush=True)
     if llm.rank == 0:
@@ -172,33 +91,23 @@ def complete(
 
 
 @app.command()
+@takes(load=MODEL)
 def batch(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="One request a line.")],
     target: Annotated[
         Path, typer.Argument(metavar="OUT.jsonl", help="One answer a line; a stopped job goes on.")
     ],
-    model: Annotated[str | None, typer.Option(help="A checkpoint; the embedded default if left out.")] = None,
-    tokenizer: Tokenizer = None,
-    chat_format: ChatFormat = None,
-    max_seq_len: MaxSeqLen = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    quantization: Quantization = None,
-    kv_dtype: KvDtype = "auto",
+    model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+    *,
+    load: dict[str, Any],
 ) -> None:
     """Answer a file of requests in OpenAI's batch format."""
+    from llama import report
+    from llama.batch import Batch
+
     if not source.is_file():
         raise FileNotFoundError(f"{source}: no such file; give a file with one request a line")
-    llm = build(
-        model,
-        tokenizer_path=tokenizer,
-        max_seq_len=max_seq_len,
-        chat_format=chat_format,
-        device=device,
-        dtype=dtype,
-        quantization=quantization,
-        kv_dtype=kv_dtype,
-    )
+    llm = build(model, load)
     counts = report.run_batch(Batch(llm, source, target))
     if llm.rank == 0 and counts.failed:
         sys.exit(1)
@@ -222,6 +131,9 @@ def convert(
 
     The old converter's --input_dir, --model_size and --output_dir work too.
     """
+    from llama import checkpoint
+    from llama.progress import progress_bar
+
     source = source or (input_dir and str(checkpoint.legacy_source(input_dir, model_size or "")))
     target = target or output_dir
     if source is None or target is None:
@@ -248,6 +160,10 @@ def quantize(
     ],
 ) -> None:
     """Write a checkpoint in a low-bit format, which loads at once."""
+    from llama import checkpoint
+    from llama.progress import progress_bar
+    from llama.quantization import resolve_format
+
     format = resolve_format(type)
     with progress_bar("Writing", show=True) as advance:
         warnings = checkpoint.save_low_bit(
@@ -257,62 +173,61 @@ def quantize(
 
 
 @app.command()
+@takes(sizes=MODEL.only("max_seq_len", "kv_dtype"))
 def inspect(
     model: Model = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="Add the memory that it will take.")] = False,
-    max_seq_len: MaxSeqLen = None,
     max_batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks that share the model.")] = 1,
-    kv_dtype: KvDtype = "auto",
+    *,
+    sizes: dict[str, Any],
 ) -> None:
     """Show what a checkpoint is, from its headers alone."""
+    from llama import checkpoint, report
+
     found = checkpoint.inspect(path_of(model), ranks)
     report.show_inspection(found)
     if estimate:
         report.show_estimates(
-            checkpoint.estimate(
-                found.args,
-                max_seq_len=max_seq_len,
-                max_batch_size=max_batch_size,
-                world_size=ranks,
-                kv_dtype=kv_dtype,
-            )
+            checkpoint.estimate(found.args, max_batch_size=max_batch_size, world_size=ranks, **sizes)
         )
 
 
 @app.command()
 def verify(model: Model = None) -> None:
     """Check sums, index, shapes and values; exit status 1 if something is wrong."""
+    from llama import checkpoint, report
+
     if not report.show_findings(checkpoint.verify(path_of(model))):
         sys.exit(1)
 
 
 @app.command()
+@takes(load=MODEL.without("chat_format", "max_seq_len"))
 def perplexity(
     model: Model = None,
     file: Annotated[Path | None, typer.Option(help="The text to predict.")] = None,
     window: Annotated[int | None, typer.Option(min=1, help="Tokens of the sliding window.")] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="By how many tokens it moves on.")] = None,
-    tokenizer: Tokenizer = None,
-    device: Device = "auto",
-    dtype: DType = "auto",
-    quantization: Quantization = None,
-    kv_dtype: KvDtype = "auto",
+    *,
+    load: dict[str, Any],
 ) -> None:
     """Measure how well a model predicts a text."""
+    from llama import report
+
     if file is None:
         raise WrongCall("give the text: --file TEXT")
     text = file.read_text(encoding="utf-8")
-    llm = build(
-        model,
-        tokenizer_path=tokenizer,
-        max_seq_len=window,
-        device=device,
-        dtype=dtype,
-        quantization=quantization,
-        kv_dtype=kv_dtype,
-    )
+    llm = build(model, load | {"max_seq_len": window})
     report.show_perplexity(llm, text, window, stride)
+
+
+def build(model: str | None, load: dict[str, Any]) -> Llama:
+    """`Llama.build`, with its report on standard error: standard output is for answers."""
+    from llama.generation import Llama
+
+    with contextlib.redirect_stdout(sys.stderr):
+        return Llama.build(model, **load)
 
 
 def warn(warnings: list[str]) -> None:
@@ -321,6 +236,8 @@ def warn(warnings: list[str]) -> None:
 
 
 def path_of(model: str | None) -> Path:
+    from llama import checkpoint
+
     return checkpoint.default_model() if model is None else checkpoint.resolve(model)
 
 

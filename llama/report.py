@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
-from llama.batch import Batch, Counts
-from llama.checkpoint import Estimate, Finding, Inspection, Stored
-from llama.generation import Llama
-from llama.perplexity import perplexity
 from llama.progress import bytes_text
+
+if TYPE_CHECKING:
+    from llama.batch import Batch, Counts
+    from llama.checkpoint import Estimate, Finding, Inspection, Stored
+    from llama.generation import Llama
 
 
 def show_inspection(found: Inspection) -> None:
@@ -83,6 +85,8 @@ def show_findings(findings: Iterable[Finding]) -> bool:
 
 
 def show_perplexity(llm: Llama, text: str, window: int | None, stride: int | None) -> None:
+    from llama.perplexity import perplexity
+
     console = Console(stderr=True)
     columns = (TextColumn("Predicting"), MofNCompleteColumn(), TextColumn("tokens"))
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -27,7 +27,7 @@ ROWS = [
     {"checkpoint", "runner"},
     {"engine"},
     {"generation"},
-    {"perplexity", "protocol", "batch"},
+    {"options", "perplexity", "protocol", "batch"},
     {"terminal", "report", "__main__", "__init__"},
 ]
 NEIGHBOURS = {

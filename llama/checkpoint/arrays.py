@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..files.pages import map_pages
+from ..files.mapped import map_pages
 
 
 class Array(ABC):

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from ..device import DTYPES
+from ..files.staging import clean_leftovers, staged
 from .opening import open_checkpoint
-from .output import clean_leftovers, staged
 from .plan import Plan
 from .to_gguf import plan_gguf
 from .to_huggingface import plan_huggingface

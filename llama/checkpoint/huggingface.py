@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..files.errors import shown
-from ..files.mapped import read_json
+from ..files.json import read_json
 from ..files.tensor_file import TensorFile, read_tensor_file
 from ..model import ModelArgs
 from ..quantization import FORMATS

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from ..files.mapped import read_json
+from ..files.json import read_json
 from ..files.tensor_file import TensorFile, read_tensor_file
 from ..model import ModelArgs
 from ..parallel import SPLIT

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..files.output import Output, Progress
-
-Writer = Callable[[Path, Sequence[Output], Progress], None]
+from ..files.writing import Entry, Progress, Writer
 
 
 @dataclass
@@ -18,8 +14,9 @@ class Plan:
     """The files of a new checkpoint. `write_tensors` writes one tensor file; small files are kept as bytes."""
 
     write_tensors: Writer
-    tensor_files: dict[str, list[Output]]
+    tensor_files: dict[str, list[Entry]]
     is_directory: bool = True
+    metadata: dict[str, Any] = field(default_factory=dict)
     small_files: dict[str, bytes] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     """What the reference code or another program will not understand of it, one line each."""
@@ -32,11 +29,6 @@ class Plan:
     def write(self, path: Path, progress: Progress) -> None:
         """Writes everything at `path`: a new directory, or the one tensor file itself."""
         for name, outputs in self.tensor_files.items():
-            self.write_tensors(path / name if self.is_directory else path, outputs, progress)
+            self.write_tensors(path / name if self.is_directory else path, outputs, self.metadata, progress)
         for name, data in self.small_files.items():
             (path / name).write_bytes(data)
-
-
-def json_bytes(value: dict[str, Any]) -> bytes:
-    """A JSON file's content, keys in the order given."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

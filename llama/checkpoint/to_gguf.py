@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import torch
 
 from ..files.gguf import FLOAT32, KINDS, STRING, UINT32, Value, write_gguf
-from ..files.output import Output
+from ..files.writing import Entry
 from ..model import ModelArgs
 from .gguf import ROPE_FACTORS, SAMPLING, llama3_factors
 from .names import TO_GGUF, rename
@@ -35,16 +34,16 @@ def plan_gguf(checkpoint: Checkpoint, dtype: torch.dtype, tokenizer: TokenizerFi
         values |= tokenizer.for_gguf(checkpoint.args.vocab_size, checkpoint.stop_ids)
     if checkpoint.args.sliding_window is not None:
         plan.warnings.append("llama.cpp ignores the sliding window of this architecture")
-    plan.write_tensors = partial(write_gguf, values)
+    plan.metadata = values
     plan.tensor_files[""] = list(_outputs(checkpoint, dtype))
     return plan
 
 
-def _outputs(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Output]:
+def _outputs(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Entry]:
     scaling = checkpoint.args.rope_scaling
     if scaling is not None and scaling.kind == "llama3":
         factors = llama3_factors(checkpoint.args, scaling)
-        yield Output(ROPE_FACTORS, tuple(factors.shape), torch.float32, lambda: factors)
+        yield Entry(ROPE_FACTORS, tuple(factors.shape), torch.float32, lambda: factors)
     for weight in checkpoint.weights():
         name = rename(weight.name, TO_GGUF)
         if name is None:

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from ..files.output import Output
+from ..files.json import json_bytes
 from ..files.safetensors import write_safetensors
+from ..files.writing import Entry
 from ..model import ModelArgs
 from .arrays import Reordered
 from .names import TO_HF, deinterleave, is_rotary, rename
 from .output import output
-from .plan import Plan, json_bytes
+from .plan import Plan
 from .to_meta import rope_scaling_object
 from .tokenizer_files import TokenizerFiles
 from .weight import Checkpoint, CheckpointError
@@ -38,7 +39,7 @@ def plan_huggingface(
     count = len(groups)
     names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
     files = {"model.safetensors": outputs} if count == 1 else dict(zip(names, groups, strict=True))
-    plan = Plan(write_safetensors, files)
+    plan = Plan(write_safetensors, files, metadata={"format": "pt"})
     plan.small_files["config.json"] = json_bytes(config(checkpoint, dtype, tokenizer))
     plan.small_files["generation_config.json"] = json_bytes(generation_config(checkpoint, tokenizer))
     if count > 1:
@@ -58,7 +59,7 @@ def plan_huggingface(
     return plan
 
 
-def _outputs(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Output]:
+def _outputs(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Entry]:
     args = checkpoint.args
     for weight in checkpoint.weights():
         name = rename(weight.name, TO_HF)
@@ -71,13 +72,13 @@ def _outputs(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Output]:
         yield from _zero_biases(args, dtype)
 
 
-def _zero_biases(args: ModelArgs, dtype: torch.dtype) -> Iterator[Output]:
+def _zero_biases(args: ModelArgs, dtype: torch.dtype) -> Iterator[Entry]:
     key_rows = args.n_kv_heads * args.head_dim
     sizes = {"q_proj": args.n_heads * args.head_dim, "k_proj": key_rows, "v_proj": key_rows}
     missing = {"o_proj": args.dim} if args.attention_bias else sizes
     for layer in range(args.n_layers):
         for name, size in missing.items():
-            yield Output(
+            yield Entry(
                 f"model.layers.{layer}.self_attn.{name}.bias", (size,), dtype, partial(torch.zeros, size)
             )
 
@@ -137,9 +138,9 @@ def generation_config(checkpoint: Checkpoint, tokenizer: TokenizerFiles | None) 
     return sampled | defaults | token_ids(checkpoint, tokenizer)
 
 
-def _groups(outputs: list[Output], limit: int) -> list[list[Output]]:
+def _groups(outputs: list[Entry], limit: int) -> list[list[Entry]]:
     """Neighbouring tensors in files of at most `limit` bytes; a larger tensor has a file of its own."""
-    groups: list[list[Output]] = []
+    groups: list[list[Entry]] = []
     size = limit + 1
     for one in outputs:
         if size + one.nbytes > limit:
@@ -150,12 +151,12 @@ def _groups(outputs: list[Output], limit: int) -> list[list[Output]]:
     return groups
 
 
-def _even_groups(outputs: list[Output], count: int) -> list[list[Output]]:
+def _even_groups(outputs: list[Entry], count: int) -> list[list[Entry]]:
     """Neighbouring tensors in exactly `count` files of about equal size."""
     if count > len(outputs):
         raise CheckpointError(f"{count} files were asked for, but the model has {len(outputs)} tensors")
     total = sum(one.nbytes for one in outputs)
-    groups: list[list[Output]] = [[]]
+    groups: list[list[Entry]] = [[]]
     done = 0
     for number, one in enumerate(outputs):
         left = len(outputs) - number

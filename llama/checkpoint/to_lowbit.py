@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..files.output import Output
+from ..files.json import json_bytes
+from ..files.writing import Entry
 from ..quantization import FORMATS
 from .conversion import write_plan
 from .names import TO_HF, deinterleave, is_rotary, module_name, rename
 from .packing import LINEARS, untied
-from .plan import Plan, json_bytes
+from .plan import Plan
 from .to_huggingface import plan_huggingface
 from .tokenizer_files import TokenizerFiles
 from .weight import Checkpoint, Weight
@@ -55,7 +56,7 @@ def plan_lowbit(checkpoint: Checkpoint, format: str) -> Plan:
     return plan
 
 
-def packed_output(output: Output, weight: Weight, format: str, head_dim: int) -> Output:
+def packed_output(output: Entry, weight: Weight, format: str, head_dim: int) -> Entry:
     """The packed form of what would be written, if it is a linear's matrix."""
     if module_name(weight.name) not in LINEARS or len(weight.shape) != 2:
         return output

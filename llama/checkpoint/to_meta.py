@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
+from ..files.json import json_bytes
 from ..files.torch_zip import write_torch_file
 from ..model import ModelArgs, check_divides
 from .load import split_dim
 from .meta import FACTOR_32, context
 from .names import module_name
 from .output import output
-from .plan import Plan, json_bytes
+from .plan import Plan
 from .tokenizer_files import TokenizerFiles
 from .weight import Checkpoint, Weight
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files.gguf import BOOL, FLOAT32, INT32, STRING, UINT8, UINT32, Value
+from ..files.json import json_bytes
 from ..tokenizer import Tokenizer
 from ..vocabulary import (
     BYTE_OF_CHAR,
@@ -17,7 +18,6 @@ from ..vocabulary import (
     Vocabulary,
     proto_from_vocabulary,
 )
-from .plan import json_bytes
 
 NAMES = ("tokenizer.model", "tokenizer.json")
 HF_NAMES = (

@@ -6,7 +6,7 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -16,7 +16,7 @@ import torch
 
 from .errors import CheckpointError
 from .mapped import MappedFile
-from .output import Output, Progress
+from .writing import Entry, Progress
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 UINT8, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 0, 4, 5, 6, 7, 8, 9
@@ -251,22 +251,24 @@ def _string(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def write_gguf(metadata: dict[str, Value], path: Path, outputs: Sequence[Output], progress: Progress) -> None:
-    """Writes a version 3 file, one tensor at a time."""
-    parts = [b"GGUF", struct.pack("<IQQ", 3, len(outputs), len(metadata))]
+def write_gguf(
+    path: Path, entries: Sequence[Entry], metadata: Mapping[str, Value], progress: Progress
+) -> None:
+    """Writes a version 3 file, one tensor at a time; `metadata` are its keys."""
+    parts = [b"GGUF", struct.pack("<IQQ", 3, len(entries), len(metadata))]
     parts += [_string(key) + value.encode() for key, value in metadata.items()]
     offset = 0
-    for output in outputs:
-        dims = struct.pack(f"<I{len(output.shape)}Q", len(output.shape), *reversed(output.shape))
-        parts.append(_string(output.name) + dims + struct.pack("<IQ", KINDS[output.dtype], offset))
-        offset += _padded(output.nbytes, ALIGNMENT)
+    for entry in entries:
+        dims = struct.pack(f"<I{len(entry.shape)}Q", len(entry.shape), *reversed(entry.shape))
+        parts.append(_string(entry.name) + dims + struct.pack("<IQ", KINDS[entry.dtype], offset))
+        offset += _padded(entry.nbytes, ALIGNMENT)
     header = b"".join(parts)
     with open(path, "wb") as file:
         file.write(header + bytes(_padded(len(header), ALIGNMENT) - len(header)))
-        for output in outputs:
-            output.write(file)
-            file.write(bytes(_padded(output.nbytes, ALIGNMENT) - output.nbytes))
-            progress(output.nbytes)
+        for entry in entries:
+            entry.write(file)
+            file.write(bytes(_padded(entry.nbytes, ALIGNMENT) - entry.nbytes))
+            progress(entry.nbytes)
 
 
 def _padded(size: int, alignment: int) -> int:

@@ -1,9 +1,13 @@
-"""safetensors files, read and written without trust: https://github.com/huggingface/safetensors#format"""
+"""safetensors files: https://github.com/huggingface/safetensors#format
+
+Read without its library, which does not say which tensor of a damaged file is wrong, and written without it because it
+wants all tensors in memory.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError, shown
-from .mapped import MappedFile, parse_json
-from .output import Output, Progress
+from .json import parse_json
+from .mapped import MappedFile
+from .writing import Entry, Progress
 
 MAX_HEADER_BYTES = 32 << 20  # the format allows 100 MB; real headers have far less than one
 DTYPES = {
@@ -98,22 +103,27 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
 
 
-def write_safetensors(path: Path, outputs: Sequence[Output], progress: Progress) -> None:
-    """Writes tensors one at a time; `metadata` says that PyTorch's names and row-major order are meant."""
+def write_safetensors(
+    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], progress: Progress
+) -> None:
+    """Writes tensors one at a time; `metadata` is kept in the header.
+
+    `{"format": "pt"}` says that PyTorch's names and row-major order are meant.
+    """
     names = {dtype: name for name, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
-    for output in outputs:
-        header[output.name] = {
-            "dtype": names[output.dtype],
-            "shape": list(output.shape),
-            "data_offsets": [end, end + output.nbytes],
+    for entry in entries:
+        header[entry.name] = {
+            "dtype": names[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [end, end + entry.nbytes],
         }
-        end += output.nbytes
+        end += entry.nbytes
     data = json.dumps(header, separators=(",", ":")).encode()
     data += b" " * (-len(data) % 64)  # so that the tensors of a mapped file are aligned
     with open(path, "wb") as file:
         file.write(len(data).to_bytes(8, "little") + data)
-        for output in outputs:
-            output.write(file)
-            progress(output.nbytes)
+        for entry in entries:
+            entry.write(file)
+            progress(entry.nbytes)

@@ -8,7 +8,7 @@ import pickletools
 import struct
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 from .mapped import open_file, size_check
-from .output import Output, Progress
+from .writing import Entry, Progress
 
 MAX_PICKLE_BYTES = 4 << 20
 MAX_MEMBERS = 100_000
@@ -151,9 +151,9 @@ ALIGNMENT = 64  # of the tensors in the file, so that mapped memory suits every 
 class _Reference:
     """Stands for a tensor in the pickle: rebuilt from a stored number of values, as torch.save describes it."""
 
-    def __init__(self, number: int, output: Output) -> None:
-        self.storage = _Storage(str(number), output)
-        self.shape = output.shape
+    def __init__(self, number: int, entry: Entry) -> None:
+        self.storage = _Storage(str(number), entry)
+        self.shape = entry.shape
 
     def __reduce__(self) -> tuple[Any, ...]:
         strides = [1]
@@ -172,9 +172,9 @@ class _Reference:
 class _Storage:
     """Stands for a storage: its key is the name of the zip member that holds its bytes."""
 
-    def __init__(self, key: str, output: Output) -> None:
-        kind = _STORAGES[output.dtype]
-        self.persistent_id = ("storage", kind, key, "cpu", output.nbytes // output.dtype.itemsize)
+    def __init__(self, key: str, entry: Entry) -> None:
+        kind = _STORAGES[entry.dtype]
+        self.persistent_id = ("storage", kind, key, "cpu", entry.nbytes // entry.dtype.itemsize)
 
 
 class _Pickler(pickle.Pickler):
@@ -191,19 +191,24 @@ _STORAGES = {
 }
 
 
-def write_torch_file(path: Path, outputs: Sequence[Output], progress: Progress) -> None:
-    """Writes a state dict as torch.save would, but one tensor at a time, so that torch.load can map it."""
+def write_torch_file(
+    path: Path, entries: Sequence[Entry], metadata: Mapping[str, Any], progress: Progress
+) -> None:
+    """Writes a state dict as torch.save would, but one tensor at a time, so that torch.load can map it.
+
+    The format keeps no `metadata`.
+    """
     pickled = io.BytesIO()
-    state = {output.name: _Reference(number, output) for number, output in enumerate(outputs)}
+    state = {entry.name: _Reference(number, entry) for number, entry in enumerate(entries)}
     _Pickler(pickled, protocol=2).dump(state)
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(_member(archive, "data.pkl"), pickled.getvalue())
         archive.writestr(_member(archive, "byteorder"), b"little")
-        for number, output in enumerate(outputs):
+        for number, entry in enumerate(entries):
             member = _member(archive, f"data/{number}")
             with archive.open(member, "w", force_zip64=True) as file:
-                output.write(file)
-            progress(output.nbytes)
+                entry.write(file)
+            progress(entry.nbytes)
         archive.writestr(_member(archive, "version"), b"3\n")
 
 

@@ -29,11 +29,11 @@ from support.checkpoints import (
 
 from llama.checkpoint import CheckpointError, convert, default_model, legacy_source, open_checkpoint, verify
 from llama.checkpoint.conversion import parse_size
-from llama.checkpoint.output import staged
 from llama.checkpoint.to_meta import hidden_rounding
 from llama.checkpoint.tokenizer_files import TokenizerFiles
 from llama.files.gguf import write_gguf as write_container
-from llama.files.output import Output
+from llama.files.staging import staged
+from llama.files.writing import Entry
 from llama.model import ModelArgs
 from llama.rotary import RopeScaling
 from llama.tokenizer import Tokenizer
@@ -269,7 +269,7 @@ def test_the_default_models_vocabulary_tokenizes_alike_in_every_format(tmp_path)
 def through_gguf(original: Path, folder: Path, vocab_size: int) -> bytes:
     """The tokenizer.model that is written for Meta from a GGUF file with the vocabulary of `original`."""
     metadata = TokenizerFiles(original).for_gguf(vocab_size, ())
-    write_container(metadata, folder / "m.gguf", [], lambda nbytes: None)
+    write_container(folder / "m.gguf", [], metadata, lambda nbytes: None)
     back = TokenizerFiles(folder / "m.gguf")
     assert not back.is_sentencepiece
     return back.for_meta()["tokenizer.model"]
@@ -425,7 +425,7 @@ def test_whatever_fails_while_writing_leaves_the_older_destination(tmp_path, sou
             if len(written) == 5:
                 raise failure
 
-        monkeypatch.setattr(Output, "write", fail)
+        monkeypatch.setattr(Entry, "write", fail)
         with pytest.raises((CheckpointError, KeyboardInterrupt)) as error:
             convert(source, destination, to)
         monkeypatch.undo()
@@ -501,16 +501,16 @@ def test_a_killed_conversion_leaves_the_old_destination_and_is_cleaned_up_by_the
     code = """
         import os, signal, sys
         from llama.checkpoint import convert
-        from llama.files.output import Output
+        from llama.files.writing import Entry
         left = [int(sys.argv[3])]
-        write = Output.write
+        write = Entry.write
         def write_and_die(output, file):
             write(output, file)
             left[0] -= 1
             if not left[0]:
                 file.flush() if hasattr(file, "flush") else None
                 os.kill(os.getpid(), signal.SIGKILL)
-        Output.write = write_and_die
+        Entry.write = write_and_die
         convert(sys.argv[1], sys.argv[2], "meta", shards=2)
     """
     process = run(code, source, tmp_path / "copy", moment)

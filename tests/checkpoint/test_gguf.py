@@ -11,14 +11,14 @@ from llama.checkpoint import CheckpointError, open_checkpoint
 from llama.checkpoint.gguf import llama3_factors
 from llama.files.gguf import BLOCKS, STRING, UINT32, GGUFFile, Value, shortest
 from llama.files.gguf import write_gguf as write_container
-from llama.files.output import Output
+from llama.files.writing import Entry
 from llama.rotary import RopeScaling
 
 
 def write(path, metadata, tensors=()):
     """A GGUF file by our container writer, for headers that the gguf package would not write."""
-    outputs = [Output(name, tuple(data.shape), data.dtype, lambda data=data: data) for name, data in tensors]
-    write_container(metadata, path, outputs, lambda nbytes: None)
+    outputs = [Entry(name, tuple(data.shape), data.dtype, lambda data=data: data) for name, data in tensors]
+    write_container(path, outputs, metadata, lambda nbytes: None)
     return path
 
 

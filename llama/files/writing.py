@@ -1,11 +1,12 @@
-"""A tensor to be written: what a file's header says of it, and how to get it when its turn comes."""
+"""What is to be written, as data: tensors that are read when their turn comes, and the files that hold them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import IO
+from pathlib import Path
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -17,8 +18,8 @@ Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
-class Output:
-    """One tensor of the file to be written: what its header says, and how to get it when its turn comes."""
+class Entry:
+    """One tensor of a file to be written: what its header says, and how to get it when its turn comes."""
 
     name: str
     shape: tuple[int, ...]
@@ -38,3 +39,7 @@ class Output:
         if self.dtype == torch.float16 and bool((converted.isinf() & ~tensor.isinf()).any()):
             raise CheckpointError(f"{self.name}: holds values beyond float16's 65504; choose bf16 or fp32")
         file.write(converted.contiguous().flatten().view(torch.uint8).numpy())
+
+
+Writer = Callable[[Path, Sequence[Entry], Mapping[str, Any], Progress], None]
+"""Writes one file of tensors, one at a time; the mapping is what the container keeps beside them."""

@@ -4,40 +4,73 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 
 from llama.kernels.elementwise import rotate
 
 
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched beyond the length a model was trained at.
+class RopeScaling(Protocol):
+    """How rotary frequencies are stretched beyond the length that a model was trained at: one frozen class a kind."""
 
-    `kind` is "linear" (every frequency divided by `factor`) or "llama3" (long wavelengths divided, short ones
-    kept, those between blended; Llama 3.1, `llama-models` `models/llama3/model.py`).
+    kind: ClassVar[str]  # as Hugging Face's config.json names it
+    factor: float  # by how much the longest wavelengths are stretched
+
+    def stretch(self, freqs: torch.Tensor) -> torch.Tensor:
+        """Radians per position of each pair, (head_dim / 2,), before and after."""
+
+
+@dataclass(frozen=True)
+class LinearScaling:
+    """Every frequency divided by `factor`."""
+
+    kind: ClassVar[str] = "linear"
+    factor: float
+
+    def stretch(self, freqs: torch.Tensor) -> torch.Tensor:
+        return freqs / self.factor
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Long wavelengths divided by `factor`, short ones kept, those between blended.
+
+    Llama 3.1, `llama-models` `models/llama3/model.py`.
     """
 
-    kind: str
+    kind: ClassVar[str] = "llama3"
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_seq_len: int = 8192
 
+    def stretch(self, freqs: torch.Tensor) -> torch.Tensor:
+        turns = self.original_max_seq_len / (2 * math.pi / freqs)  # over the length of training
+        low, high = self.low_freq_factor, self.high_freq_factor
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        return (1 - kept) * freqs / self.factor + kept * freqs
+
 
 def rope_frequencies(
-    head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device | None = None
+    head_dim: int,
+    theta: float,
+    scaling: RopeScaling | None,
+    device: torch.device | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
-    """Radians per position of each pair: (head_dim / 2,) float32, stretched as `scaling` says."""
-    freqs = 1.0 / (theta ** (torch.arange(0, head_dim, 2, device=device)[: head_dim // 2].float() / head_dim))
-    if scaling is None:
-        return freqs
-    if scaling.kind == "linear":
-        return freqs / scaling.factor
-    wavelengths = 2 * math.pi / freqs
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    smooth = ((scaling.original_max_seq_len / wavelengths - low) / (high - low)).clamp(0, 1)
-    return (1 - smooth) * freqs / scaling.factor + smooth * freqs
+    """Radians per position of each pair: (head_dim / 2,), stretched as `scaling` says."""
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=dtype)[: head_dim // 2] / head_dim
+    freqs = 1.0 / theta**exponents
+    return freqs if scaling is None else scaling.stretch(freqs)
+
+
+def rope_factors(head_dim: int, theta: float, scaling: RopeScaling) -> torch.Tensor:
+    """What `scaling` divides each frequency by: (head_dim / 2,) float32, as llama.cpp stores it."""
+    plain, stretched = (
+        rope_frequencies(head_dim, theta, kind, dtype=torch.float64) for kind in (None, scaling)
+    )
+    return (plain / stretched).float()
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,14 @@ from support import slow
 from support.tiny import tiny_args, tiny_model, tiny_weights
 
 from llama.model import ModelArgs, Transformer
-from llama.rotary import RopeScaling
+from llama.rotary import LinearScaling, Llama3Scaling
 
 SHAPES = {
     "plain": dict(n_kv_heads=None),
     "grouped keys": dict(),
     "one key head": dict(n_kv_heads=1),
-    "linear rope scaling": dict(rope_scaling=RopeScaling("linear", 4.0)),
-    "llama3 rope scaling": dict(rope_scaling=RopeScaling("llama3", 8.0, original_max_seq_len=64)),
+    "linear rope scaling": dict(rope_scaling=LinearScaling(4.0)),
+    "llama3 rope scaling": dict(rope_scaling=Llama3Scaling(8.0, original_max_seq_len=64)),
     "tied embeddings": dict(tie_word_embeddings=True),
     "odd hidden size": dict(hidden_dim=37, dim=48),
     "head size of its own": dict(head_dim=10),

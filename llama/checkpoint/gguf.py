@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import pi
 from pathlib import Path
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from ..files.gguf import BLOCKS, GGUFFile, TensorHeader
 from ..files.mapped import open_file
 from ..model import ModelArgs
-from ..rotary import RopeScaling
+from ..rotary import LinearScaling, Llama3Scaling, RopeScaling, rope_factors
 from .arrays import Array, Mapped, PackedArray
 from .names import FROM_GGUF, rename
 from .settings import REQUIRED, Settings, check_args, generation_settings
@@ -245,17 +244,8 @@ def _scaling(settings: Settings, args: ModelArgs, files: list[GGUFFile]) -> Rope
         stored = array_of(*headers[0]).read(0, 0, headers[0][1].shape[0]).float().flatten()
         return llama3_from_factors(stored, args, low, high, original, headers[0][0].path)
     if factor is not None and factor != 1.0:
-        return RopeScaling("linear", factor)
+        return LinearScaling(factor)
     return None
-
-
-def llama3_factors(args: ModelArgs, scaling: RopeScaling) -> Tensor:
-    """What Llama 3's scaling divides each rotary frequency by: float32 (head_dim / 2,), as llama.cpp stores it."""
-    exponents = torch.arange(0, args.head_dim, 2, dtype=torch.float64) / args.head_dim
-    turns = scaling.original_max_seq_len * args.rope_theta**-exponents / (2 * pi)  # over the original context
-    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    smooth = smooth.clamp(0, 1)
-    return (1 / ((1 - smooth) / scaling.factor + smooth)).float()
 
 
 def llama3_from_factors(
@@ -272,8 +262,10 @@ def llama3_from_factors(
         )
     if bool((factors == 1).all()):
         return None
-    scaling = RopeScaling("llama3", float(factors.max()), low, high, original)
-    if low >= high or not torch.allclose(factors, llama3_factors(args, scaling), rtol=1e-4):
+    scaling = Llama3Scaling(float(factors.max()), low, high, original)
+    if low >= high or not torch.allclose(
+        factors, rope_factors(args.head_dim, args.rope_theta, scaling), rtol=1e-4
+    ):
         raise CheckpointError(
             f"{file}: {ROPE_FACTORS}: not Llama 3's rope scaling; other kinds are not supported"
         )

@@ -14,6 +14,7 @@ from ..files.json import read_json
 from ..files.tensor_file import TensorFile, read_tensor_file
 from ..model import ModelArgs
 from ..quantization import FORMATS
+from ..rotary import LinearScaling
 from .arrays import Array
 from .gptq import stored_arrays
 from .lowbit import LowBitMatrix, as_matrix, lowbit_format
@@ -144,8 +145,8 @@ def read_args(settings: Settings) -> tuple[ModelArgs, tuple[int, ...]]:
         mlp_bias=settings.boolean("mlp_bias", False),
         sliding_window=_sliding_window(settings, defaults),
     )
-    linear = args.rope_scaling is not None and args.rope_scaling.kind == "linear"
-    args.max_seq_len = int(context * args.rope_scaling.factor) if linear else context
+    stretched = args.rope_scaling.factor if isinstance(args.rope_scaling, LinearScaling) else 1
+    args.max_seq_len = int(context * stretched)
     settings.ignore("attention_bias", *_NO_EFFECT)  # the stored biases themselves say which there are
     return check_args(args, settings.file), stop_ids
 

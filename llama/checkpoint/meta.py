@@ -11,7 +11,7 @@ from ..files.json import read_json
 from ..files.tensor_file import TensorFile, read_tensor_file
 from ..model import ModelArgs
 from ..parallel import SPLIT
-from ..rotary import RopeScaling
+from ..rotary import LinearScaling, Llama3Scaling, RopeScaling
 from .arrays import Joined, Mapped
 from .names import module_name
 from .settings import REQUIRED, Settings, check_args, generation_settings, rope_scaling
@@ -180,7 +180,7 @@ def _scaling(settings: Settings, args: ModelArgs) -> RopeScaling | None:
     if low >= high:
         raise settings.error("high_freq_factor", high, f"more than low_freq_factor ({low:g}) is needed")
     inferred = 32.0 if (args.dim, args.n_layers) in FACTOR_32 else 8.0
-    return RopeScaling("llama3", inferred if stated is None else stated, low, high)
+    return Llama3Scaling(inferred if stated is None else stated, low, high)
 
 
 def _generation_config(path: Path) -> tuple[dict[str, float], tuple[int, ...], int | None]:
@@ -190,8 +190,11 @@ def _generation_config(path: Path) -> tuple[dict[str, float], tuple[int, ...], i
 
 def context(args: ModelArgs) -> int:
     """The context of the family that has this rotary base, since Meta's params.json does not say it."""
-    if args.rope_scaling is not None:
-        return 131072 if args.rope_scaling.kind == "llama3" else int(4096 * args.rope_scaling.factor)
+    match args.rope_scaling:
+        case Llama3Scaling():
+            return 131072
+        case LinearScaling(factor):
+            return int(4096 * factor)
     if args.rope_theta == 500000.0:
         return 8192  # Llama 3
     if args.rope_theta > 10000.0:

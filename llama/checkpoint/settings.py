@@ -7,7 +7,7 @@ from typing import Any
 
 from ..files.errors import CheckpointError, shown
 from ..model import ModelArgs
-from ..rotary import RopeScaling
+from ..rotary import LinearScaling, Llama3Scaling, RopeScaling
 
 MAX_INT = 2**31 - 1
 MAX_LAYERS = 10_000
@@ -104,7 +104,7 @@ def rope_scaling(settings: Settings, default_original: int | None = None) -> Rop
         return None
     if kind == "linear":
         settings.ignore("original_max_position_embeddings")
-        return RopeScaling("linear", settings.number("factor", REQUIRED))
+        return LinearScaling(settings.number("factor", REQUIRED))
     if kind == "llama3":
         original = settings.integer("original_max_position_embeddings", default_original)
         if original is None:
@@ -114,7 +114,7 @@ def rope_scaling(settings: Settings, default_original: int | None = None) -> Rop
         low, high = settings.number("low_freq_factor", 1.0), settings.number("high_freq_factor", 4.0)
         if low >= high:
             raise settings.error("high_freq_factor", high, f"more than low_freq_factor ({low:g}) is needed")
-        return RopeScaling("llama3", settings.number("factor", REQUIRED), low, high, original)
+        return Llama3Scaling(settings.number("factor", REQUIRED), low, high, original)
     raise CheckpointError(
         f"{settings.file}: rope scaling {shown(kind)} is not supported; default, linear and llama3 are"
     )

@@ -10,7 +10,8 @@ import torch
 from ..files.gguf import FLOAT32, KINDS, STRING, UINT32, Value, write_gguf
 from ..files.writing import Entry
 from ..model import ModelArgs
-from .gguf import ROPE_FACTORS, SAMPLING, llama3_factors
+from ..rotary import LinearScaling, Llama3Scaling, rope_factors
+from .gguf import ROPE_FACTORS, SAMPLING
 from .names import TO_GGUF, rename
 from .output import output
 from .plan import Plan
@@ -41,8 +42,8 @@ def plan_gguf(checkpoint: Checkpoint, dtype: torch.dtype, tokenizer: TokenizerFi
 
 def _outputs(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Entry]:
     scaling = checkpoint.args.rope_scaling
-    if scaling is not None and scaling.kind == "llama3":
-        factors = llama3_factors(checkpoint.args, scaling)
+    if isinstance(scaling, Llama3Scaling):
+        factors = rope_factors(checkpoint.args.head_dim, checkpoint.args.rope_theta, scaling)
         yield Entry(ROPE_FACTORS, tuple(factors.shape), torch.float32, lambda: factors)
     for weight in checkpoint.weights():
         name = rename(weight.name, TO_GGUF)
@@ -90,9 +91,9 @@ def _scaling(args: ModelArgs) -> dict[str, Value]:
     if scaling is None:
         return {}
     prefix = "llama.rope.scaling."
-    if scaling.kind == "linear":
+    if isinstance(scaling, LinearScaling):
         return {f"{prefix}type": Value(STRING, "linear"), f"{prefix}factor": _number(scaling.factor)}
-    if (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_seq_len) == (1.0, 4.0, 8192):
+    if scaling == Llama3Scaling(scaling.factor):
         return {}
     return {
         f"{prefix}original_context_length": _number(scaling.original_max_seq_len),

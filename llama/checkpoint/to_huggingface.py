@@ -13,6 +13,7 @@ from ..files.json import json_bytes
 from ..files.safetensors import write_safetensors
 from ..files.writing import Entry
 from ..model import ModelArgs
+from ..rotary import LinearScaling
 from .arrays import Reordered
 from .names import TO_HF, deinterleave, is_rotary, rename
 from .output import output
@@ -88,7 +89,7 @@ def config(checkpoint: Checkpoint, dtype: torch.dtype, tokenizer: TokenizerFiles
     args = checkpoint.args
     kind = "llama" if args.sliding_window is None else "mistral"
     scaling = args.rope_scaling
-    stretched = scaling.factor if scaling is not None and scaling.kind == "linear" else 1
+    stretched = scaling.factor if isinstance(scaling, LinearScaling) else 1
     values: dict[str, Any] = {
         "architectures": [f"{kind.capitalize()}ForCausalLM"],
         "model_type": kind,

@@ -10,6 +10,7 @@ import torch
 from ..files.json import json_bytes
 from ..files.torch_zip import write_torch_file
 from ..model import ModelArgs, check_divides
+from ..rotary import LinearScaling, Llama3Scaling
 from .load import split_dim
 from .meta import FACTOR_32, context
 from .names import module_name
@@ -99,12 +100,7 @@ def _scaling(args: ModelArgs) -> dict[str, Any]:
     scaling = args.rope_scaling
     if scaling is None:
         return {}
-    usual = (scaling.low_freq_factor, scaling.high_freq_factor, scaling.original_max_seq_len) == (
-        1.0,
-        4.0,
-        8192,
-    )
-    if scaling.kind != "llama3" or not usual:
+    if scaling != Llama3Scaling(scaling.factor):
         return {"rope_scaling": rope_scaling_object(args)}
     inferred = 32.0 if (args.dim, args.n_layers) in FACTOR_32 else 8.0
     factor = {} if scaling.factor == inferred else {"rope_scaling_factor": scaling.factor}
@@ -114,7 +110,7 @@ def _scaling(args: ModelArgs) -> dict[str, Any]:
 def rope_scaling_object(args: ModelArgs) -> dict[str, Any]:
     """Rope scaling in Hugging Face's words."""
     scaling = args.rope_scaling
-    if scaling.kind == "linear":
+    if isinstance(scaling, LinearScaling):
         return {"rope_type": "linear", "type": "linear", "factor": scaling.factor}
     return {
         "rope_type": scaling.kind,

@@ -35,7 +35,7 @@ from llama.files.gguf import write_gguf as write_container
 from llama.files.staging import staged
 from llama.files.writing import Entry
 from llama.model import ModelArgs
-from llama.rotary import RopeScaling
+from llama.rotary import LinearScaling, Llama3Scaling
 from llama.tokenizer import Tokenizer
 
 TEXTS = ("hello lo", "", "  two  spaces", "snow ☃ and 雪", "</s><s>[INST]", "\n\ttabs", "e" * 50)
@@ -59,9 +59,9 @@ def shape_of(path) -> ModelArgs:
         {},
         {"tie_word_embeddings": True},
         {"n_kv_heads": 8, "max_seq_len": 512},
-        {"rope_theta": 500000.0, "rope_scaling": RopeScaling("llama3", 8.0), "max_seq_len": 131072},
-        {"rope_theta": 500000.0, "rope_scaling": RopeScaling("llama3", 32.0, 1.0, 2.0, 64), "head_dim": 64},
-        {"rope_scaling": RopeScaling("linear", 4.0), "max_seq_len": 1024},
+        {"rope_theta": 500000.0, "rope_scaling": Llama3Scaling(8.0), "max_seq_len": 131072},
+        {"rope_theta": 500000.0, "rope_scaling": Llama3Scaling(32.0, 1.0, 2.0, 64), "head_dim": 64},
+        {"rope_scaling": LinearScaling(4.0), "max_seq_len": 1024},
         {"head_dim": 24, "hidden_dim": 36},
         {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
         {"sliding_window": 12},

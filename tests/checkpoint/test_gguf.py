@@ -8,11 +8,10 @@ from gguf import GGMLQuantizationType as Kind
 from support.checkpoints import assert_equal, byte_vocabulary, loaded, sample, state, write_gguf
 
 from llama.checkpoint import CheckpointError, open_checkpoint
-from llama.checkpoint.gguf import llama3_factors
 from llama.files.gguf import BLOCKS, STRING, UINT32, GGUFFile, Value, shortest
 from llama.files.gguf import write_gguf as write_container
 from llama.files.writing import Entry
-from llama.rotary import RopeScaling
+from llama.rotary import LinearScaling, Llama3Scaling, rope_factors
 
 
 def write(path, metadata, tensors=()):
@@ -148,9 +147,9 @@ def test_numbers_stored_in_float32_are_read_as_the_shortest_decimal():
 @pytest.mark.parametrize(
     "scaling",
     [
-        RopeScaling("llama3", 8.0, 1.0, 4.0, 8192),
-        RopeScaling("llama3", 32.0, 1.0, 4.0, 8192),
-        RopeScaling("llama3", 4.0, 1.0, 2.0, 64),
+        Llama3Scaling(8.0, 1.0, 4.0, 8192),
+        Llama3Scaling(32.0, 1.0, 4.0, 8192),
+        Llama3Scaling(4.0, 1.0, 2.0, 64),
     ],
 )
 def test_llama3_scaling_is_read_from_the_factors_that_llama_cpp_stores(tmp_path, scaling):
@@ -169,7 +168,9 @@ def test_llama3_scaling_is_read_from_the_factors_that_llama_cpp_stores(tmp_path,
         else:
             smooth = (original / wavelength - low) / (high - low)
             factors.append(1 / ((1 - smooth) / scaling.factor + smooth))
-    assert torch.allclose(torch.tensor(factors), llama3_factors(args, scaling), rtol=1e-5)
+    assert torch.allclose(
+        torch.tensor(factors), rope_factors(args.head_dim, args.rope_theta, scaling), rtol=1e-5
+    )
     tensors = [(h.name, read(GGUFFile(path), h)) for h in GGUFFile(path).tensors.values()]
     values = {"rope.scaling.original_context_length": original}
     values |= (
@@ -197,10 +198,10 @@ def test_llama3_scaling_is_read_from_the_factors_that_llama_cpp_stores(tmp_path,
 
 def test_linear_scaling_is_read_in_both_spellings(model):
     keys = {"llama.rope.scaling.type": Value(STRING, "linear"), "llama.rope.scaling.factor": Value(6, 4.0)}
-    assert open_checkpoint(edit(model, **keys)).args.rope_scaling == RopeScaling("linear", 4.0)
+    assert open_checkpoint(edit(model, **keys)).args.rope_scaling == LinearScaling(4.0)
     old = {"llama.rope.scaling.type": None, "llama.rope.scaling.factor": None}
     old["llama.rope.scale_linear"] = Value(6, 2.0)
-    assert open_checkpoint(edit(model, **old)).args.rope_scaling == RopeScaling("linear", 2.0)
+    assert open_checkpoint(edit(model, **old)).args.rope_scaling == LinearScaling(2.0)
 
 
 @pytest.mark.parametrize(

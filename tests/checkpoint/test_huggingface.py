@@ -18,7 +18,7 @@ from support.checkpoints import (
 from llama.checkpoint import CheckpointError, convert, open_checkpoint
 from llama.checkpoint.names import FROM_GGUF, FROM_HF, TO_GGUF, TO_HF, deinterleave, interleave, rename
 from llama.model import ModelArgs
-from llama.rotary import RopeScaling
+from llama.rotary import LinearScaling, Llama3Scaling
 
 LLAMA3 = {
     "factor": 8.0,
@@ -167,17 +167,17 @@ def test_rows_that_are_not_whole_heads_are_read_rightly(tmp_path):
             None,
             4096,
         ),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 10000.0, RopeScaling("linear", 2.0), 8192),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 10000.0, LinearScaling(2.0), 8192),
         (
             {"rope_scaling": {"rope_type": "llama3", **LLAMA3}},
             10000.0,
-            RopeScaling("llama3", 8.0, 1.0, 4.0, 64),
+            Llama3Scaling(8.0, 1.0, 4.0, 64),
             4096,
         ),
         (
             {"rope_parameters": {"rope_type": "linear", "factor": 2}},
             10000.0,
-            RopeScaling("linear", 2.0),
+            LinearScaling(2.0),
             8192,
         ),
     ],

@@ -5,7 +5,7 @@ import torch
 from support.checkpoints import assert_equal, loaded, params, sample, state, write_meta
 
 from llama.checkpoint import CheckpointError, open_checkpoint
-from llama.rotary import RopeScaling
+from llama.rotary import LinearScaling, Llama3Scaling
 
 
 def rewrite(path, **changes):
@@ -80,11 +80,11 @@ def test_vocab_size_is_that_of_the_embedding_and_must_agree_where_it_is_stated(m
         ({"rope_theta": 500000}, None, 8192),
         ({"rope_freq_base": 500000.0}, None, 8192),
         ({"rope_theta": 1e6}, None, 16384),
-        ({"rope_theta": 5e5, "use_scaled_rope": True}, RopeScaling("llama3", 8.0, 1.0, 4.0, 8192), 131072),
+        ({"rope_theta": 5e5, "use_scaled_rope": True}, Llama3Scaling(8.0, 1.0, 4.0, 8192), 131072),
         ({"use_scaled_rope": False, "rope_theta": 500000.0}, None, 8192),
-        ({"use_scaled_rope": True, "rope_scaling_factor": 32}, RopeScaling("llama3", 32.0, 1.0, 4.0), 131072),
-        ({"use_scaled_rope": True, "high_freq_factor": 8}, RopeScaling("llama3", 8.0, 1.0, 8.0), 131072),
-        ({"rope_scaling": {"rope_type": "linear", "factor": 4}}, RopeScaling("linear", 4.0), 16384),
+        ({"use_scaled_rope": True, "rope_scaling_factor": 32}, Llama3Scaling(32.0, 1.0, 4.0), 131072),
+        ({"use_scaled_rope": True, "high_freq_factor": 8}, Llama3Scaling(8.0, 1.0, 8.0), 131072),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 4}}, LinearScaling(4.0), 16384),
         ({"max_seq_len": 100}, None, 100),
     ],
 )

@@ -4,6 +4,9 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
+# Each worker computes with one thread, and takes tests over from one that is behind.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 .PHONY: chat test test-all lint clean
 
@@ -11,10 +14,10 @@ chat: .venv/installed
 	$(BIN)/torchrun --nproc_per_node 1 example_chat_completion.py
 
 test: .venv/installed-test lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: .venv/installed-test lint
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 lint: .venv/installed-test
 	$(BIN)/ruff check .

@@ -86,9 +86,14 @@ def oracle():
     return model
 
 
-def test_greedy_continuations_equal_those_of_transformers(llm, oracle):
-    completions = llm.complete(PROMPTS, SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True))
-    for prompt, completion in zip(PROMPTS, completions, strict=True):
+@pytest.mark.parametrize(
+    ("num_prompts", "max_tokens"), [(10, 20), pytest.param(20, 64, marks=pytest.mark.slow)]
+)
+def test_greedy_continuations_equal_those_of_transformers(llm, oracle, num_prompts, max_tokens):
+    prompts = PROMPTS[:num_prompts]
+    greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
+    for prompt, completion in zip(prompts, llm.complete(prompts, greedy), strict=True):
+        assert len(completion.tokens) == max_tokens
         tokens = llm.tokenizer.encode(prompt, bos=False, eos=False)
         with torch.inference_mode():
             logits = oracle(torch.tensor([tokens + completion.tokens])).logits[0]
@@ -107,7 +112,7 @@ def test_logits_equal_those_of_transformers(llm, oracle):
 
 def test_three_ranks_answer_as_one(llm):
     tokens = llm.tokenizer.encode(PROMPTS[0], bos=False, eos=False)
-    [alone] = llm.complete([tokens], SamplingParams(temperature=0.0, max_tokens=24))
+    [alone] = llm.complete([tokens], SamplingParams(temperature=0.0, max_tokens=8))
     done = torchrun(3, "smollm2_ranks.py", *tokens)
     assert done.returncode == 0, done.stderr
     assert f"tokens {alone.tokens}" in done.stdout

@@ -18,6 +18,7 @@ import torch
 from common import alternate, machine, median, report, seconds
 
 from llama import Llama, ModelArgs, SamplingParams
+from llama.answer import Query
 from llama.checkpoint import expected_shapes
 
 TARGET = 1.15
@@ -43,7 +44,7 @@ def step_time(llm: Llama, prompt_length: int, num_steps: int) -> float:
     engine = llm.engine
     prompt = torch.randint(100, llm.model.vocab_size, (prompt_length,)).tolist()
     params = SamplingParams(temperature=0.0, max_tokens=1 + WARM_UP + num_steps, ignore_eos=True)
-    engine.add(prompt, params.resolve())
+    engine.add(Query(prompt, params.resolve()))
     while not any(event.token is not None for event in engine.step()):
         pass  # the prompt takes several steps
     for _ in range(WARM_UP):

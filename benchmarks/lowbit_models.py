@@ -36,6 +36,7 @@ from common import DTYPE, Peer, alternate, machine, matrix_rate, median, read_ba
 from lowbit import PEERS
 
 from llama import Llama, SamplingParams
+from llama.answer import Query
 from llama.checkpoint import convert, default_model, open_checkpoint
 from llama.quantization import FORMATS, LowBitLinear
 
@@ -66,7 +67,7 @@ def run_ours(llm: Llama, work: Work) -> float:
     params = SamplingParams(temperature=0.0, max_tokens=work.num_tokens, ignore_eos=True).resolve()
     engine = llm.engine
     for prompt in random_prompts(work, llm.model.vocab_size):
-        engine.add(prompt, params)
+        engine.add(Query(prompt, params))
 
     def prefill() -> None:
         begun: set[int] = set()

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from common import alternate, machine, median, report, seconds
 
 from llama import Llama, SamplingParams
+from llama.answer import Query
 
 SHARED = 0.9
 TARGETS = {"first_token": 0.2, "share_of_step": 0.01}
@@ -45,7 +46,7 @@ def first_token_time(llm: Llama, prompt: list[int], num_cached: int) -> float:
     """Seconds from giving a prompt to its first token; `num_cached` of its tokens should be in the cache."""
     params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True).resolve()
     start = time.perf_counter()
-    llm.engine.add(prompt, params)
+    llm.engine.add(Query(prompt, params))
     [request] = llm.engine.scheduler.waiting
     while llm.engine.has_work:
         llm.engine.step()

@@ -56,7 +56,8 @@ from llama.checkpoint import (
 from llama.device import choose_dtype
 from llama.linear import Linear
 from llama.quantization import FORMATS, LowBitLinear
-from llama.scheduler import Request
+from llama.request import Request
+from llama.runner import Pack
 from llama.tokenizer import Tokenizer
 
 TOPICS = ("objects", "execmodel", "import", "try", "types", "formatstrings")  # 22,500 tokens of prose
@@ -115,7 +116,8 @@ def window_logits(llm: Llama, window: list[int]) -> torch.Tensor:
     rows = []
     while request.num_pending_tokens:
         step = scheduler.schedule()
-        rows.append(runner.run(step, [part.count for part in step.slices]).logits)
+        counts = [part.count for part in step.slices]
+        rows.append(runner.run(Pack.of(step, counts, scheduler.block_size)).logits)
         scheduler.advance(step)
     scheduler.finish(request)
     return torch.cat(rows)

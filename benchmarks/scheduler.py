@@ -14,7 +14,8 @@ import random
 import statistics
 import time
 
-from llama.scheduler import Request, Scheduler
+from llama.request import Request
+from llama.scheduler import Scheduler
 
 
 def run(num_running: int, num_blocks: int, num_steps: int, prefix_caching: bool) -> dict[str, float]:
@@ -36,7 +37,7 @@ def run(num_running: int, num_blocks: int, num_steps: int, prefix_caching: bool)
         scheduler.advance(step)
         for part in step.slices:
             request = part.request
-            if part.samples:
+            if part.num_sampled:
                 scheduler.append(request, len(request.tokens))
                 if len(request.tokens) == ends[request]:
                     scheduler.finish(request)

@@ -16,7 +16,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, TextIO
 
-from llama.generation import Completion, Llama, unit_vectors
+from llama.answer import Completion, Query
+from llama.generation import Llama, unit_vectors
 from llama.protocol import (
     Body,
     ChatRequest,
@@ -44,8 +45,7 @@ class Job:
     line: int  # counted from 1
     custom_id: str | None = None
     request: Body | None = None
-    prompts: list[list[int]] = field(default_factory=list)
-    params: SamplingParams | None = None
+    queries: list[Query] = field(default_factory=list)
     completions: list[Completion] = field(default_factory=list)
 
 
@@ -79,17 +79,17 @@ class Batch:
         jobs: list[Job] = []  # by place of request; a job of several prompts stands there several times
         with open(self.source, encoding="utf-8") as lines, open(self.target, "a", encoding="utf-8") as out:
 
-            def requests() -> Iterator[tuple[list[int], SamplingParams]]:
+            def queries() -> Iterator[Query]:
                 for job in self._jobs(lines, done, out):
-                    for prompt in job.prompts:
+                    for query in job.queries:
                         jobs.append(job)
-                        yield prompt, job.params
+                        yield query
 
-            for completion in self.llm.run(requests()):
+            for completion in self.llm.run(queries()):
                 job = jobs[completion.place]
                 job.completions.append(completion)
                 self.counts.tokens += len(completion.tokens)
-                if len(job.completions) == len(job.prompts) * job.params.n:
+                if len(job.completions) == sum(query.params.n for query in job.queries):
                     self._answer(job, out)
                 if progress:
                     progress(self.counts)
@@ -123,8 +123,9 @@ class Batch:
             if refusal is not None:
                 self._write(out, job, error=refusal)
             elif isinstance(job.request, EmbeddingRequest):
-                vectors = unit_vectors(self.llm.engine.run([(p, job.params) for p in job.prompts], "mean"))
-                body = embedding_response(job.request, vectors.tolist(), sum(map(len, job.prompts)))
+                completions = sorted(self.llm.run(job.queries), key=attrgetter("place"))
+                num_prompt_tokens = sum(len(query.tokens) for query in job.queries)
+                body = embedding_response(job.request, unit_vectors(completions).tolist(), num_prompt_tokens)
                 self._write(out, job, body)
             else:
                 yield job
@@ -151,18 +152,19 @@ class Batch:
             raise ValueError(f"url is {entry.get('url')!r}: give {', '.join(ENDPOINTS)}")
         job.request = request = parse(kind, entry.get("body"))
         if isinstance(request, EmbeddingRequest):
-            job.params = SamplingParams().resolve(self.llm.defaults)
-            job.prompts = self.llm.prompt_tokens(prompts_of(request.input))
+            params = SamplingParams().resolve(self.llm.defaults)
+            tokens = self.llm.prompt_tokens(prompts_of(request.input))
+            job.queries = [Query(prompt, params, "mean") for prompt in tokens]
         else:
-            job.params = request.params().resolve(self.llm.defaults)
+            params = request.params().resolve(self.llm.defaults)
             if isinstance(request, ChatRequest):
-                job.params = self.llm.with_stops(job.params)
                 dialog = [{"role": m.role, "content": m.content} for m in request.messages]
-                job.prompts = [self.llm.chat_format.encode(dialog)]
+                job.queries = [self.llm.chat_query(dialog, params)]
             else:
-                job.prompts = self.llm.prompt_tokens(prompts_of(request.prompt))
-        for prompt in job.prompts:
-            self.llm.engine.check(prompt, job.params)
+                tokens = self.llm.prompt_tokens(prompts_of(request.prompt))
+                job.queries = [Query(prompt, params) for prompt in tokens]
+        for query in job.queries:
+            self.llm.check(query)
 
     def _answer(self, job: Job, out: TextIO) -> None:
         completions = sorted(job.completions, key=attrgetter("place", "index"))
@@ -171,7 +173,7 @@ class Batch:
             self._write(out, job, error=failed.error)
             return
         respond = chat_response if isinstance(job.request, ChatRequest) else completion_response
-        num_prompt_tokens = sum(map(len, job.prompts))
+        num_prompt_tokens = sum(len(query.tokens) for query in job.queries)
         self._write(out, job, respond(job.request, completions, num_prompt_tokens, self.llm.tokenizer))
 
     def _write(

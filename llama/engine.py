@@ -1,65 +1,28 @@
 """The only token loop: requests come and go at every step.
 
-`add` puts a request in, `step` moves every running one on by a step of the model and tells what happened,
-`abort` takes one out. Stop strings, logprobs, seeds and limits live here or nowhere.
+`add` puts a query in, `step` moves every running one on by a step of the model and tells what happened, `abort` takes
+one out, `run` answers any number of them. Stop strings, logprobs, seeds and limits live here or nowhere.
+
+Several threads may call one engine: whoever holds the lock runs a step for all, and every caller of `run` finds its own
+events in its inbox.
 """
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import accumulate, count, islice
-from typing import Any, NamedTuple
+from itertools import count
 
-import torch
-
-from llama.runner import Runner, pick
-from llama.sampling import Sampled, SampleRow, SamplingParams, logprobs_of, sample, top_logprobs
-from llama.scheduler import Request, Scheduler, Slice, Step
+from llama.answer import POOLINGS, Choice, Completion, Event, FinishReason, Logprob, Pool, Query, StopText
+from llama.request import Request, Slice, Step
+from llama.runner import Output, Pack, Runner, pick
+from llama.sampling import Sampled, sample
+from llama.scheduler import Scheduler
 from llama.tokenizer import StreamDecoder, Tokenizer
 
-MAX_OPEN = 512  # requests that `run` has taken in at one time
-
-
-class Logprob(NamedTuple):
-    """A token, its log-probability under the raw logits, and the likeliest tokens in its place."""
-
-    token: int
-    logprob: float
-    top: tuple[tuple[int, float], ...] = ()
-
-    @classmethod
-    def from_json(cls, entry: list[Any]) -> Logprob:
-        token, logprob, top = entry
-        return cls(token, logprob, tuple(tuple(pair) for pair in top))
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a step brought to one choice of one request."""
-
-    request_id: int
-    index: int  # which of the request's `n` choices
-    token: int | None = None
-    text: str = ""  # what may be shown now; text that could still become a stop string is held back
-    logprob: Logprob | None = None
-    prompt_logprobs: tuple[Logprob | None, ...] | None = None  # once, with the choice's last event
-    finish_reason: str | None = None  # "stop", "length", "error" or "abort", with the last event
-    error: str | None = None  # what went wrong, where the finish reason is "error"
-    embedding: tuple[float, ...] | None = None  # with the last event, where pooling was asked for
-
-    @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> Event:
-        """From what `dataclasses.asdict` made of one, with tuples turned into lists on the way."""
-
-        if fields["logprob"] is not None:
-            fields["logprob"] = Logprob.from_json(fields["logprob"])
-        if fields["prompt_logprobs"] is not None:
-            entries = fields["prompt_logprobs"]
-            fields["prompt_logprobs"] = tuple(entry and Logprob.from_json(entry) for entry in entries)
-        if fields["embedding"] is not None:
-            fields["embedding"] = tuple(fields["embedding"])
-        return cls(**fields)
+MAX_OPEN = 512  # queries that one `run` has taken in at one time
 
 
 @dataclass(frozen=True)
@@ -74,92 +37,44 @@ class EngineStats:
     num_generated_tokens: int
 
 
-class StopText:
-    """Lets text through until one of the stop strings appears; holds back what could be the start of one."""
+@dataclass(frozen=True)
+class Turn:
+    """A choice whose next tokens a step decides: one behind the request's last token, and one behind each guess.
 
-    def __init__(self, stop: tuple[str, ...]):
-        self.stop = stop
-        self.held = ""
+    Without `rows` there is nothing to decide: its prompt is all that was asked about.
+    """
 
-    def push(self, text: str) -> tuple[str, bool]:
-        """The text that may be shown, and whether a stop string was reached (it is not shown)."""
-        self.held += text
-        found = [position for stop in self.stop if (position := self.held.find(stop)) >= 0]
-        if found:
-            return self.held[: min(found)], True
-        keep = max((self._overlap(stop) for stop in self.stop), default=0)
-        shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
-        return shown, False
+    choice: Choice
+    guesses: Sequence[int]
+    rows: range  # of the step's logits
+    first: int  # its first row's place among all that are sampled
 
-    def flush(self, text: str) -> str:
-        """The last text, with what was held back, cut at a stop string."""
-        shown, stopped = self.push(text)
-        return shown if stopped else shown + self.held
-
-    def _overlap(self, stop: str) -> int:
-        longest = min(len(stop) - 1, len(self.held))
-        return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)
-
-
-POOLINGS = ("mean", "last")
+    def num_right(self, sampled: Sampled) -> int:
+        """How many guesses are what was sampled in their place, up to the first that is not."""
+        right = [guess == sampled.tokens[self.first + i] for i, guess in enumerate(self.guesses)]
+        return [*right, False].index(False)
 
 
 @dataclass(eq=False)
-class Pool:
-    """One vector out of all the states of a prompt: their mean, or the last one."""
+class Inbox:
+    """The events that one caller of `run` waits for."""
 
-    pooling: str
-    total: torch.Tensor | None = None
-    count: int = 0
+    places: dict[int, int] = field(default_factory=dict)  # request id -> the query's number
+    num_open: dict[int, int] = field(default_factory=dict)  # request id -> choices that have not ended
+    events: list[Event] = field(default_factory=list)
 
-    def take(self, start: int, states: torch.Tensor) -> None:
-        """states (rows, dim) of the tokens from `start` on; a start at 0 begins anew, after a preemption."""
-        if start == 0:
-            self.total, self.count = torch.zeros(states.shape[1], device=states.device), 0
-        if self.pooling == "mean":
-            self.total += states.float().sum(0)
-            self.count += len(states)
-        else:
-            self.total, self.count = states[-1].float(), 1
+    def expect(self, request_id: int, place: int, num_choices: int) -> None:
+        self.places[request_id], self.num_open[request_id] = place, num_choices
 
-    def vector(self) -> tuple[float, ...]:
-        return tuple((self.total / self.count).tolist())
-
-
-@dataclass(eq=False)
-class Choice:
-    """One choice of a request on its way: what it may do, and what it has produced."""
-
-    request_id: int
-    index: int
-    params: SamplingParams
-    request: Request
-    decoder: StreamDecoder
-    stop_text: StopText
-    stop_ids: frozenset[int]
-    seed: tuple[int, ...]
-    unsaid: str = ""  # the prompt's text, where it is to be repeated before the answer
-    pool: Pool | None = None
-    num_generated: int = 0
-    prompt_logprobs: list[Logprob | None] = field(default_factory=list)
-
-    @property
-    def wants_prompt_logprobs(self) -> bool:
-        return self.params.prompt_logprobs is not None
-
-    def echo(self) -> str:
-        """What goes in front of the choice's first text: the prompt, or nothing."""
-        unsaid, self.unsaid = self.unsaid, ""
-        return unsaid
-
-    def sample_row(self) -> SampleRow:
-        return SampleRow(
-            params=self.params,
-            tokens=self.request.tokens,
-            num_prompt_tokens=self.request.num_prompt_tokens,
-            key=(*self.seed, self.index, self.num_generated),
-            banned=tuple(self.stop_ids) if self.num_generated < self.params.min_tokens else (),
-        )
+    def take(self) -> list[Event]:
+        """What has come since the last time, under the queries' numbers; requests that ended are forgotten."""
+        events, self.events = self.events, []
+        placed = [event.at(self.places[event.request_id]) for event in events]
+        for event in events:
+            self.num_open[event.request_id] -= event.completion is not None
+            if self.num_open[event.request_id] == 0:
+                del self.num_open[event.request_id], self.places[event.request_id]
+        return placed
 
 
 class Engine:
@@ -179,163 +94,125 @@ class Engine:
         self.scheduler = scheduler
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
-        self.seed = seed
+        self.seed = int(seed)
         self.stop_ids = stop_ids
         self._request_ids = count()
         self._sequence_ids = count()
         self._choices: dict[Request, list[Choice]] = {}  # several only until their common prompt is computed
-        self._num_open: dict[int, int] = {}  # by request id: choices whose last event is still to come
-        self._events: list[Event] = []  # of requests that ended outside a step
-        self._undelivered: dict[int, list[Event]] = {}
+        self._open: dict[int, list[Choice]] = {}  # by request id: the choices that have not ended
+        self._events: list[Event] = []  # what the next step tells besides its own
+        self._inboxes: dict[int, Inbox] = {}  # by request id
         self._num_prompt_tokens = 0
         self._num_generated_tokens = 0
+        self._lock = threading.RLock()
+        self._is_stepping = False
+        self._aborts: list[int] = []  # asked for in the middle of a step
+        self._process = os.getpid()
 
-    def add(
-        self,
-        prompt_tokens: list[int],
-        params: SamplingParams,
-        salt: bytes = b"",
-        pooling: str | None = None,
-    ) -> int:
-        """Takes a request in and returns its id. Raises ValueError for one that can never run.
+    # ---- requests come and go
 
-        `salt`: prefixes of the cache are shared only under the same one. With `pooling` ("mean" or "last") the
-        request generates nothing, and its last event brings an embedding.
+    def add(self, query: Query) -> int:
+        """Takes a query in and returns its request's id. Raises ValueError for one that can never run.
+
+        With `pooling` nothing is generated, and the completion has an embedding.
         """
-        self.check(prompt_tokens, params, pooling)
-        request_id = next(self._request_ids)
-        room = 0 if pooling else self.max_seq_len - len(prompt_tokens)
+        self._check_process()
+        self.check(query)
+        params = query.params
+        room = 0 if query.pooling else self.max_seq_len - len(query.tokens)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
-        needs_whole_prompt = pooling is not None or params.prompt_logprobs is not None
-        request = self._request(prompt_tokens, max_tokens, params, salt, not needs_whole_prompt)
-        choices = [self._choice(request_id, index, params, request) for index in range(params.n)]
-        if pooling:
-            choices[0].pool = Pool(pooling)
-        if max_tokens == 0 and not needs_whole_prompt:
-            self._events += [self._end(choice, "length") for choice in choices]
-        else:
-            self.scheduler.add(request)
-            self._choices[request] = choices
-            self._num_prompt_tokens += len(prompt_tokens)
-        self._num_open[request_id] = params.n
+        needs_whole_prompt = query.pooling is not None or params.prompt_logprobs is not None
+        with self._lock:
+            request_id = next(self._request_ids)
+            request = self._request(query.tokens, max_tokens, query.salt, not needs_whole_prompt)
+            choices = self._new_choices(request_id, query, request)
+            if max_tokens or needs_whole_prompt:
+                self.scheduler.add(request)
+                self._choices[request] = choices
+                self._num_prompt_tokens += len(query.tokens)
+            self._open[request_id] = list(choices)
+            if request not in self._choices:
+                for choice in choices:
+                    self._end(choice, "length")
         return request_id
 
     def abort(self, request_id: int) -> None:
         """Ends a request wherever it stands; its last event says "abort". Ended requests are left alone."""
-        for choices in list(self._choices.values()):
-            if choices[0].request_id == request_id:
-                self._events += [self._end(choice, "abort") for choice in choices]
-        self._undelivered.pop(request_id, None)
+        with self._lock:
+            if (
+                self._is_stepping
+            ):  # a stream was collected as garbage in the middle of this very thread's step
+                self._aborts.append(request_id)
+                return
+            for choice in list(self._open.get(request_id, ())):
+                self._end(choice, "abort")
 
     @property
     def has_work(self) -> bool:
-        return bool(self._choices or self._events)
+        return bool(self._open or self._events)
+
+    # ---- the loop
 
     def step(self) -> list[Event]:
-        """Runs the model once over what the scheduler chose; returns what happened to each choice."""
-        events, self._events = self._events, []
-        step = self.scheduler.schedule()
-        if step.slices:
-            events += self._run(step)
-        for event in events:
-            if event.finish_reason is not None:
-                self._num_open[event.request_id] -= 1
-                if self._num_open[event.request_id] == 0:
-                    del self._num_open[event.request_id]
-        return events
+        """Runs the model once over what the scheduler chose; returns what happened to each choice.
 
-    def _run(self, step: Step) -> list[Event]:
-        num_logits = [self._num_logits(piece) for piece in step.slices]
-        try:
-            output = self.runner.run(step, num_logits)
-        except BaseException as error:  # also Ctrl-C: nobody knows what of the step is in the cache
-            for piece in step.slices:
-                choices = self._choices[piece.request]
-                self._events += [
-                    self._end(choice, "error", error=f"the step failed: {error}") for choice in choices
-                ]
-            self.scheduler.advance(step)
-            raise
-        self.scheduler.advance(step)
-        events: list[Event] = []
-        rows: list[int] = []
-        choices: list[Choice] = []
-        states = output.states.split([piece.count for piece in step.slices])
-        ends = accumulate(num_logits)
-        for piece, piece_states, number, end in zip(step.slices, states, num_logits, ends, strict=True):
-            leader = self._choices[piece.request][0]
-            if leader.pool is not None:
-                leader.pool.take(piece.start, piece_states)
-            if leader.wants_prompt_logprobs and number:
-                self._score_prompt(leader, piece, output.logits[end - number : end])
-            if not piece.samples:
-                continue
-            if piece.request.max_total_tokens == piece.request.num_prompt_tokens:
-                events += [self._end(choice, "length") for choice in self._choices[piece.request]]
-                continue
-            for choice in self._separate(piece.request):
-                rows.append(end - 1)
-                choices.append(choice)
-        if choices:
-            sampled = sample(pick(output.logits, rows), [choice.sample_row() for choice in choices])
-            events += [self._accept(choice, sampled, row) for row, choice in enumerate(choices)]
-        return events
-
-    def events(self, request_ids: Sequence[int]) -> Iterator[Event]:
-        """Steps until these requests have ended, and yields their events. Left early, it aborts them.
-
-        Several such loops may take turns in one program: each keeps the others' events for them.
+        Where the model fails its error is raised, the step's requests end, and the next step tells so.
         """
-        return self._drain({request_id: self._num_open[request_id] for request_id in request_ids})
+        self._check_process()
+        with self._lock:
+            step = self.scheduler.schedule()
+            choices = [choice for part in step.slices for choice in self._choices[part.request]]
+            self._is_stepping = True
+            try:
+                if step.slices:
+                    num_logits = [self._num_logits(part) for part in step.slices]
+                    output = self.runner.run(Pack.of(step, num_logits, self.scheduler.block_size))
+                    turns = self._turns(step, output, num_logits)
+                    sampled = self._sample(turns, output)
+                    wrong = {t.choice.request: len(t.guesses) - t.num_right(sampled) for t in turns}
+                    counts = [part.count - wrong.get(part.request, 0) for part in step.slices]
+                    self.scheduler.advance(step, counts)
+                    for turn in turns:
+                        self._separate(turn.choice)
+                    for turn in turns:
+                        self._accept(turn, sampled)
+            except BaseException as error:  # also Ctrl-C: nobody knows what of the step is in the cache
+                for choice in choices:
+                    self._end(choice, "error", error=f"the step failed: {error}")
+                self.scheduler.cancel(step)
+                raise
+            finally:
+                self._is_stepping = False
+                while self._aborts:
+                    self.abort(self._aborts.pop())
+            return self._deliver()
 
-    def _drain(self, num_open: dict[int, int]) -> Iterator[Event]:
-        try:
-            while num_open:
-                yield from self._round(num_open)
-        finally:
-            for request_id in num_open:
-                self.abort(request_id)
+    def run(self, queries: Iterable[Query], strict: bool = False) -> Iterator[list[Event]]:
+        """Answers any number of queries, taken in as earlier ones end: the events of each step.
 
-    def run(
-        self, requests: Iterable[tuple[list[int], SamplingParams]], pooling: str | None = None
-    ) -> Iterator[Event]:
-        """Answers any number of requests, taken in as earlier ones end; `request_id` is the place in `requests`.
-
-        One that can never run ends at once with the finish reason "error". Left early, it aborts the rest.
+        An event's `request_id` is its query's place in `queries`. A query that can never run ends at once with the
+        finish reason "error"; with `strict` it raises ValueError. Left early, it aborts the rest.
         """
-        numbered = enumerate(requests)
-        places: dict[int, int] = {}
-        num_open: dict[int, int] = {}
+        waiting = enumerate(queries)
+        inbox = Inbox()
         try:
             while True:
-                for place, (prompt, params) in islice(numbered, MAX_OPEN - len(num_open)):
-                    try:
-                        request_id = self.add(prompt, params, pooling=pooling)
-                    except ValueError as error:
-                        for index in range(params.n):
-                            yield Event(place, index, finish_reason="error", error=str(error))
-                        continue
-                    places[request_id] = place
-                    num_open[request_id] = params.n
-                if not num_open:
+                while len(inbox.places) < MAX_OPEN and (item := next(waiting, None)):
+                    if refusals := self._admit(inbox, *item, strict):
+                        yield refusals
+                if not inbox.places:
                     return
-                for event in self._round(num_open):
-                    yield replace(event, request_id=places[event.request_id])
+                with self._lock:  # whoever has it may have run a step for us
+                    if not inbox.events:
+                        self.step()
+                    if not inbox.events and not inbox.places.keys() <= self._open.keys():
+                        raise RuntimeError("a request is gone, and its last event with it")
+                    events = inbox.take()
+                yield events
         finally:
-            for request_id in num_open:
+            for request_id in list(inbox.places):
+                self._inboxes.pop(request_id, None)
                 self.abort(request_id)
-
-    def _round(self, num_open: dict[int, int]) -> Iterator[Event]:
-        """One step: the events of the open requests, which are counted down; others' are kept for them."""
-        for event in self.step():
-            self._undelivered.setdefault(event.request_id, []).append(event)
-        for request_id in list(num_open):
-            for event in self._undelivered.pop(request_id, ()):
-                if event.finish_reason is not None:
-                    num_open[request_id] -= 1
-                    if num_open[request_id] == 0:
-                        del num_open[request_id]
-                yield event
 
     def stats(self) -> EngineStats:
         scheduler = self.scheduler.stats()
@@ -350,96 +227,157 @@ class Engine:
             num_generated_tokens=self._num_generated_tokens,
         )
 
-    def check(self, prompt_tokens: list[int], params: SamplingParams, pooling: str | None = None) -> None:
-        """Raises ValueError, in one line, for a request that can never run."""
-        if pooling not in (None, *POOLINGS):
-            raise ValueError(f"pooling is {pooling!r}: give {' or '.join(POOLINGS)}")
-        if not prompt_tokens:
+    def check(self, query: Query) -> None:
+        """Raises ValueError, in one line, for a query that can never run."""
+        tokens = query.tokens
+        if query.pooling not in (None, *POOLINGS):
+            raise ValueError(f"pooling is {query.pooling!r}: give {' or '.join(POOLINGS)}")
+        if not tokens:
             raise ValueError("the prompt is empty: give at least one token")
-        if len(prompt_tokens) > self.max_seq_len:
+        if len(tokens) > self.max_seq_len:
             raise ValueError(
-                f"the prompt has {len(prompt_tokens)} tokens, but max_seq_len is {self.max_seq_len}: "
+                f"the prompt has {len(tokens)} tokens, but max_seq_len is {self.max_seq_len}: "
                 "shorten the prompt or raise max_seq_len"
             )
-        vocab_size = self.runner.model.vocab_size
-        outside = next((token for token in prompt_tokens if not 0 <= token < vocab_size), None)
+        vocab_size = self.runner.vocab_size
+        outside = next((token for token in tokens if not 0 <= token < vocab_size), None)
         if outside is not None:
             raise ValueError(
                 f"the prompt holds token {outside}, but the vocabulary has 0 ... {vocab_size - 1}"
             )
-        params.check(vocab_size)
+        query.params.check(vocab_size)
 
-    def _request(
-        self, tokens: list[int], max_tokens: int, params: SamplingParams, salt: bytes, reuse_prefix: bool
-    ) -> Request:
+    # ---- how it is done
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:  # the parent's threads, which hold its locks, are not here
+            raise RuntimeError(
+                f"this model was built in process {self._process}, and a forked child cannot use it: "
+                "build it in the child, or start processes with the method 'spawn'"
+            )
+
+    def _admit(self, inbox: Inbox, place: int, query: Query, strict: bool) -> list[Event]:
+        """Takes a query in for a caller of `run`; the events of one that is refused."""
+        if query.refusal is not None:
+            answer = Completion(query.refusal, [], "error", error=query.refusal, refused=True)
+        else:
+            try:
+                with self._lock:
+                    request_id = self.add(query)
+                    self._inboxes[request_id] = inbox
+                    inbox.expect(request_id, place, query.params.n)
+                return []
+            except ValueError as error:
+                if strict:
+                    raise
+                answer = Completion("", [], "error", error=str(error))
+        return [
+            Event(place, index, text=answer.text, completion=replace(answer, place=place, index=index))
+            for index in range(query.params.n)
+        ]
+
+    def _deliver(self) -> list[Event]:
+        """The events so far; those of a caller of `run` are put into its inbox too, and nobody else's are kept."""
+        events, self._events = self._events, []
+        for event in events:
+            if event.request_id in self._inboxes:
+                self._inboxes[event.request_id].events.append(event)
+        for event in events:
+            if event.request_id not in self._open:
+                self._inboxes.pop(event.request_id, None)
+        return events
+
+    def _request(self, tokens: Sequence[int], max_tokens: int, salt: bytes, reuse_prefix: bool) -> Request:
         return Request(
             id=next(self._sequence_ids),
             tokens=list(tokens),
             max_total_tokens=len(tokens) + max_tokens,
             salt=salt,
             reuse_prefix=reuse_prefix,
-            params=params,
         )
 
-    def _choice(self, request_id: int, index: int, params: SamplingParams, request: Request) -> Choice:
+    def _new_choices(self, request_id: int, query: Query, request: Request) -> list[Choice]:
+        """The query's choices: what is found out about their common prompt is theirs in common."""
+        params = query.params
         eos_ids = frozenset() if params.ignore_eos else self.stop_ids
-        decoder = StreamDecoder(self.tokenizer)
-        return Choice(
-            request_id=request_id,
-            index=index,
-            params=params,
-            request=request,
-            decoder=decoder,
-            unsaid="".join(decoder.push(token) for token in request.tokens) if params.echo else "",
-            stop_text=StopText(params.stop),
-            stop_ids=eos_ids | frozenset(params.stop_token_ids),
-            seed=(self.seed, request_id) if params.seed is None else (params.seed,),
-        )
-
-    def _num_logits(self, piece: Slice) -> int:
-        """Of how many of the slice's last rows somebody wants logits."""
-        request = piece.request
-        in_prompt = piece.start < request.num_prompt_tokens - 1
-        if in_prompt and self._choices[request][0].wants_prompt_logprobs:
-            return piece.count
-        return int(piece.samples)
-
-    def _score_prompt(self, choice: Choice, piece: Slice, logits: torch.Tensor) -> None:
-        """A row's logits speak of the token after it: row 0 scores token 1, and token 0 has no score."""
-        if not choice.prompt_logprobs:
-            choice.prompt_logprobs = [None] * choice.request.num_prompt_tokens
-        first = piece.start + 1
-        tokens = choice.request.tokens[first : min(first + piece.count, choice.request.num_prompt_tokens)]
-        if not tokens:
-            return
-        logits = logits[: len(tokens)]
-        scores = logprobs_of(logits, torch.tensor(tokens, device=logits.device)).tolist()
-        tops: list[tuple] = [()] * len(tokens)
-        if choice.params.prompt_logprobs:
-            ids, values = top_logprobs(logits, choice.params.prompt_logprobs)
-            tops = [tuple(zip(*row, strict=True)) for row in zip(ids.tolist(), values.tolist(), strict=True)]
-        for position, entry in enumerate(zip(tokens, scores, tops, strict=True), first):
-            choice.prompt_logprobs[position] = Logprob(*entry)
-
-    def _separate(self, request: Request) -> list[Choice]:
-        """The request's choices, each with a request of its own that shares the computed blocks."""
-        choices = self._choices[request]
-        for choice in choices[1:]:
-            choice.request = self._request(
-                request.tokens,
-                request.max_total_tokens - len(request.tokens),
-                choice.params,
-                request.salt,
-                request.reuse_prefix,
+        prompt_logprobs = [None] * len(query.tokens)
+        pool = query.pooling and Pool(query.pooling)
+        return [
+            Choice(
+                request_id=request_id,
+                index=index,
+                params=params,
+                request=request,
+                decoder=StreamDecoder(self.tokenizer),
+                stop_text=StopText(params.stop),
+                stop_ids=eos_ids | frozenset(params.stop_token_ids),
+                seed=(self.seed, request_id) if params.seed is None else (params.seed,),
+                prompt_logprobs=prompt_logprobs,
+                pool=pool,
             )
-            choice.prompt_logprobs = choices[0].prompt_logprobs
-            self.scheduler.fork(request, choice.request)
-            self._choices[choice.request] = [choice]
-        self._choices[request] = choices[:1]
-        return choices
+            for index in range(params.n)
+        ]
 
-    def _accept(self, choice: Choice, sampled: Sampled, row: int) -> Event:
-        """Adds the token sampled for a choice and decides whether the choice goes on."""
+    def _num_logits(self, part: Slice) -> int:
+        """Of how many of the slice's last rows somebody wants logits."""
+        in_prompt = part.start < part.request.num_prompt_tokens - 1
+        if in_prompt and self._choices[part.request][0].wants_prompt_logprobs:
+            return part.count
+        return part.num_sampled
+
+    def _turns(self, step: Step, output: Output, num_logits: Sequence[int]) -> list[Turn]:
+        """The choices whose next tokens the step decides. Prompts are scored and pooled on the way."""
+        turns: list[Turn] = []
+        states = output.states.split([part.count for part in step.slices])
+        logits = output.logits.split(list(num_logits))
+        end = num_sampled = 0
+        for part, part_states, part_logits in zip(step.slices, states, logits, strict=True):
+            first, *others = self._choices[part.request]  # the others' prompt is the same
+            end += part_logits.shape[0]
+            if first.pool is not None:
+                first.pool.take(part.start, part_states)
+            if first.wants_prompt_logprobs:
+                first.score_prompt(part.start, part_logits)
+            count = part.num_sampled
+            if not count:
+                continue
+            if part.request.max_total_tokens == part.request.num_prompt_tokens:
+                turns += [Turn(choice, (), range(0), num_sampled) for choice in (first, *others)]
+                continue
+            for choice in (first, *others):
+                guesses = part.tokens[part.count - count + 1 :]
+                turns.append(Turn(choice, guesses, range(end - count, end), num_sampled))
+                num_sampled += count
+        return turns
+
+    def _sample(self, turns: Sequence[Turn], output: Output) -> Sampled:
+        """One token for each row of the turns, each as if the guesses before it were right."""
+        rows = [row for turn in turns for row in turn.rows]
+        samples = [turn.choice.sample_row(turn.guesses[:i]) for turn in turns for i in range(len(turn.rows))]
+        return sample(pick(output.logits, rows), samples)
+
+    def _separate(self, choice: Choice) -> None:
+        """Gives a choice a request of its own, which shares the blocks of the prompt that it had in common."""
+        common = choice.request
+        choices = self._choices[common]
+        if choice is choices[0]:
+            return
+        choices.remove(choice)
+        max_tokens = common.max_total_tokens - len(common.tokens)
+        choice.request = self._request(common.tokens, max_tokens, common.salt, common.reuse_prefix)
+        self._choices[choice.request] = [choice]
+        self.scheduler.fork(common, choice.request)
+
+    def _accept(self, turn: Turn, sampled: Sampled) -> None:
+        """Adds what was sampled for a choice, up to its first wrong guess or its end."""
+        if not turn.rows:
+            self._end(turn.choice, "length")
+        for row in range(turn.first, turn.first + min(len(turn.rows), turn.num_right(sampled) + 1)):
+            if not self._accept_token(turn.choice, sampled, row):
+                return
+
+    def _accept_token(self, choice: Choice, sampled: Sampled, row: int) -> bool:
+        """Adds a sampled token to a choice; whether the choice goes on."""
         if row in sampled.errors:
             return self._end(choice, "error", error=str(sampled.errors[row]))
         if not sampled.finite[row]:
@@ -457,26 +395,36 @@ class Engine:
         known = token < self.tokenizer.n_words  # a model's table may be padded beyond its vocabulary
         text, stopped = choice.stop_text.push(choice.decoder.push(token) if known else "")
         if stopped:
-            return self._end(choice, "stop", token=token, text=text, logprob=logprob, flush=False)
+            return self._end(choice, "stop", text, flush=False, token=token, logprob=logprob)
         if len(choice.request.tokens) == choice.request.max_total_tokens:
-            return self._end(choice, "length", token=token, text=text, logprob=logprob)
-        return Event(choice.request_id, choice.index, token, choice.echo() + text, logprob)
+            return self._end(choice, "length", text, token=token, logprob=logprob)
+        self._events.append(choice.event(text, token, logprob))
+        return True
 
     def _end(
-        self, choice: Choice, finish_reason: str, text: str = "", flush: bool = True, **fields: Any
-    ) -> Event:
-        """The choice's last event; its blocks go back. Text that was held back is shown unless it was a stop."""
+        self,
+        choice: Choice,
+        finish_reason: FinishReason,
+        text: str = "",
+        flush: bool = True,
+        error: str | None = None,
+        token: int | None = None,
+        logprob: Logprob | None = None,
+    ) -> bool:
+        """The choice's last event; its blocks go back. Text that was held back is shown unless it was a stop.
+
+        Nothing where it has ended already. Returns False: it does not go on.
+        """
+        still_open = self._open.get(choice.request_id, [])
+        if choice not in still_open:
+            return False
+        still_open.remove(choice)
+        if not still_open:
+            del self._open[choice.request_id]
         if choice.request in self._choices:
             del self._choices[choice.request]
             self.scheduler.finish(choice.request)
         if flush:
             text += choice.stop_text.flush(choice.decoder.flush())
-        return Event(
-            choice.request_id,
-            choice.index,
-            text=choice.echo() + text,
-            prompt_logprobs=tuple(choice.prompt_logprobs) if choice.wants_prompt_logprobs else None,
-            finish_reason=finish_reason,
-            embedding=choice.pool and choice.pool.vector() if finish_reason == "length" else None,
-            **fields,
-        )
+        self._events.append(choice.end(finish_reason, text, error, token=token, logprob=logprob))
+        return False

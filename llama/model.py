@@ -211,6 +211,17 @@ class Transformer(nn.Module):
             local = F.linear(states, self.tok_embeddings.weight)
         return self.parallel.all_gather(local).float()
 
+    def step(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        caches: Iterable[LayerCache],
+        wanted: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A packed step: the logits of the rows `wanted` (rows,) int64, None for all, and the states of all."""
+        states = self.hidden_states(tokens, positions, caches)
+        return self.logits(states if wanted is None else states[wanted]), states
+
     @torch.inference_mode()
     def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
         """The reference's call: logits of every position, (bsz, seqlen, vocab_size) float32.

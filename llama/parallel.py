@@ -7,12 +7,14 @@ carries everything on the CPU.
 
 from __future__ import annotations
 
+import enum
 import json
 import os
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,14 +37,40 @@ IDLE_TIMEOUT = timedelta(days=3650)  # waiting for the next request is not a fai
 STEP_CAPACITY = 4096  # integers that travel in a step's first broadcast; longer steps need a second one
 
 
+class Message(enum.IntEnum):
+    """What rank 0 tells the others while it leads; the first integer of a message."""
+
+    STEP = 0  # run this
+    ITEMS = 1  # what came of the steps before, as JSON
+    END = 2  # there is no more; also where rank 0's caller left early
+    ERROR = 3  # rank 0 raised: its text, and whether it was a ValueError, as JSON
+
+
+class Item(Protocol):
+    """What travels from rank 0 to the others: a dataclass that JSON can hold."""
+
+    def to_json(self) -> Any: ...
+
+    @classmethod
+    def from_json(cls, value: Any) -> Item: ...
+
+
+T = TypeVar("T", bound=Item)
+
+
 @dataclass(frozen=True)
 class ModelParallel:
     """One rank's place among the `size` ranks that hold a model together."""
 
     rank: int = 0
     size: int = 1
-    leader: int = 0  # rank 0 of this model, counted over all processes
+    root: int = 0  # rank 0 of this model, counted over all processes
     control: Any = None  # the group that carries steps and results; it never times out
+
+    @property
+    def leads(self) -> bool:
+        """Whether there are others, who do what this rank says."""
+        return self.rank == 0 and self.size > 1
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """The sum of every rank's `x`; with several ranks `x` itself is overwritten."""
@@ -81,15 +109,79 @@ class ModelParallel:
 
         That thread needs the interpreter to do so; one that ends in the meantime, after a last answer, aborts.
         """
-        dist.broadcast(message, self.leader, group=self.control)
+        dist.broadcast(message, self.root, group=self.control)
         while message._use_count() > 1:
             time.sleep(0)
 
     def broadcast_json(self, value: Any = None) -> Any:
-        """Rank 0's value, on every rank, as JSON: nothing that is received can run."""
+        """Rank 0's value, on every rank, as JSON."""
         if self.size == 1:
             return value
-        return json.loads(bytes(self.broadcast_ints(list(json.dumps(value).encode()))))
+        return from_ints(self.broadcast_ints(to_ints(value)))
+
+    def send(self, message: Message, body: list[int]) -> None:
+        """On rank 0: tells the others, who `receive`."""
+        self.broadcast_ints([message, *body])
+
+    def receive(self) -> tuple[Message, list[int]]:
+        """On the other ranks: what rank 0 sent."""
+        message, *body = self.broadcast_ints()
+        return Message(message), body
+
+    def lead(
+        self, rounds: Iterator[list[T]], run_step: Callable[[list[int]], object], kind: type[T]
+    ) -> Iterator[list[T]]:
+        """What rank 0's `rounds` yields, on every rank as it comes.
+
+        The other ranks never touch their own `rounds`: they `run_step` what rank 0 sends on the way. An error of rank
+        0 is raised everywhere. A rank that leaves early stops the work if it is rank 0; another one goes on helping.
+        `kind` is the items' class.
+        """
+        if self.size == 1:
+            return rounds
+        return self._lead(rounds) if self.rank == 0 else self._follow(run_step, kind)
+
+    def _lead(self, rounds: Iterator[list[T]]) -> Iterator[list[T]]:
+        try:
+            for items in rounds:
+                self.send(Message.ITEMS, to_ints([item.to_json() for item in items]))
+                yield items
+        except GeneratorExit:
+            self.send(Message.END, [])
+            raise
+        except BaseException as error:
+            self.send(Message.ERROR, to_ints([str(error), isinstance(error, ValueError)]))
+            raise
+        self.send(Message.END, [])
+
+    def _follow(self, run_step: Callable[[list[int]], object], kind: type[T]) -> Iterator[list[T]]:
+        is_wanted = True
+        while True:
+            message, body = self.receive()
+            if message is Message.STEP:
+                run_step(body)
+            elif message is Message.END:
+                return
+            elif message is Message.ERROR and is_wanted:
+                text, is_value_error = from_ints(body)
+                raise (ValueError if is_value_error else RuntimeError)(text)
+            elif message is Message.ERROR:
+                return
+            elif is_wanted:
+                try:
+                    yield [kind.from_json(item) for item in from_ints(body)]
+                except GeneratorExit:  # rank 0's steps need every rank until their end
+                    is_wanted = False
+
+
+def to_ints(value: Any) -> list[int]:
+    """A value as JSON, a byte an integer."""
+    return list(json.dumps(value).encode())
+
+
+def from_ints(ints: list[int]) -> Any:
+    """The inverse of `to_ints`: nothing that is received can run."""
+    return json.loads(bytes(ints))
 
 
 SINGLE = ModelParallel()

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from llama.answer import Query
 from llama.generation import Llama
 from llama.sampling import SamplingParams
 
@@ -38,7 +39,7 @@ def perplexity(
     A BOS stands before each window where the tokenizer wants one. `progress` gets (tokens done, tokens in all).
     """
     bos = [llm.tokenizer.bos_id] if llm.tokenizer.add_bos else []
-    longest = llm.model.params.max_seq_len
+    longest = llm.max_seq_len
     window = window or min(WINDOW, longest)
     stride = stride or max(1, window // 2)
     if not len(bos) < window <= longest or not 0 < stride <= window - len(bos):
@@ -53,13 +54,13 @@ def perplexity(
     params = SamplingParams(max_tokens=0, prompt_logprobs=0).resolve()
     fresh: list[int] = []  # how many of each window's last tokens no window before it has predicted
 
-    def windows() -> Iterator[tuple[list[int], SamplingParams]]:
+    def windows() -> Iterator[Query]:
         end = 0
         while end < len(tokens):
             previous, end = end, min(len(tokens), end + (stride if end else window - len(bos)))
             part = bos + tokens[max(0, end - window + len(bos)) : end]
             fresh.append(min(end - previous, len(part) - 1))
-            yield part, params
+            yield Query(part, params)
 
     started = time.perf_counter()
     negative, done = 0.0, 0

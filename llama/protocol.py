@@ -14,8 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llama.engine import Logprob
-from llama.generation import Completion
+from llama.answer import Completion, Logprob
 from llama.sampling import SamplingParams
 from llama.tokenizer import Tokenizer
 

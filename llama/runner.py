@@ -1,20 +1,21 @@
-"""Runs a step: packs it into tensors, lets the model compute it, returns the logits that somebody wants.
+"""Runs a step: packs it into tensors, lets a program compute it, returns the logits that somebody wants.
 
-Under `torchrun` rank 0 broadcasts the packed step as one list of integers, and the other ranks do nothing but
-run what they receive.
+Under `torchrun` rank 0 sends the packed step to the other ranks as one list of integers; they only run it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Protocol
 
 import torch
 
-from llama.cache import KVCache, Span
+from llama.cache import KVCache, LayerCache, Span
 from llama.device import free_memory, return_memory
 from llama.model import Transformer
+from llama.parallel import Message
 from llama.scheduler import Step
 
 BLOCK_SIZE = 16  # tokens in a block of the cache
@@ -22,8 +23,25 @@ LONG_STEP = 256  # tokens: the temporaries of such a step are worth giving back 
 MEMORY_SHARE = 0.5  # of the memory that is free after loading, for keys and values
 
 
+class Program(Protocol):
+    """What computes a packed step: the eager `Transformer`, or the same made ahead of time."""
+
+    def step(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        caches: Iterable[LayerCache],
+        wanted: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """tokens and positions (num_tokens,) int64; each layer stores the step's keys and values in its cache.
+
+        Returns the logits (rows, vocab_size) float32 of the rows `wanted` (rows,) int64, None for all, and the
+        normalised states (num_tokens, dim) of all.
+        """
+
+
 @dataclass(frozen=True)
-class Batch:
+class Pack:
     """A packed step: all requests' tokens in one row, and where each request's stand."""
 
     tokens: list[int]
@@ -32,16 +50,15 @@ class Batch:
     spans: list[Span]
 
     @classmethod
-    def pack(cls, step: Step, num_logits: Sequence[int], block_size: int) -> Batch:
+    def of(cls, step: Step, num_logits: Sequence[int], block_size: int) -> Pack:
         """`num_logits[i]`: of how many rows, counted from its end, slice i wants logits."""
         tokens: list[int] = []
         wanted: list[int] = []
         spans = []
-        for piece, count in zip(step.slices, num_logits, strict=True):
-            stop = piece.start + piece.count
-            extents = tuple((b * block_size, n * block_size) for b, n in piece.request.extents)
-            spans.append(Span(len(tokens), piece.count, stop, extents))
-            tokens += piece.request.tokens[piece.start : stop]
+        for part, count in zip(step.slices, num_logits, strict=True):
+            extents = tuple((b * block_size, n * block_size) for b, n in part.request.extents)
+            spans.append(Span(len(tokens), part.count, part.stop, extents))
+            tokens += part.tokens
             wanted += range(len(tokens) - count, len(tokens))
         return cls(tokens, wanted, list(step.copies), spans)
 
@@ -54,7 +71,7 @@ class Batch:
         return [*lengths, *self.tokens, *self.wanted, *chain(*self.copies), *chain.from_iterable(spans)]
 
     @classmethod
-    def from_ints(cls, ints: Sequence[int]) -> Batch:
+    def from_ints(cls, ints: Sequence[int]) -> Pack:
         numbers = iter(ints)
 
         def take(count: int) -> list[int]:
@@ -82,46 +99,40 @@ class Output:
 
 def pick(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
     """Those rows of x (num_rows, ...): x itself where they are all, in order, as in decoding; else a copy."""
-    return x if rows == list(range(len(x))) else x[rows]
+    return x if rows == list(range(x.shape[0])) else x[rows]
 
 
 class Runner:
-    """A model and the pool of `num_blocks` blocks in which it keeps every request's keys and values, in `dtype`."""
+    """A program and the pool of `num_blocks` blocks in which it keeps every request's keys and values, in `dtype`."""
 
     def __init__(self, model: Transformer, num_blocks: int, block_size: int, dtype: torch.dtype):
-        self.model = model
+        self.program: Program = model
+        self.parallel = model.parallel
+        self.vocab_size = model.vocab_size
         self.block_size = block_size
         self.device = model.norm.weight.device
         self.cache = KVCache(
             model.cache_shape, num_blocks * block_size, self.device, dtype, fixed_rows=model.fixed_rows
         )
 
-    def run(self, step: Step, num_logits: Sequence[int]) -> Output:
-        """The step's states and the logits that are wanted, both in the order of its slices."""
-        batch = Batch.pack(step, num_logits, self.block_size)
-        if self.model.parallel.size > 1:
-            self.model.parallel.broadcast_ints(batch.to_ints())
-        return self._forward(batch)
-
-    def follow(self) -> None:
-        """On every rank but 0: runs what rank 0 runs, until it says `release`."""
-        while ints := self.model.parallel.broadcast_ints():
-            self._forward(Batch.from_ints(ints))
-
-    def release(self) -> None:
-        """On rank 0: lets the others return from `follow`."""
-        self.model.parallel.broadcast_ints([])
-
     @torch.inference_mode()
-    def _forward(self, batch: Batch) -> Output:
-        for source, target in batch.copies:
+    def run(self, pack: Pack) -> Output:
+        """The step's states and the logits that are wanted, both in the order of its slices.
+
+        Every rank runs it; rank 0 sends it to the others first.
+        """
+        if self.parallel.leads:
+            self.parallel.send(Message.STEP, pack.to_ints())
+        for source, target in pack.copies:
             self.cache.copy(source * self.block_size, target * self.block_size, self.block_size)
-        tokens = torch.tensor(batch.tokens, device=self.device)
-        places = [range(span.context - span.num_rows, span.context) for span in batch.spans]
+        tokens = torch.tensor(pack.tokens, device=self.device)
+        places = [range(span.context - span.num_rows, span.context) for span in pack.spans]
         positions = torch.tensor(list(chain.from_iterable(places)), device=self.device)
-        states = self.model.hidden_states(tokens, positions, self.cache.layers(batch.spans))
-        output = Output(self.model.logits(pick(states, batch.wanted)), states)
-        if len(batch.tokens) >= LONG_STEP and self.device.type == "cpu":
+        wanted = None
+        if pack.wanted != list(range(len(pack.tokens))):  # all, as in decoding, need no copy
+            wanted = torch.tensor(pack.wanted, dtype=torch.int64, device=self.device)
+        output = Output(*self.program.step(tokens, positions, self.cache.layers(pack.spans), wanted))
+        if len(pack.tokens) >= LONG_STEP and self.device.type == "cpu":
             return_memory()
         return output
 

@@ -78,7 +78,7 @@ class Chat:
     def _fitted(self, turns: Dialog) -> Dialog:
         """The dialog without as many of its oldest turns as leave room for an answer."""
         dialog = turns if self.system is None else with_system(turns, self.system)
-        max_seq_len = self.llm.model.params.max_seq_len
+        max_seq_len = self.llm.max_seq_len
         room = min(self.params.max_tokens or max_seq_len // 4, max_seq_len // 2)
         return fit_dialog(dialog, max_seq_len - room, self.llm.tokenizer, self.llm.chat_format)
 
@@ -120,7 +120,7 @@ def lines(llm: Llama, console: Console) -> Iterator[str]:
             except KeyboardInterrupt:
                 console.print("\n/quit leaves.", style="dim", highlight=False)
                 line = ""
-        line = llm.model.parallel.broadcast_json(line)
+        line = llm.share(line)
         if line is None or line.strip() in ("/quit", "q", "Q"):
             return
         if line.strip():

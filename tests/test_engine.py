@@ -1,12 +1,14 @@
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
 from support import slow
 from support.tiny import ByteTokenizer, tiny_args, tiny_model, tiny_weights
 
-from llama.engine import Engine, StopText
-from llama.runner import BLOCK_SIZE, Batch, Runner
+from llama.answer import Event, Query, StopText
+from llama.engine import Engine
+from llama.runner import BLOCK_SIZE, Pack, Runner
 from llama.sampling import SamplingParams
 from llama.scheduler import Scheduler
 
@@ -49,13 +51,18 @@ def params(**fields) -> SamplingParams:
     return SamplingParams(**{"max_tokens": 12, **fields}).resolve()
 
 
+def events_of(engine: Engine, *requests: tuple[list[int], SamplingParams]) -> Iterator[Event]:
+    """The requests' events; `request_id` is the place among the requests."""
+    for events in engine.run([Query(*request) for request in requests]):
+        yield from events
+
+
 def run(engine: Engine, *requests: tuple[list[int], SamplingParams]) -> list[list[list[int]]]:
     """For each request, each choice's tokens."""
-    ids = [engine.add(prompt, p) for prompt, p in requests]
     tokens = [[[] for _ in range(p.n)] for _, p in requests]
-    for event in engine.events(ids):
+    for event in events_of(engine, *requests):
         if event.token is not None:
-            tokens[ids.index(event.request_id)][event.index].append(event.token)
+            tokens[event.request_id][event.index].append(event.token)
     return tokens
 
 
@@ -114,7 +121,7 @@ def test_several_choices_share_the_prompt_and_differ():
 
 def test_no_block_stays_referenced_after_finishes_and_aborts():
     engine = make_engine()
-    ids = [engine.add(prompt, params(**GREEDY)) for prompt in prompts(6)]
+    ids = [engine.add(Query(prompt, params(**GREEDY))) for prompt in prompts(6)]
     events = engine.step() + engine.step()
     engine.abort(ids[1])
     engine.abort(ids[4])
@@ -128,7 +135,7 @@ def test_no_block_stays_referenced_after_finishes_and_aborts():
 
 def test_a_loop_over_events_that_is_left_early_aborts_its_requests():
     engine = make_engine()
-    events = engine.events([engine.add([1, 2, 3], params(**GREEDY))])
+    events = events_of(engine, ([1, 2, 3], params(**GREEDY)))
     next(events)
     events.close()
     engine.step()
@@ -139,7 +146,7 @@ def test_a_loop_over_events_that_is_left_early_aborts_its_requests():
 def test_two_loops_that_take_turns_each_get_their_own_events():
     engine = make_engine()
     expected = run(make_engine(), ([1, 2, 3], params(**GREEDY)), ([9, 8], params(**GREEDY)))
-    loops = [engine.events([engine.add(prompt, params(**GREEDY))]) for prompt in ([1, 2, 3], [9, 8])]
+    loops = [events_of(engine, (prompt, params(**GREEDY))) for prompt in ([1, 2, 3], [9, 8])]
     tokens = [[], []]
     for pair in zip(*loops, strict=True):
         for kept, event in zip(tokens, pair, strict=True):
@@ -154,28 +161,27 @@ def test_prompt_logprobs_are_those_of_the_raw_logits_shifted_by_one():
     expected = [scores[i, token].item() for i, token in enumerate(prompt[1:])]
     for scheduling in ({}, {"chunk": 4}):
         engine = make_engine(**scheduling)
-        request = engine.add(prompt, params(prompt_logprobs=2, max_tokens=0))
-        [event] = engine.events([request])
+        [event] = events_of(engine, (prompt, params(prompt_logprobs=2, max_tokens=0)))
         assert event.finish_reason == "length"
-        assert event.prompt_logprobs[0] is None
-        assert [entry.logprob for entry in event.prompt_logprobs[1:]] == pytest.approx(expected, abs=1e-4)
-        assert all(len(entry.top) == 2 for entry in event.prompt_logprobs[1:])
+        assert event.completion.prompt_logprobs[0] is None
+        assert [entry.logprob for entry in event.completion.prompt_logprobs[1:]] == pytest.approx(
+            expected, abs=1e-4
+        )
+        assert all(len(entry.top) == 2 for entry in event.completion.prompt_logprobs[1:])
 
 
 def test_prompt_logprobs_are_complete_though_the_prefix_is_cached():
     engine = make_engine()
     prompt = list(range(50))
     run(engine, (prompt, params(**GREEDY)))
-    [event] = engine.events([engine.add(prompt, params(prompt_logprobs=0, max_tokens=0))])
-    assert None not in event.prompt_logprobs[1:]
+    [event] = events_of(engine, (prompt, params(prompt_logprobs=0, max_tokens=0)))
+    assert None not in event.completion.prompt_logprobs[1:]
 
 
 def test_logprobs_are_raw_whatever_the_temperature():
     args = tiny_args()
     engine = make_engine()
-    events = list(
-        engine.events([engine.add([5, 6, 7], params(temperature=0.3, logprobs=3, seed=1, max_tokens=1))])
-    )
+    events = list(events_of(engine, ([5, 6, 7], params(temperature=0.3, logprobs=3, seed=1, max_tokens=1))))
     scores = slow.logits(tiny_weights(args), args, [5, 6, 7])[-1].log_softmax(-1)
     entry = events[0].logprob
     assert entry.logprob == pytest.approx(scores[entry.token].item(), abs=1e-4)
@@ -184,10 +190,10 @@ def test_logprobs_are_raw_whatever_the_temperature():
 
 def test_a_token_that_is_not_finite_ends_its_own_request_alone():
     engine = make_engine()
-    engine.runner.model.tok_embeddings.weight[200] = float("nan")
+    engine.runner.program.tok_embeddings.weight[200] = float("nan")
     good = run(make_engine(), ([1, 2, 3], params(**GREEDY)))
-    ids = [engine.add([1, 2, 3], params(**GREEDY)), engine.add([1, 200, 3], params(**GREEDY))]
-    events = list(engine.events(ids))
+    ids = range(2)
+    events = list(events_of(engine, ([1, 2, 3], params(**GREEDY)), ([1, 200, 3], params(**GREEDY))))
     bad = [event for event in events if event.request_id == ids[1]]
     assert [event.finish_reason for event in bad] == ["error"]
     assert "not finite" in bad[0].error
@@ -198,7 +204,7 @@ def test_a_token_that_is_not_finite_ends_its_own_request_alone():
 def test_stop_ids_end_an_answer_and_are_not_part_of_it():
     [[tokens]] = run(make_engine(), ([1, 2, 3], params(**GREEDY)))
     engine = make_engine()
-    events = list(engine.events([engine.add([1, 2, 3], params(**GREEDY, stop_token_ids=(tokens[4],)))]))
+    events = list(events_of(engine, ([1, 2, 3], params(**GREEDY, stop_token_ids=(tokens[4],)))))
     assert [e.token for e in events if e.token is not None] == tokens[: tokens.index(tokens[4])]
     assert events[-1].finish_reason == "stop"
 
@@ -222,15 +228,13 @@ def test_min_tokens_holds_the_end_back():
 def test_a_prompt_that_cannot_run_is_refused_at_once(prompt, message):
     engine = make_engine()
     with pytest.raises(ValueError, match=message):
-        engine.add(prompt, params())
+        engine.add(Query(prompt, params()))
     assert not engine.has_work
 
 
 def test_an_answer_ends_where_the_context_does():
     engine = make_engine()
-    events = list(
-        engine.events([engine.add([1] * 250, params(temperature=0.0, ignore_eos=True, max_tokens=99))])
-    )
+    events = list(events_of(engine, ([1] * 250, params(temperature=0.0, ignore_eos=True, max_tokens=99))))
     assert len(events) == 6
     assert events[-1].finish_reason == "length"
 
@@ -257,19 +261,19 @@ def test_what_only_looked_like_a_stop_string_is_shown_in_the_end():
 
 def test_a_step_survives_its_journey_as_integers():
     engine = make_engine()
-    engine.add(list(range(40)), params())
-    engine.add([1, 2, 3], params())
+    engine.add(Query(list(range(40)), params()))
+    engine.add(Query([1, 2, 3], params()))
     step = engine.scheduler.schedule()
-    batch = Batch.pack(step, [1, 1], BLOCK_SIZE)
-    assert Batch.from_ints(batch.to_ints()) == batch
+    batch = Pack.of(step, [1, 1], BLOCK_SIZE)
+    assert Pack.from_ints(batch.to_ints()) == batch
 
 
 def bits(engine: Engine, *requests: tuple[list[int], SamplingParams]) -> list[list[tuple]]:
     """For each request its tokens with their logprobs, and its prompt's logprobs, to the last bit."""
-    ids = [engine.add(prompt, p) for prompt, p in requests]
-    found = [[] for _ in ids]
-    for event in engine.events(ids):
-        found[ids.index(event.request_id)] += [event.logprob, event.prompt_logprobs]
+    found = [[] for _ in requests]
+    for event in events_of(engine, *requests):
+        prompt_logprobs = event.completion and event.completion.prompt_logprobs
+        found[event.request_id] += [event.logprob, prompt_logprobs]
     return found
 
 
@@ -350,11 +354,11 @@ def test_many_requests_give_the_same_tokens_in_every_situation(number):
 def test_the_paged_cache_gives_the_logits_of_the_contiguous_one():
     prompt = list(range(60))
     engine = make_engine(chunk=11, num_blocks=9)
-    engine.add(list(range(200, 230)), params(**GREEDY))  # so that the next one starts somewhere else
+    engine.add(Query(list(range(200, 230)), params(**GREEDY)))  # so that the next one starts somewhere else
     engine.step()
     entries = next(
-        event.prompt_logprobs
-        for event in engine.events([engine.add(prompt, params(prompt_logprobs=0, max_tokens=0))])
+        event.completion.prompt_logprobs
+        for event in events_of(engine, (prompt, params(prompt_logprobs=0, max_tokens=0)))
     )
     logits = tiny_model(tiny_args())(torch.tensor([prompt]), 0)[0].log_softmax(-1)
     expected = [logits[i, token].item() for i, token in enumerate(prompt[1:])]
@@ -366,8 +370,8 @@ def test_a_second_turn_of_a_conversation_computes_only_what_is_new():
     prompt = list(range(40))
     [[answer]] = run(engine, (prompt, params(**GREEDY, max_tokens=20)))
     computed = []
-    forward = engine.runner._forward
-    engine.runner._forward = lambda batch: computed.append(len(batch.tokens)) or forward(batch)
+    forward = engine.runner.run
+    engine.runner.run = lambda pack: computed.append(len(pack.tokens)) or forward(pack)
     second = prompt + answer + [1, 2, 3]
     assert run(engine, (second, params(**GREEDY))) == run(make_engine(), (second, params(**GREEDY)))
     assert computed[0] == len(second) - (len(prompt) + len(answer) - 1) // BLOCK_SIZE * BLOCK_SIZE
@@ -383,15 +387,10 @@ def test_a_logits_processor_changes_its_own_request_alone_and_its_failure_ends_i
     plain = params(**GREEDY)
     [[expected]] = run(make_engine(), ([1, 2, 3], plain))
     engine = make_engine()
-    ids = [
-        engine.add([1, 2, 3], p)
-        for p in (
-            plain,
-            params(**GREEDY, logits_processors=(only_seven,)),
-            params(logits_processors=(failing,)),
-        )
-    ]
-    events = list(engine.events(ids))
+    processors = dict(logits_processors=(only_seven,))
+    kinds = (plain, params(**GREEDY, **processors), params(logits_processors=(failing,)))
+    ids = range(3)
+    events = list(events_of(engine, *[([1, 2, 3], kind) for kind in kinds]))
     tokens = [[e.token for e in events if e.request_id == i and e.token is not None] for i in ids]
     assert tokens == [expected, [7] * 12, []]
     assert "a processor's own fault" in next(e.error for e in events if e.finish_reason == "error")
@@ -400,15 +399,15 @@ def test_a_logits_processor_changes_its_own_request_alone_and_its_failure_ends_i
 def test_a_step_that_fails_ends_its_requests_and_not_the_engine():
     engine = make_engine(prefix_caching=False)
     expected = run(make_engine(), ([1, 2, 3], params(**GREEDY)))
-    ids = [engine.add(prompt, params(**GREEDY)) for prompt in prompts(3)]
+    ids = [engine.add(Query(prompt, params(**GREEDY))) for prompt in prompts(3)]
     engine.step()
-    forward = engine.runner._forward
+    forward = engine.runner.run
 
-    def fail(batch):
-        engine.runner._forward = forward
+    def fail(pack):
+        engine.runner.run = forward
         raise MemoryError("no room")
 
-    engine.runner._forward = fail
+    engine.runner.run = fail
     with pytest.raises(MemoryError):
         engine.step()
     events = engine.step()

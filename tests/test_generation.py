@@ -40,9 +40,9 @@ def asked(llm: Llama, monkeypatch) -> list[list[int]]:
     prompts: list[list[int]] = []
     add = llm.engine.add
 
-    def record(prompt, params, **kwargs):
-        prompts.append(list(prompt))
-        return add(prompt, params, **kwargs)
+    def record(query):
+        prompts.append(list(query.tokens))
+        return add(query)
 
     monkeypatch.setattr(llm.engine, "add", record)
     return prompts

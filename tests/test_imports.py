@@ -12,6 +12,8 @@ PACKAGE = Path(__file__).parent.parent / "llama"
 ROWS = [
     {
         "parallel",
+        "request",
+        "blocks",
         "scheduler",
         "tokenizer",
         "vocabulary",
@@ -25,12 +27,17 @@ ROWS = [
     },
     {"model", "sampling", "quantization", "chat"},
     {"checkpoint", "runner"},
-    {"engine"},
-    {"generation"},
+    {"answer", "engine"},
+    {"building", "generation"},
     {"options", "perplexity", "protocol", "batch"},
     {"terminal", "report", "__main__", "__init__"},
 ]
 NEIGHBOURS = {
+    ("blocks", "request"),
+    ("scheduler", "request"),
+    ("scheduler", "blocks"),
+    ("engine", "answer"),
+    ("generation", "building"),
     ("cache", "kernels"),
     ("cache", "rotary"),
     ("rotary", "kernels"),

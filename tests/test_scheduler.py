@@ -29,19 +29,12 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+import llama.blocks
+import llama.request
 import llama.scheduler
-from llama.scheduler import (
-    BlockAllocator,
-    PrefixCache,
-    Request,
-    RequestTooLarge,
-    Scheduler,
-    SchedulerStats,
-    Slice,
-    Status,
-    Step,
-    extents,
-)
+from llama.blocks import BlockAllocator, PrefixCache, extents
+from llama.request import Request, Slice, Status, Step
+from llama.scheduler import RequestTooLarge, Scheduler, SchedulerStats
 
 
 class Simulation:
@@ -85,7 +78,7 @@ class Simulation:
         self._check_order(step, before)
         self.scheduler.check()
         self._run(step)
-        sampled = [part.request for part in step.slices if part.samples]
+        sampled = [part.request for part in step.slices if part.num_sampled]
         if meanwhile:
             meanwhile()
         self.scheduler.advance(step)
@@ -524,9 +517,10 @@ def test_a_chunk_limits_every_slice():
 def test_only_the_slice_that_ends_a_request_samples():
     simulation = start(max_step_tokens=6)
     request = simulation.add(numbers(8), 2)
-    assert [part.samples for part in simulation.scheduler.schedule().slices] == [False]
-    assert Slice(request, 6, 2).samples
-    assert not Slice(request, 6, 1).samples
+    assert [part.num_sampled for part in simulation.scheduler.schedule().slices] == [0]
+    assert Slice(request, 6, request.tokens[6:8]).num_sampled == 1
+    assert Slice(request, 6, request.tokens[6:7]).num_sampled == 0
+    assert Slice(request, 6, [*request.tokens[6:8], 1, 2]).num_sampled == 3  # behind each guess too
 
 
 def test_a_prompt_never_holds_up_decoding_even_when_it_came_first():
@@ -843,7 +837,7 @@ def test_a_request_that_wants_every_prompt_token_computed_reuses_nothing_but_can
 
 
 def test_without_prefix_caching_nothing_is_kept_or_hashed(monkeypatch):
-    monkeypatch.setattr(llama.scheduler, "sha256", None)
+    monkeypatch.setattr(llama.blocks, "sha256", None)
     simulation = start(prefix_caching=False)
     run_alone(simulation, numbers(20))
     assert run_alone(simulation, numbers(20)).num_cached_tokens == 0
@@ -868,7 +862,7 @@ def test_every_block_is_hashed_once_however_often_the_request_is_looked_at(monke
         hashed.append(data)
         return sha256(data)
 
-    monkeypatch.setattr(llama.scheduler, "sha256", counting)
+    monkeypatch.setattr(llama.blocks, "sha256", counting)
     simulation = start(num_blocks=12, max_step_tokens=5)
     simulation.add(numbers(16, 1), 16, salt=b"a")
     simulation.step()
@@ -1064,12 +1058,16 @@ def test_extents_spell_out_the_same_blocks_in_the_fewest_runs(blocks):
     assert all(a + n != b for (a, n), (b, _) in pairwise(runs))
 
 
-def test_the_scheduler_needs_nothing_but_the_standard_library():
-    tree = ast.parse(Path(llama.scheduler.__file__).read_text(encoding="utf-8"))
+@pytest.mark.parametrize(
+    "module", [llama.request, llama.blocks, llama.scheduler], ids=lambda module: module.__name__
+)
+def test_the_scheduler_needs_nothing_but_the_standard_library(module):
+    tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names.add(node.module)
-    assert {name.split(".")[0] for name in names} <= sys.stdlib_module_names
+    own = {"llama.request", "llama.blocks"}
+    assert {name.split(".")[0] for name in names - own} <= sys.stdlib_module_names

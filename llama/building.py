@@ -1,0 +1,127 @@
+"""From options to a model with its tokenizer, and to the engine that runs it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from llama import parallel
+from llama.checkpoint import (
+    Checkpoint,
+    default_model,
+    load_weights,
+    open_checkpoint,
+    packed_modules,
+    untied,
+)
+from llama.device import choose_device, choose_dtype, choose_kv_dtype, return_memory
+from llama.engine import Engine
+from llama.model import ModelArgs, Transformer
+from llama.progress import progress_bar
+from llama.quantization import replace_linears
+from llama.runner import BLOCK_SIZE, Runner, count_blocks
+from llama.scheduler import Scheduler
+from llama.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that is ready to run, and what it was made of."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    checkpoint: Checkpoint
+    quantization: str | None  # the format that was asked for; None: as stored
+
+
+def load(
+    ckpt_dir: str | Path | None = None,
+    tokenizer_path: str | Path | None = None,
+    *,
+    max_seq_len: int | None = None,
+    max_batch_size: int | None = None,
+    model_parallel_size: int | None = None,
+    device: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    quantization: str | None = None,
+    deterministic: bool = False,
+) -> Loaded:
+    """Opens a checkpoint of any format and loads this rank's part of it; the options are those of `Llama.build`.
+
+    `quantization` is a format's name, "none" or None. Raises FileNotFoundError or ValueError, in one line.
+    """
+    checkpoint = open_checkpoint(default_model() if ckpt_dir is None else ckpt_dir)
+    target = choose_device(device)
+    group = parallel.start(model_parallel_size, target.type)
+    tokenizer = Tokenizer(tokenizer_file(checkpoint, tokenizer_path))
+    packed = packed_modules(untied(checkpoint), quantization, group.size, target)
+    if "output" in packed:
+        checkpoint = untied(checkpoint)
+    args = replace(checkpoint.args)
+    check_vocabulary(tokenizer, args)
+    args.max_seq_len = max_seq_len or args.max_seq_len
+    args.max_batch_size = max_batch_size or args.max_batch_size
+    with torch.device("meta"):
+        model = Transformer(args, group)
+    replace_linears(model, packed)
+    with progress_bar("Loading", show=group.rank == 0) as advance:
+        load_weights(
+            model,
+            checkpoint,
+            rank=group.rank,
+            world_size=group.size,
+            device=target,
+            dtype=choose_dtype(dtype, checkpoint.dtype, target),
+            progress=advance,
+        )
+    model.prepare(BLOCK_SIZE if deterministic else None)
+    return_memory()
+    if checkpoint.unknown_keys and group.rank == 0:
+        unknown = ", ".join(checkpoint.unknown_keys)
+        print(f"{checkpoint.path}: settings that have no effect here: {unknown}", file=sys.stderr)
+    return Loaded(model, tokenizer, checkpoint, quantization)
+
+
+def make_engine(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    kv_cache_memory: int | None = None,
+    kv_dtype: str = "auto",
+    stop_ids: frozenset[int] = frozenset(),
+) -> Engine:
+    """An engine whose cache takes `kv_cache_memory` bytes, or half of what is free where that is None."""
+    dtype = choose_kv_dtype(kv_dtype, model.norm.weight.dtype)
+    num_blocks = model.parallel.broadcast_json(count_blocks(model, kv_cache_memory, dtype))
+    return Engine(
+        Runner(model, num_blocks, BLOCK_SIZE, dtype),
+        Scheduler(num_blocks, BLOCK_SIZE),
+        tokenizer,
+        max_seq_len=model.params.max_seq_len,
+        seed=seed,
+        stop_ids=tokenizer.stop_ids | stop_ids,
+    )
+
+
+def tokenizer_file(checkpoint: Checkpoint, given: str | Path | None) -> Path:
+    """The tokenizer's file: the one given, else the one that was found with the checkpoint."""
+    if given is not None:
+        return Path(given)
+    if checkpoint.tokenizer_path is None:
+        raise FileNotFoundError(
+            f"no tokenizer in {checkpoint.path}, beside it or one directory above: give tokenizer_path"
+        )
+    return checkpoint.tokenizer_path
+
+
+def check_vocabulary(tokenizer: Tokenizer, args: ModelArgs) -> None:
+    """A tokenizer may be smaller than the model's (padded) table, never larger."""
+    if tokenizer.n_words > args.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.n_words} tokens, but the model's vocabulary {args.vocab_size}: "
+            "they do not belong together; give the model's own tokenizer_path"
+        )

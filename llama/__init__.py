@@ -10,7 +10,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "100")
 from llama.chat import Dialog
 from llama.generation import Llama
 from llama.model import ModelArgs, Transformer
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 from llama.tokenizer import Tokenizer
 
 __all__ = ["Dialog", "Llama", "ModelArgs", "SamplingParams", "Tokenizer", "Transformer"]

@@ -48,7 +48,7 @@ def chat(
     """Talk with a model; Ctrl-C ends an answer, /quit the conversation."""
     from llama import terminal
     from llama.chat import DEFAULT_SYSTEM_PROMPT
-    from llama.sampling import SamplingParams
+    from llama.sampling_params import SamplingParams
 
     if message is None and model is not None and not names_a_model(model):
         model, message = None, model
@@ -75,7 +75,7 @@ def complete(
     sample: dict[str, Any],
 ) -> None:
     """Continue a text."""
-    from llama.sampling import SamplingParams
+    from llama.sampling_params import SamplingParams
 
     if prompt is None:
         if sys.stdin.isatty():

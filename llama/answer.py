@@ -9,7 +9,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from llama.request import Request
-from llama.sampling import SampleRow, SamplingParams, logprobs_of, top_logprobs
+from llama.sampling import SampleRow, logprobs_of, top_logprobs
+from llama.sampling_params import SamplingParams
 from llama.tokenizer import StreamDecoder
 
 FinishReason = Literal["stop", "length", "error", "abort"]

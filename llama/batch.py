@@ -29,7 +29,7 @@ from llama.protocol import (
     parse,
     prompts_of,
 )
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 
 ENDPOINTS: dict[str, type[Body]] = {
     "/v1/chat/completions": ChatRequest,

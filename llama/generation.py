@@ -31,7 +31,8 @@ from llama.checkpoint import Checkpoint, open_checkpoint, save_low_bit
 from llama.model import Transformer
 from llama.quantization import resolve_format
 from llama.runner import Pack
-from llama.sampling import SamplingParams, sample_top_p
+from llama.sampling import sample_top_p
+from llama.sampling_params import SamplingParams
 from llama.tokenizer import StreamDecoder, Tokenizer
 
 __all__ = [

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-from llama.sampling import SamplingParams
+from llama.sampling_params import SAMPLING_FIELDS, SamplingParams
 
 
 @dataclass(frozen=True)
@@ -81,16 +81,7 @@ MODEL = Options(  # parameters of `Llama.build`
     ]
 )
 
-FIELDS = get_type_hints(SamplingParams)
-SAMPLER = Options(  # fields of `SamplingParams`
-    Option(name, help, list[str] | None if name == "stop" else FIELDS[name])
-    for name, help in {
-        "temperature": "How freely to sample; 0 takes the likeliest token.",
-        "top_p": "Sample among the likeliest tokens that reach this probability.",
-        "top_k": "Sample among this many of the likeliest tokens.",
-        "repetition_penalty": "Above 1: tokens already there become less likely.",
-        "max_tokens": "The most tokens of an answer.",
-        "stop": "End the answer at this text; may be given several times.",
-        "seed": "The same seed gives the same answer.",
-    }.items()
+TYPES = get_type_hints(SamplingParams) | {"stop": list[str] | None}  # given several times
+SAMPLER = Options(
+    Option(name, known.help, TYPES[name]) for name, known in SAMPLING_FIELDS.items() if known.option
 )

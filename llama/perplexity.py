@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llama.answer import Query
 from llama.generation import Llama
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 
 WINDOW = 2048  # tokens, where the model's context is longer
 

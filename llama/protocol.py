@@ -10,12 +10,12 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from llama.answer import Completion, Logprob
-from llama.sampling import SamplingParams
+from llama.sampling_params import SAMPLING_FIELDS, SamplingParams
 from llama.tokenizer import Tokenizer
 
 Prompts = str | list[int] | list[str] | list[list[int]]
@@ -32,35 +32,27 @@ class Body(BaseModel):
     service_tier: str | None = None
 
 
-class SamplingBody(Body, ABC):
-    """How to sample; the names are those of SamplingParams."""
+_IN_JSON = {"logit_bias": dict[str, float], "stop": str | list[str], "stop_token_ids": list[int]}
+_TYPES = {**get_type_hints(SamplingParams), **_IN_JSON}
+_SAMPLING = {
+    name: (_TYPES[name] | None, Field(None, description=known.help))
+    for name, known in SAMPLING_FIELDS.items()
+    if known.body
+}
 
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: dict[str, float] | None = None
-    seed: int | None = None
-    max_tokens: int | None = None
-    min_tokens: int = 0
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] = Field(default_factory=list)
-    ignore_eos: bool = False
-    n: int = 1
+
+class SamplingBody(create_model("SamplingFields", __base__=Body, **_SAMPLING), ABC):
+    """How to sample; the fields are those of SamplingParams."""
 
     def params(self) -> SamplingParams:
         """Raises ValueError for what SamplingParams refuses."""
-        names = set(SamplingBody.model_fields) - set(Body.model_fields) - {"logit_bias", "stop"}
-        fields = {name: getattr(self, name) for name in names}
-        bias = {}
-        for token, value in (self.logit_bias or {}).items():
+        fields = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
+        for token in fields.get("logit_bias", ()):
             if not token.isdecimal():
                 raise ValueError(f"logit_bias holds {token!r}: give token ids")
-            bias[int(token)] = value
-        return SamplingParams(**fields, logit_bias=bias, stop=self.stop or (), **self.logprob_fields())
+        if "logit_bias" in fields:
+            fields["logit_bias"] = {int(token): value for token, value in fields["logit_bias"].items()}
+        return SamplingParams(**fields, **self.logprob_fields())
 
     @abstractmethod
     def logprob_fields(self) -> dict[str, Any]:
@@ -166,7 +158,7 @@ def completion_response(
         for index, completion in enumerate(completions)
     ]
     num_tokens = sum(len(completion.tokens) for completion in completions)
-    num_echoed = num_prompt_tokens * request.n if request.echo else 0
+    num_echoed = num_prompt_tokens * (request.n or 1) if request.echo else 0
     counts = usage(num_prompt_tokens, num_tokens - num_echoed)
     return {**_head("cmpl", "text_completion", request), "choices": choices, "usage": counts}
 

@@ -1,4 +1,4 @@
-"""What a request may ask of the sampler, and the sampler: logits to tokens, all rows of a step at once.
+"""The sampler: logits to tokens, all rows of a step at once.
 
 The order is the usual one of Hugging Face's processors: penalties, bias, the caller's own processors, banned
 tokens; then temperature, top_k, top_p, min_p. A row's result depends on that row alone: its randomness is one
@@ -8,169 +8,15 @@ number made from its key, and its probabilities are added up as whole numbers, e
 from __future__ import annotations
 
 import math
-import reprlib
-import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import chain
-from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-LogitsProcessor = Callable[[list[int], Tensor], Tensor]
-
-
-class SamplingError(ValueError):
-    """A sampling parameter that cannot be used; `param` is its name."""
-
-    def __init__(self, param: str, allowed: str, given: object) -> None:
-        super().__init__(f"{param} must be {allowed}, got {reprlib.repr(given)}")
-        self.param = param
-
-
-@dataclass(frozen=True)
-class SamplingParams:
-    """How a request's tokens are chosen, and when they end. Immutable; a bad value raises SamplingError.
-
-    None in one of the first five fields means: as the model's generation_config says, else as the reference
-    does (temperature 0.6, top_p 0.9, the rest off). `resolve` puts the numbers there.
-    """
-
-    temperature: float | None = None  # 0 or less: greedy
-    top_p: float | None = None  # the fewest best tokens that together pass this probability; 0: the best one
-    top_k: int | None = None  # so many best tokens; 0: all
-    min_p: float | None = None  # tokens at least this share as probable as the best one
-    repetition_penalty: float | None = None  # on every token of the prompt and the answer; 1: off
-    presence_penalty: float = 0.0  # off the logit of every token of the answer
-    frequency_penalty: float = 0.0  # off the logit for each time that the token is in the answer
-    logit_bias: Mapping[int, float] = field(default_factory=dict)  # id -> added to its logit; -inf: never
-    seed: int | None = None  # None: the engine's
-    max_tokens: int | None = None  # None: as many as the context holds
-    min_tokens: int = 0
-    stop: tuple[str, ...] = ()  # a single string will do
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None  # N: with each token its logprob and the N best; None: no logprobs
-    prompt_logprobs: int | None = None  # the same for the prompt
-    echo: bool = False
-    n: int = 1  # answers to one prompt
-    logits_processors: tuple[LogitsProcessor, ...] = ()  # (tokens so far, logits (vocab,)) -> logits (vocab,)
-
-    def __post_init__(self) -> None:
-        for name, check in _CHECKS.items():
-            object.__setattr__(self, name, check(name, getattr(self, name)))
-        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise SamplingError("min_tokens", f"at most max_tokens ({self.max_tokens})", self.min_tokens)
-
-    def resolve(self, defaults: Mapping[str, object] | None = None) -> SamplingParams:
-        """The same with what was not given taken from `defaults`, else from the reference.
-
-        defaults: a model's generation_config as read. `do_sample: false` there means greedy; keys of no concern
-        here are ignored; a bad value raises SamplingError.
-        """
-        defaults = defaults or {}
-        missing = {name: value for name, value in _UNLESS_GIVEN.items() if getattr(self, name) is None}
-        found = {name: defaults[name] for name in missing if defaults.get(name) is not None}
-        if "temperature" in missing and defaults.get("do_sample") is False:
-            found["temperature"] = 0.0
-        return replace(self, **missing | found) if missing else self
-
-    def check(self, vocab_size: int) -> None:
-        """Raise SamplingError for a token id that a vocabulary of this size lacks."""
-        for name in ("logit_bias", "stop_token_ids"):
-            for token in getattr(self, name):
-                if token >= vocab_size:
-                    raise SamplingError(
-                        name, f"made of ids from 0 to {vocab_size - 1} (the vocabulary)", token
-                    )
-
-
-_UNLESS_GIVEN = {"temperature": 0.6, "top_p": 0.9, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
-
-
-@dataclass(frozen=True)
-class _Number:
-    """The numbers that a field may hold. A NaN fails the comparison, and no upper end is infinity."""
-
-    low: float
-    high: float
-    words: str
-    kind: type = Real
-    optional: bool = False
-
-    def __call__(self, name: str, value: object) -> int | float | None:
-        if value is None and self.optional:
-            return None
-        is_number = isinstance(value, self.kind) and not isinstance(value, bool)
-        if not is_number or not self.low <= value <= self.high:
-            raise SamplingError(name, self.words + (" or None" if self.optional else ""), value)
-        return int(value) if self.kind is Integral else float(value)
-
-
-def _flag(name: str, value: object) -> bool:
-    if not isinstance(value, bool):
-        raise SamplingError(name, "True or False", value)
-    return value
-
-
-def _texts(name: str, value: object) -> tuple[str, ...]:
-    texts = (value,) if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text for text in texts):
-        raise SamplingError(name, "a text or a list of texts, none of them empty", value)
-    return tuple(texts)
-
-
-def _ids(name: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, list | tuple):
-        raise SamplingError(name, "a list of token ids", value)
-    return tuple(_ID(name, token) for token in value)
-
-
-def _biases(name: str, value: object) -> dict[int, float]:
-    if not isinstance(value, Mapping):
-        raise SamplingError(name, "a mapping of token ids to numbers", value)
-    return {
-        _ID(name, token): bias if bias == -math.inf else _BIAS(name, bias) for token, bias in value.items()
-    }
-
-
-def _functions(name: str, value: object) -> tuple[LogitsProcessor, ...]:
-    if not isinstance(value, list | tuple) or not all(map(callable, value)):
-        raise SamplingError(name, "a list of functions", value)
-    return tuple(value)
-
-
-_ID = _Number(0, sys.maxsize, "made of token ids (whole numbers, 0 or more)", Integral)
-_BIAS = _Number(-1e30, 1e30, "made of numbers up to 1e30 in size, or -inf (never)")  # finite in float32
-_SHARE = _Number(0, 1, "a number from 0 to 1", optional=True)
-_PENALTY = _Number(-2, 2, "a number from -2 to 2")
-_COUNT = _Number(0, sys.maxsize, "a whole number, 0 or more", Integral)
-_TOP = _Number(0, 20, "a whole number from 0 to 20", Integral, optional=True)  # OpenAI's limit
-_CHECKS = {
-    "temperature": _Number(
-        -sys.float_info.max, sys.float_info.max, "a finite number (0 or less: greedy)", optional=True
-    ),
-    "top_p": _SHARE,
-    "top_k": _Number(0, sys.maxsize, "a whole number, 0 (off) or more", Integral, optional=True),
-    "min_p": _SHARE,
-    "repetition_penalty": _Number(0.01, 100, "a number from 0.01 to 100 (1: off)", optional=True),
-    "presence_penalty": _PENALTY,
-    "frequency_penalty": _PENALTY,
-    "logit_bias": _biases,
-    "seed": _Number(-(2**63), 2**63 - 1, "a whole number of 64 bits", Integral, optional=True),
-    "max_tokens": replace(_COUNT, optional=True),
-    "min_tokens": _COUNT,
-    "stop": _texts,
-    "stop_token_ids": _ids,
-    "ignore_eos": _flag,
-    "logprobs": _TOP,
-    "prompt_logprobs": _TOP,
-    "echo": _flag,
-    "n": _Number(1, sys.maxsize, "a whole number, 1 or more", Integral),
-    "logits_processors": _functions,
-}
+from llama.sampling_params import SamplingError, SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +30,7 @@ class SampleRow:
     banned: Sequence[int] = ()  # ids that must not come now: what would stop, before min_tokens are there
 
     def __post_init__(self) -> None:
-        assert None not in [getattr(self.params, name) for name in _UNLESS_GIVEN], (
-            "SamplingParams.resolve() first"
-        )
+        assert self.params.is_resolved, "SamplingParams.resolve() first"
 
     @property
     def changes_logits(self) -> bool:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from llama.chat import Dialog, DialogError, fit_dialog, with_system
 from llama.generation import Llama
-from llama.sampling import SamplingParams
+from llama.sampling_params import SamplingParams
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit (or q) leaves"
 

@@ -14,6 +14,7 @@ ROWS = [
         "parallel",
         "request",
         "blocks",
+        "sampling_params",
         "scheduler",
         "tokenizer",
         "vocabulary",

@@ -1,14 +1,68 @@
-"""Linear layers, and how those that share an input become one product."""
+"""Linear layers: what one is, the plain one, and how those that share an input become one product."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-PACK_ROWS = 32  # the number of activation rows for which oneDNN chooses its weight layout
+BLOCKED_ROWS = 32  # the number of activation rows for which oneDNN chooses its weight layout
+
+
+class AnyLinear(Protocol):
+    """What a model multiplies with: `Linear`, `LowBitLinear`. A module, whose name in the model is its weight's."""
+
+    in_features: int
+    out_features: int
+
+    @property
+    def kind(self) -> str:
+        """How the weight is held; linears of one kind, with one input, can be joined."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """(num_tokens, in_features) -> (num_tokens, out_features), in x's dtype"""
+
+    def prepare(self, fixed_rows: int | None = None) -> Self:
+        """After loading: stores the weight, in its own place, in the layout that its product reads fastest.
+
+        With `fixed_rows` a row's result does not depend on which other rows there are.
+        """
+
+    def join(self, linears: Sequence[Self]) -> Self:
+        """A new linear over all rows of `linears`, none of them prepared; their weights are copied once."""
+
+    def join_in(self, joint: Self) -> None:
+        """Lets go of the own weight, as far as `joint`, prepared, holds its rows in another layout."""
+
+
+class StoredWeight(Protocol):
+    """What a checkpoint gives a module to load: one rank's part of a weight, not read yet."""
+
+    @property
+    def format(self) -> str | None:
+        """The low-bit format that it is stored in; None for numbers."""
+
+    def read(self) -> torch.Tensor:
+        """The weight as numbers, on the CPU."""
+
+    def read_packed(self) -> tuple[torch.Tensor, str]:
+        """Its blocks, uint8 (rows, bytes of a row), on the CPU, and the name of the stored type."""
+
+
+@runtime_checkable
+class LoadsItself(Protocol):
+    """A module that makes its own of stored weights; of all others the parameters are replaced."""
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The names that it wants, with their shapes in numbers, as this rank holds them."""
+
+    def load_weight(
+        self, name: str, weight: StoredWeight, device: torch.device, dtype: torch.dtype | None
+    ) -> None:
+        """Takes this rank's part of one; `dtype` is what plain weights are held in. Called from several threads."""
 
 
 def in_tiles(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -28,7 +82,7 @@ class Linear(nn.Module):
     processor multiplies fastest; `weight` is None from then on.
     """
 
-    kind = "plain"  # linears of one kind can be joined
+    kind = "plain"
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         super().__init__()
@@ -36,7 +90,7 @@ class Linear(nn.Module):
         self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        self.packed: torch.Tensor | None = None
+        self.blocked: torch.Tensor | None = None
         self.fixed_rows: int | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -46,11 +100,11 @@ class Linear(nn.Module):
         return self._product(x)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        if self.packed is None:
+        if self.blocked is None:
             return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, self.blocked, self.bias, "none", [], "")
 
-    def prepare(self, fixed_rows: int | None = None) -> None:
+    def prepare(self, fixed_rows: int | None = None) -> Self:
         """On a CPU that has instructions for bfloat16: replaces `weight` by oneDNN's own blocked copy of it.
 
         With `fixed_rows`, products are made in tiles of that many rows (see `in_tiles`).
@@ -58,8 +112,9 @@ class Linear(nn.Module):
         self.fixed_rows = fixed_rows
         is_bfloat16 = self.weight.dtype == torch.bfloat16 and self.weight.device.type == "cpu"
         if is_bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            self.packed = torch.ops.mkldnn._reorder_linear_weight(self.weight, PACK_ROWS)
+            self.blocked = torch.ops.mkldnn._reorder_linear_weight(self.weight, BLOCKED_ROWS)
             self.weight = None
+        return self
 
     @classmethod
     def join(cls, linears: Sequence[Linear]) -> Linear:
@@ -80,34 +135,37 @@ class Linear(nn.Module):
 
 
 class Joint:
-    """Linears over one input: separate names, one product.
+    """A product of a layer: linears over one input, with separate names and one result. It may have one part only.
 
     Not a module, so that its parts keep their own names (`wq`, `wk`, `wv`) in `owner`'s state dict. Until `prepare`,
     and where the parts are of different kinds, each is multiplied by itself.
     """
 
     def __init__(self, owner: nn.Module, *names: str):
-        self.owner = owner
+        self.siblings = owner._modules  # and not `owner`: weights in a circle would outlive their model
         self.names = names
-        self.joint: nn.Module | None = None
+        self.joint: AnyLinear | None = None
 
     @property
-    def linears(self) -> list[nn.Module]:
-        return [getattr(self.owner, name) for name in self.names]
+    def linears(self) -> list[AnyLinear]:
+        return [self.siblings[name] for name in self.names]
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(num_tokens, in_features) -> (num_tokens, sum of the parts' out_features)"""
         if self.joint is None:
-            return torch.cat([linear(x) for linear in self.linears], dim=-1)
+            results = [linear(x) for linear in self.linears]
+            return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
         return self.joint(x)
 
     def prepare(self, fixed_rows: int | None = None) -> None:
+        """Joins the parts, or each with itself where they are of different kinds, and prepares the result."""
         linears = self.linears
-        if len({linear.kind for linear in linears}) > 1:
+        if len(linears) == 1:
+            self.joint = linears[0].prepare(fixed_rows)
+        elif len({linear.kind for linear in linears}) > 1:
             for linear in linears:
                 linear.prepare(fixed_rows)
-            return
-        self.joint = linears[0].join(linears)
-        self.joint.prepare(fixed_rows)
-        for linear in linears:
-            linear.join_in(self.joint)
+        else:
+            self.joint = linears[0].join(linears).prepare(fixed_rows)
+            for linear in linears:
+                linear.join_in(self.joint)

@@ -82,10 +82,11 @@ class Attention(nn.Module):
         self.wv = Linear(args.dim, kv_dim, args.attention_bias)
         self.wo = Linear(q_dim, args.dim, args.attention_output_bias and parallel.rank == 0)
         self.qkv = Joint(self, "wq", "wk", "wv")
+        self.out = Joint(self, "wo")
 
     def forward(self, x: torch.Tensor, rotary: Rotary, cache: LayerCache) -> torch.Tensor:
         qkv = self.qkv(x).view(len(x), -1, self.head_dim)  # (num_tokens, query + key + value heads, head_dim)
-        return self.parallel.all_reduce(self.wo(cache.attend(qkv, rotary).flatten(1)))
+        return self.parallel.all_reduce(self.out(cache.attend(qkv, rotary).flatten(1)))
 
 
 class FeedForward(nn.Module):
@@ -98,10 +99,11 @@ class FeedForward(nn.Module):
         self.w1 = Linear(args.dim, hidden_dim, args.mlp_bias)
         self.w2 = Linear(hidden_dim, args.dim, args.mlp_bias and parallel.rank == 0)
         self.w3 = Linear(args.dim, hidden_dim, args.mlp_bias)
-        self.w13 = Joint(self, "w1", "w3")
+        self.gate_up = Joint(self, "w1", "w3")
+        self.down = Joint(self, "w2")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.parallel.all_reduce(self.w2(swiglu(self.w13(x))))
+        return self.parallel.all_reduce(self.down(swiglu(self.gate_up(x))))
 
 
 class TransformerBlock(nn.Module):
@@ -179,9 +181,9 @@ class Transformer(nn.Module):
         self.fixed_rows = fixed_rows
         for layer in self.layers:
             layer.attention.qkv.prepare(fixed_rows)
-            layer.attention.wo.prepare(fixed_rows)
-            layer.feed_forward.w13.prepare(fixed_rows)
-            layer.feed_forward.w2.prepare(fixed_rows)
+            layer.attention.out.prepare(fixed_rows)
+            layer.feed_forward.gate_up.prepare(fixed_rows)
+            layer.feed_forward.down.prepare(fixed_rows)
             return_memory()  # of the weights as they were
         if self.output is not None:
             self.output.prepare(fixed_rows)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from llama.kernels import library, lowbit
 from llama.kernels.layouts import LAYOUTS, Layout
-from llama.linear import in_tiles
+from llama.linear import StoredWeight, in_tiles
 
 NF4_MIDDLES = (
     *(-0.84809643, -0.6106329, -0.45999527, -0.33967942, -0.2346074, -0.13791174, -0.045525018, 0.03979015),
@@ -243,16 +242,6 @@ def resolve_format(
     return asked[0] if asked else None
 
 
-class StoredWeight(Protocol):
-    """What a checkpoint gives: one rank's part of a weight, not read yet."""
-
-    format: str | None
-
-    def read(self) -> Tensor: ...
-
-    def read_packed(self) -> tuple[Tensor, str]: ...
-
-
 Product = Callable[["LowBitLinear", Tensor], Tensor]  # (..., in_features) -> (..., out_features) in x's dtype
 
 
@@ -306,15 +295,17 @@ class LowBitLinear(nn.Module):
 
     @property
     def kind(self) -> str:
-        """Linears of one kind can be joined."""
+        """The format: linears of one format can be joined."""
         return self.format.name
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """What `load_weight` will be asked to take: names, and shapes in numbers."""
+        """`weight`, and `bias` where there is one, with their shapes in numbers."""
         shapes: dict[str, tuple[int, ...]] = {"weight": (self.out_features, self.in_features)}
         return shapes if self.bias is None else shapes | {"bias": (self.out_features,)}
 
-    def load_weight(self, name: str, weight: StoredWeight, device: torch.device, dtype: object) -> None:
+    def load_weight(
+        self, name: str, weight: StoredWeight, device: torch.device, dtype: torch.dtype | None
+    ) -> None:
         """Takes a stored weight or bias: its blocks as they are where they are of this format, else quantized."""
         if name == "bias":
             self.bias = weight.read().float().to(device)

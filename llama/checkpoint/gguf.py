@@ -21,7 +21,7 @@ from .shapes import check_layers, is_tied
 from .weight import Checkpoint, CheckpointError, Weight, dominant_dtype
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-CHUNK = 1 << 20  # numbers that are dequantized at a time
+CHUNK = 1 << 18  # numbers that are dequantized at a time: the temporaries of every reader stay small
 ROPE_FACTORS = "rope_freqs.weight"
 SAMPLING = {  # keys of general.sampling, and the names they have here
     "temp": "temperature",

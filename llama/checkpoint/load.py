@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
+from ..linear import LoadsItself
 from ..model import check_divides
 from ..parallel import SPLIT
 from .names import module_name
@@ -33,9 +34,7 @@ def load_weights(
     otherwise they are written once, in their final type and order. On other devices the CPU holds NUM_READERS
     weights at a time at most.
 
-    A module with the methods `weight_shapes() -> {name: shape as this rank holds it, in numbers}` and
-    `load_weight(name, weight, device, dtype)` takes its weights itself: it gets this rank's part, unread, and may
-    keep the stored blocks of it (`weight.read_packed`). It may be called from several threads, once for each weight.
+    A module that `LoadsItself` gets this rank's part, unread, and may keep the stored blocks of it.
 
     A module whose `as_stored` is true keeps a stored type that is smaller than `dtype`.
 
@@ -88,7 +87,7 @@ def fill(model: nn.Module, part: Weight, device: torch.device, dtype: torch.dtyp
     """Reads this rank's part of one weight and makes it a parameter of the module that bears its name."""
     path, _, attribute = part.name.rpartition(".")
     module = model.get_submodule(path)
-    if hasattr(module, "load_weight"):
+    if isinstance(module, LoadsItself):
         module.load_weight(attribute, part, device, dtype)
         return
     if dtype is not None and part.dtype.itemsize < dtype.itemsize and getattr(module, "as_stored", False):
@@ -104,7 +103,7 @@ def _slots(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Name and shape of everything that is to be filled, as this rank holds it."""
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
-        if hasattr(module, "load_weight"):
+        if isinstance(module, LoadsItself):
             shapes = module.weight_shapes()
         else:
             shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)}

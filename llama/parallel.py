@@ -1,4 +1,4 @@
-"""Model parallelism on fairscale: who takes part, which weight is cut where, and the collectives.
+"""Model parallelism on fairscale: who takes part, and the collectives.
 
 One process is the ordinary case: then there is no process group and every collective is the identity. Under
 `torchrun` the ranks of one model form a group; fairscale is imported only then. NCCL carries CUDA tensors, gloo
@@ -18,20 +18,6 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-
-# The dimension along which each weight is cut; what is not listed is held whole by every rank. Embeddings are
-# cut over the vocabulary, so that tied weights stay one tensor.
-SPLIT: dict[str, int] = {
-    "tok_embeddings": 0,
-    "wq": 0,
-    "wk": 0,
-    "wv": 0,
-    "wo": 1,
-    "w1": 0,
-    "w2": 1,
-    "w3": 0,
-    "output": 0,
-}
 
 IDLE_TIMEOUT = timedelta(days=3650)  # waiting for the next request is not a failure
 STEP_CAPACITY = 4096  # integers that travel in a step's first broadcast; longer steps need a second one

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from .conversion import convert, legacy_source
-from .default import default_model
-from .hub import resolve
+from ..files.errors import CheckpointError, Finding
+from .conversion import convert, legacy_source, save_low_bit
+from .formats import open_checkpoint
+from .hub import default_model, resolve
 from .inspection import Estimate, Inspection, Stored, estimate, inspect
+from .inventory import expected_shapes
 from .load import load_weights
-from .opening import open_checkpoint
+from .opened import Checkpoint
 from .packing import packed_modules, untied
-from .shapes import expected_shapes
-from .to_lowbit import save_low_bit
-from .verification import Finding, verify
-from .weight import Checkpoint, CheckpointError, Weight
+from .verification import verify
+from .weight import Weight
 
 __all__ = [
     "Checkpoint",

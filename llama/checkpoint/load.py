@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
+from ..files.errors import CheckpointError
 from ..linear import LoadsItself
 from ..model import check_divides
-from ..parallel import SPLIT
-from .names import module_name
-from .weight import Checkpoint, CheckpointError, Weight
+from .inventory import is_held, split_dim
+from .opened import Checkpoint
+from .weight import Weight
 
 MAX_NAMED = 8
 NUM_READERS = 4
@@ -51,19 +52,6 @@ def load_weights(
             done += weight.nbytes
             if progress:
                 progress(done, total)
-
-
-def split_dim(name: str) -> int | None:
-    """The dimension along which this weight or bias is cut over ranks; None: every rank has it whole."""
-    dim = SPLIT.get(module_name(name))
-    if name.endswith(".bias"):
-        return 0 if dim == 0 else None
-    return dim
-
-
-def is_held(name: str, rank: int) -> bool:
-    """Whether this rank has any of this weight: a bias after a cut along columns is rank 0's alone to add."""
-    return rank == 0 or not (name.endswith(".bias") and SPLIT.get(module_name(name)) == 1)
 
 
 def match(model: nn.Module, checkpoint: Checkpoint, rank: int, world_size: int) -> list[Weight]:

@@ -8,11 +8,10 @@ from dataclasses import replace
 import torch
 
 from ..quantization import FORMATS, has_kernels
-from .load import split_dim
-from .names import module_name
-from .weight import Checkpoint, Weight
+from .inventory import is_linear, split_dim
+from .opened import Checkpoint
+from .weight import Weight
 
-LINEARS = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "output")
 DENSE = "none"  # the quantization that unpacks what is stored in blocks
 
 
@@ -36,11 +35,6 @@ def packed_modules(
         for weight in checkpoint.weights()
         if (is_linear(weight.name) if quantization else keeps_blocks(weight, world_size, device))
     }
-
-
-def is_linear(name: str) -> bool:
-    """Whether this is the matrix of a linear layer."""
-    return name.endswith(".weight") and module_name(name) in LINEARS
 
 
 def keeps_blocks(weight: Weight, world_size: int = 1, device: torch.device | str = "cpu") -> bool:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..files.errors import CheckpointError, shown
+from ..files.json import read_json
 from ..model import ModelArgs
 from ..rotary import LinearScaling, Llama3Scaling, RopeScaling
 
 MAX_INT = 2**31 - 1
 MAX_LAYERS = 10_000
+MAX_NUMBERS = 2**40  # of one weight
 REQUIRED = object()
 """As a default: the key must be there."""
 
@@ -94,30 +98,58 @@ class Settings:
 def rope_scaling(settings: Settings, default_original: int | None = None) -> RopeScaling | None:
     """Rope scaling from Hugging Face's keys, old (`type`) and new (`rope_type`) spelling alike.
 
-    Raises CheckpointError for kinds other than "default", "linear" and "llama3".
+    Raises CheckpointError for kinds that are not in ROPE_KINDS.
     """
     kind = settings.text("rope_type") or settings.text("type") or "default"
     settings.ignore("type")
     settings.refuse("partial_rotary_factor", 1.0)
-    if kind == "default":
-        settings.ignore("factor", "original_max_position_embeddings")
-        return None
-    if kind == "linear":
-        settings.ignore("original_max_position_embeddings")
-        return LinearScaling(settings.number("factor", REQUIRED))
-    if kind == "llama3":
-        original = settings.integer("original_max_position_embeddings", default_original)
-        if original is None:
-            raise CheckpointError(
-                f"{settings.file}: {settings.prefix}original_max_position_embeddings is missing"
-            )
-        low, high = settings.number("low_freq_factor", 1.0), settings.number("high_freq_factor", 4.0)
-        if low >= high:
-            raise settings.error("high_freq_factor", high, f"more than low_freq_factor ({low:g}) is needed")
-        return Llama3Scaling(settings.number("factor", REQUIRED), low, high, original)
-    raise CheckpointError(
-        f"{settings.file}: rope scaling {shown(kind)} is not supported; default, linear and llama3 are"
-    )
+    if kind not in ROPE_KINDS:
+        *names, last = ROPE_KINDS
+        raise CheckpointError(
+            f"{settings.file}: rope scaling {shown(kind)} is not supported; {', '.join(names)} and {last} are"
+        )
+    return ROPE_KINDS[kind](settings, default_original)
+
+
+def _no_scaling(settings: Settings, default_original: int | None) -> None:
+    settings.ignore("factor", "original_max_position_embeddings")
+
+
+def _linear(settings: Settings, default_original: int | None) -> LinearScaling:
+    settings.ignore("original_max_position_embeddings")
+    return LinearScaling(settings.number("factor", REQUIRED))
+
+
+def _llama3(settings: Settings, default_original: int | None) -> Llama3Scaling:
+    original = settings.integer("original_max_position_embeddings", default_original)
+    if original is None:
+        raise CheckpointError(
+            f"{settings.file}: {settings.prefix}original_max_position_embeddings is missing"
+        )
+    low, high = settings.number("low_freq_factor", 1.0), settings.number("high_freq_factor", 4.0)
+    if low >= high:
+        raise settings.error("high_freq_factor", high, f"more than low_freq_factor ({low:g}) is needed")
+    return Llama3Scaling(settings.number("factor", REQUIRED), low, high, original)
+
+
+ROPE_KINDS: dict[str, Callable[[Settings, int | None], RopeScaling | None]] = {
+    "default": _no_scaling,
+    "linear": _linear,
+    "llama3": _llama3,
+}
+
+
+def rope_section(scaling: RopeScaling) -> dict[str, Any]:
+    """Rope scaling in Hugging Face's words, for old and new readers."""
+    names = {"original_max_seq_len": "original_max_position_embeddings"}
+    fields = {names.get(name, name): value for name, value in asdict(scaling).items()}
+    return {"rope_type": scaling.kind, "type": scaling.kind} | fields
+
+
+def generation_config(folder: Path) -> tuple[dict[str, float], tuple[int, ...], int | None]:
+    """What `generation_settings` finds in a directory's generation_config.json, if there is one."""
+    file = folder / "generation_config.json"
+    return generation_settings(Settings(read_json(file), file)) if file.is_file() else ({}, (), None)
 
 
 def generation_settings(settings: Settings) -> tuple[dict[str, float], tuple[int, ...], int | None]:
@@ -135,9 +167,14 @@ def generation_settings(settings: Settings) -> tuple[dict[str, float], tuple[int
     return defaults, settings.ids("eos_token_id"), settings.integer("max_length", low=0) or None
 
 
-def check_args(args: ModelArgs, file: Path) -> ModelArgs:
+def validate_args(args: ModelArgs, file: Path) -> ModelArgs:
     """`args` if a model can have this shape; raises CheckpointError that names what does not fit."""
+    largest = args.dim * max(args.hidden_dim, args.vocab_size, args.n_heads * args.head_dim)
     problems = [
+        (
+            largest > MAX_NUMBERS,
+            f"its largest weight would have {largest} numbers; up to {MAX_NUMBERS} are allowed",
+        ),
         (args.n_layers > MAX_LAYERS, f"{args.n_layers} layers; up to {MAX_LAYERS} are allowed"),
         (
             args.n_heads % args.n_kv_heads,

@@ -5,26 +5,17 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from ..files.errors import CheckpointError, Finding
+from .formats import recognise
 from .hub import resolve
-from .huggingface import INDEXES, weight_files
-from .opening import open_checkpoint
-from .shapes import expected_shapes
-from .weight import Checkpoint, CheckpointError, Weight
+from .inventory import expected_shapes
+from .opened import Checkpoint
+from .weight import Weight
 
 CHECKLISTS = ("checklist.chk", "tokenizer_checklist.chk")
 _LINE = re.compile(r"([0-9a-f]{32})[ *]+([\w.-]+)")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that was checked."""
-
-    ok: bool
-    subject: str
-    message: str
 
 
 def verify(path: str | Path) -> Iterator[Finding]:
@@ -36,13 +27,13 @@ def verify(path: str | Path) -> Iterator[Finding]:
     if path.is_dir():
         yield from _checklists(path)
     try:
-        checkpoint = open_checkpoint(path)
+        row = recognise(path)
+        checkpoint = row.open(path)
     except CheckpointError as error:
         yield Finding(False, path.name, str(error))
         return
     yield Finding(True, path.name, f"{checkpoint.format} checkpoint, headers are sound")
-    if checkpoint.format == "hf":
-        yield from _index(path)
+    yield from row.verify(path)
     yield from _shapes(checkpoint)
     yield from _values(checkpoint)
 
@@ -69,21 +60,6 @@ def _sums(checklist: Path) -> Iterator[Finding]:
         with open(file, "rb") as data:
             found = hashlib.file_digest(data, "md5").hexdigest()
         yield Finding(found == entry[1], entry[2], f"md5 {found}, expected {entry[1]}")
-
-
-def _index(path: Path) -> Iterator[Finding]:
-    """Weight files that an index leaves out; what it lists and is missing fails on opening already."""
-    index = next((path / name for name in INDEXES if (path / name).is_file()), None)
-    if index is None:
-        return
-    listed = {file.name for file in weight_files(path)}
-    stray = sorted(
-        file.name for file in path.glob(f"*{Path(next(iter(listed))).suffix}") if file.name not in listed
-    )
-    message = f"lists every tensor of {len(listed)} files" + (
-        f", but not {', '.join(stray)}" if stray else ""
-    )
-    yield Finding(not stray, index.name, message)
 
 
 def _shapes(checkpoint: Checkpoint) -> Iterator[Finding]:

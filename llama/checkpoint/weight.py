@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..files.errors import CheckpointError
-from ..model import ModelArgs
+from ..files.writing import Entry
 from .arrays import Array, PackedArray
 
 
@@ -116,6 +116,10 @@ class Weight:
             )
         return self._read(self.array.packed, dim, start, stop), self.stored
 
+    def entry(self, name: str, dtype: torch.dtype) -> Entry:
+        """What a file to be written says of it, under another name and in another type."""
+        return Entry(name, self.shape, dtype, self.read)
+
     def _read(self, read: Callable[..., Any], dim: int | None, start: int, stop: int | None) -> Any:
         """What `read` gives for a part of this part."""
         dim = (self.cut[0] if self.cut else 0) if dim is None else dim
@@ -135,36 +139,3 @@ class Weight:
             return work(*arguments)
         except CheckpointError as error:
             raise CheckpointError(f"{self.file}: {self.name}: {error}") from error
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """An opened checkpoint: its shape and settings are parsed, its weights are headers only until they are read."""
-
-    path: Path
-    format: str
-    """"meta", "hf" or "gguf"."""
-    args: ModelArgs
-    """`max_seq_len` is the model's context where the checkpoint or its family tells it."""
-    weights: Callable[[], Iterator[Weight]]
-    """A new iterator over all weights, in canonical names and rotary order."""
-    dtype: torch.dtype | None
-    """The type that most stored bytes have; None where low-bit blocks dominate."""
-    tokenizer_path: Path | None = None
-    generation_defaults: dict[str, float] = field(default_factory=dict)
-    """`temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`, as far as the checkpoint gives them."""
-    stop_ids: tuple[int, ...] = ()
-    unknown_keys: tuple[str, ...] = ()
-    """Settings that nothing here reads, for the loader to print."""
-    settings: dict[str, Any] = field(default_factory=dict)
-    """The parsed header as it was found: params.json, config.json or scalar GGUF metadata."""
-
-
-def dominant_dtype(weights: Iterator[Weight]) -> torch.dtype | None:
-    """The torch type holding most of the stored bytes; None for low-bit blocks."""
-    totals: dict[str, int] = {}
-    for weight in weights:
-        totals[weight.stored] = totals.get(weight.stored, 0) + weight.nbytes
-    most = max(totals, key=lambda stored: totals[stored], default="float32")
-    dtype = getattr(torch, most, None)
-    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None

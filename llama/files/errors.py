@@ -1,7 +1,8 @@
-"""What is raised for a file that cannot be read or written, and how values from one are shown."""
+"""What is said of a file: why it cannot be read or written, what was found in it, and values from it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 MAX_LINE = 2000
@@ -22,3 +23,12 @@ def shown(value: Any) -> str:
     """A value from a file, short enough for one line of an error."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was checked in a file."""
+
+    ok: bool
+    subject: str
+    message: str

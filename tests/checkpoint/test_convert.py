@@ -29,7 +29,7 @@ from support.checkpoints import (
 
 from llama.checkpoint import CheckpointError, convert, default_model, legacy_source, open_checkpoint, verify
 from llama.checkpoint.conversion import parse_size
-from llama.checkpoint.to_meta import hidden_rounding
+from llama.checkpoint.formats.meta import hidden_rounding
 from llama.checkpoint.tokenizer_files import TokenizerFiles
 from llama.files.gguf import write_gguf as write_container
 from llama.files.staging import staged

@@ -73,7 +73,7 @@ def test_every_ggml_type_is_read_as_the_gguf_package_reads_it(tmp_path, kind):
     with np.errstate(all="ignore"):  # random blocks hold infinite scales
         expected = torch.from_numpy(np.array(gguf.quants.dequantize(packed, kind)))
 
-    from llama.checkpoint.gguf import Blocks, array_of
+    from llama.checkpoint.formats.gguf import Blocks, array_of
 
     array = array_of(file, header)
     whole = array.read(0, 0, rows).float()
@@ -99,7 +99,7 @@ def test_float64_is_read(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    from llama.checkpoint.gguf import array_of
+    from llama.checkpoint.formats.gguf import array_of
 
     file = GGUFFile(path)
     assert torch.equal(array_of(file, file.tensors["x"]).read(0, 0, 3), data)

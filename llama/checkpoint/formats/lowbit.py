@@ -1,0 +1,157 @@
+"""Low-bit directories, both ways: Hugging Face's, with linears in blocks, whose format config.json names.
+
+Ours name it under `quantization`, BigDL-LLM 2.4's under `bigdl_transformers_low_bit`. A packed weight is uint8 in the
+published layout of its format (`llama/kernels/layouts.py`), (rows, bytes of a row); BigDL-LLM flattens it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...files.errors import CheckpointError
+from ...files.json import json_bytes
+from ...files.tensor_file import TensorFile
+from ...files.writing import Entry, Plan
+from ...model import ModelArgs
+from ...quantization import FORMATS, Format
+from ..arrays import Array, Mapped, PackedArray
+from ..inventory import FROM_HF, TO_HF, deinterleave, expected_shapes, is_linear, is_rotary, module_of, rename
+from ..opened import Checkpoint
+from ..packing import untied
+from ..settings import Settings
+from ..tokenizer_files import TokenizerFiles
+from ..weight import Weight
+from .huggingface import (
+    Stored,
+    config_settings,
+    is_huggingface,
+    open_huggingface,
+    plain_arrays,
+    plan_huggingface,
+)
+
+KEYS = ("quantization", "bigdl_transformers_low_bit")  # ours, BigDL-LLM's
+
+
+@dataclass(frozen=True)
+class LowBitMatrix(PackedArray):
+    """A matrix in blocks of one of FORMATS; `read` dequantizes it to float32."""
+
+    blocks: Array  # uint8 (rows, bytes of a row)
+    form: Format
+
+    @property
+    def format(self) -> str:
+        return self.form.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.blocks.shape[0], self.blocks.shape[1] // self.form.block_bytes * self.form.block
+
+    @property
+    def stored(self) -> str:
+        return self.format
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes
+
+    def read(self, dim: int, start: int, stop: int) -> Tensor:
+        if dim == 0:
+            return self.form.dequantize(self.packed(0, start, stop))
+        return self.form.dequantize(self.packed(0, 0, self.shape[0])).narrow(1, start, stop - start)
+
+    def reordered(self, head_dim: int, reorder: Callable[[Tensor, int], Tensor]) -> LowBitMatrix:
+        return replace(self, blocks=self.blocks.reordered(head_dim, reorder))
+
+    def packed(self, dim: int, start: int, stop: int) -> Tensor:
+        if dim == 0:
+            return self.blocks.read(0, start, stop)
+        block, scale = self.form.block, self.form.block_bytes
+        if start % block or stop % block:
+            raise CheckpointError(
+                f"columns {start} to {stop} are not whole {self.format} blocks of {block}: "
+                "use fewer ranks, or another format"
+            )
+        return self.blocks.read(1, start // block * scale, stop // block * scale).contiguous()
+
+
+def is_lowbit(path: Path) -> bool:
+    """Whether `path` is a directory whose config.json names a low-bit format."""
+    return is_huggingface(path) and any(config_settings(path).values.get(key) is not None for key in KEYS)
+
+
+def open_lowbit(path: Path) -> Checkpoint:
+    """Opens a low-bit directory."""
+    return open_huggingface(path, _arrays)
+
+
+def _arrays(settings: Settings, args: ModelArgs, files: list[TensorFile]) -> Iterator[Stored]:
+    """Bytes of a matrix as blocks of the format that config.json names."""
+    form = _format(settings)
+    one_layer = expected_shapes(replace(args, n_layers=1, tie_word_embeddings=False))
+    rows = {module_of(name): shape[0] for name, shape in one_layer if len(shape) == 2}
+    for name, array, file in plain_arrays(settings, args, files):
+        module = module_of(rename(name, FROM_HF) or name)
+        if array.dtype == torch.uint8 and module in rows:
+            array = LowBitMatrix(as_matrix(array, rows[module], f"{file}: {name}"), form)
+        yield name, array, file
+
+
+def _format(settings: Settings) -> Format:
+    found = [name for key in KEYS if (name := settings.text(key)) is not None]
+    for name in found:
+        if name not in FORMATS:
+            raise CheckpointError(
+                f"{settings.file}: the low-bit format {name!r} is not supported; {', '.join(FORMATS)} are"
+            )
+    return FORMATS[found[0]]
+
+
+def as_matrix(array: Array, rows: int, what: str) -> Array:
+    """BigDL-LLM's flat blocks as (rows, bytes of a row). Raises CheckpointError where they are not whole rows."""
+    if len(array.shape) == 2:
+        return array
+    if not isinstance(array, Mapped) or array.shape[0] % rows:
+        raise CheckpointError(f"{what}: {array.shape[0]} bytes are not {rows} rows of low-bit blocks")
+    return Mapped(array.tensor.view(rows, -1), array.check)
+
+
+def plan_lowbit(checkpoint: Checkpoint, tokenizer: TokenizerFiles | None, *, type: str) -> Plan:
+    """A Hugging Face directory with every linear packed, the output layer too; it gets a matrix of its own.
+
+    Embeddings, norms and biases stay as they are. Weights that are stored in this format already are taken as they
+    are. Raises LowBitError where the columns are not whole blocks.
+    """
+    checkpoint = untied(checkpoint)
+    weights = {rename(weight.name, TO_HF): weight for weight in checkpoint.weights()}
+    embedding = weights[rename("tok_embeddings.weight", TO_HF)]
+    dtype = torch.bfloat16 if embedding.is_packed else embedding.dtype
+    plan = plan_huggingface(checkpoint, tokenizer, dtype=dtype)
+    for file, entries in plan.tensor_files.items():
+        plan.tensor_files[file] = [
+            _packed_entry(entry, weights[entry.name], FORMATS[type], checkpoint.args.head_dim)
+            if entry.name in weights and is_linear(weights[entry.name].name)
+            else entry
+            for entry in entries
+        ]
+    config = json.loads(plan.small_files["config.json"])
+    plan.small_files["config.json"] = json_bytes(config | {KEYS[0]: type})
+    return plan
+
+
+def _packed_entry(entry: Entry, weight: Weight, form: Format, head_dim: int) -> Entry:
+    """The packed form of a linear's matrix that would be written."""
+
+    def read() -> Tensor:
+        packed = weight.read_packed()[0] if weight.format == form.name else form.quantize(weight.read())
+        return deinterleave(packed, head_dim).flatten(0, 2) if is_rotary(weight.name) else packed
+
+    rows, columns = weight.shape
+    return replace(entry, shape=(rows, form.packed_columns(columns)), dtype=torch.uint8, read=read)

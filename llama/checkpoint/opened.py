@@ -1,0 +1,116 @@
+"""An opened checkpoint, and what every reader ends with to make one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files.errors import CheckpointError
+from ..model import ModelArgs
+from .settings import Settings
+from .weight import Weight
+
+_LAYER = re.compile(r"layers\.(\d{1,6})\.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint: its shape and settings are parsed, its weights are headers only until they are read."""
+
+    path: Path
+    format: str
+    """"meta", "hf" or "gguf"."""
+    args: ModelArgs
+    """`max_seq_len` is the model's context where the checkpoint or its family tells it."""
+    weights: Callable[[], Iterator[Weight]]
+    """A new iterator over all weights, in canonical names and rotary order."""
+    dtype: torch.dtype | None
+    """The type that most stored bytes have; None where low-bit blocks dominate."""
+    tokenizer_path: Path | None = None
+    generation_defaults: dict[str, float] = field(default_factory=dict)
+    """`temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`, as far as the checkpoint gives them."""
+    stop_ids: tuple[int, ...] = ()
+    unknown_keys: tuple[str, ...] = ()
+    """Settings that nothing here reads, for the loader to print."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The parsed header as it was found: params.json, config.json or scalar GGUF metadata."""
+
+
+def assemble(
+    path: Path,
+    format: str,
+    args: ModelArgs,
+    weights: Sequence[Weight],
+    settings: Settings,
+    *,
+    tied: bool,
+    **more: Any,
+) -> Checkpoint:
+    """A checkpoint of weights under canonical names, once their number and the config agree.
+
+    The weights say which biases there are, and whether the output layer is the embedding; where there is no output
+    layer, `tied` does. Raises CheckpointError for weights that occur twice and layers that are not stored.
+    """
+    validate_layers(args, weights, settings.file)
+    by_name = {weight.name: weight for weight in weights}
+    for weight in weights:
+        if by_name[weight.name] is not weight:
+            raise CheckpointError(f"{weight.file}: {weight.name}: occurs twice")
+    if "output.weight" in by_name:
+        tied = is_tied(by_name)
+    if tied:
+        by_name.pop("output.weight", None)
+    args = replace(
+        args,
+        tie_word_embeddings=tied,
+        attention_bias="layers.0.attention.wq.bias" in by_name,
+        attention_output_bias="layers.0.attention.wo.bias" in by_name,
+        mlp_bias=args.mlp_bias or "layers.0.feed_forward.w1.bias" in by_name,
+    )
+    return Checkpoint(
+        path,
+        format,
+        args,
+        weights=lambda: iter(by_name.values()),
+        dtype=dominant_dtype(by_name.values()),
+        unknown_keys=settings.unknown,
+        settings=settings.values,
+        **more,
+    )
+
+
+def validate_layers(args: ModelArgs, weights: Sequence[Weight], file: Path) -> None:
+    """Raises CheckpointError if the config says more layers than weights are stored for.
+
+    It is the one number that decides how much is built before any weight is looked at.
+    """
+    found = (_LAYER.match(weight.name) for weight in weights)
+    stored = max((int(match[1]) + 1 for match in found if match), default=0)
+    if args.n_layers > stored:
+        raise CheckpointError(f"{file}: the config says {args.n_layers} layers, but {stored} are stored")
+
+
+def is_tied(weights: dict[str, Weight]) -> bool:
+    """Whether the stored output layer has the values of the embedding."""
+    output, embedding = weights["output.weight"], weights.get("tok_embeddings.weight")
+    if embedding is None or (output.shape, output.stored) != (embedding.shape, embedding.stored):
+        return False
+    few = min(16, output.shape[0])
+    return torch.equal(output.read(0, 0, few), embedding.read(0, 0, few)) and torch.equal(
+        output.read(), embedding.read()
+    )
+
+
+def dominant_dtype(weights: Iterable[Weight]) -> torch.dtype | None:
+    """The torch type holding most of the stored bytes; None for low-bit blocks."""
+    totals: dict[str, int] = {}
+    for weight in weights:
+        totals[weight.stored] = totals.get(weight.stored, 0) + weight.nbytes
+    most = max(totals, key=lambda stored: totals[stored], default="float32")
+    dtype = getattr(torch, most, None)
+    return dtype if isinstance(dtype, torch.dtype) and dtype.is_floating_point else None

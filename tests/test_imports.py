@@ -49,6 +49,9 @@ NEIGHBOURS = {
     ("chat", "chat"),
     ("checkpoint", "checkpoint"),
     ("files", "files"),
+    ("tokenizer", "files"),
+    ("vocabulary", "files"),
+    ("vocabulary", "vocabulary"),
     ("kernels", "kernels"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

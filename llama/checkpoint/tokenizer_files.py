@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files.gguf import BOOL, FLOAT32, INT32, STRING, UINT8, UINT32, Value
+from ..files.gguf import Value
 from ..files.json import json_bytes
 from ..tokenizer import Tokenizer
-from ..vocabulary import (
-    BYTE_OF_CHAR,
-    PRE_TOKENIZERS,
-    TokenizerJson,
-    TokenType,
-    Vocabulary,
-    proto_from_vocabulary,
-)
+from ..vocabulary import TokenType
+from ..vocabulary.gguf import as_value
+from ..vocabulary.sentencepiece import write_proto
+from ..vocabulary.tiktoken import is_ranked, write_ranks
+from ..vocabulary.tokenizer_json import write_spec
 
 NAMES = ("tokenizer.model", "tokenizer.json")
 HF_NAMES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja",
 )  # fmt: skip
-NUM_LLAMA3_CONTROLS = 256
 
 
 def find_tokenizer(path: Path, names: tuple[str, ...] = NAMES) -> Path | None:
@@ -73,8 +67,8 @@ class TokenizerFiles:
         if self.is_sentencepiece:
             return {"tokenizer.model": self._proto or self._proto_from_pieces()} | template
         vocabulary = self.tokenizer.vocabulary()
-        if _is_llama3(vocabulary):
-            return {"tokenizer.model": b"".join(_tiktoken_lines(vocabulary))} | template
+        if is_ranked(vocabulary):
+            return {"tokenizer.model": write_ranks(vocabulary)} | template
         return self.for_huggingface()
 
     def for_huggingface(self) -> dict[str, bytes]:
@@ -91,8 +85,7 @@ class TokenizerFiles:
                 "no tokenizer.json is written for a sentencepiece model that normalizes text"
             )
             return files
-        spec = self._pieces_spec(vocabulary) if vocabulary.kind == "spm" else _byte_level_spec(vocabulary)
-        spec["post_processor"] = self._bos_in_front(vocabulary, spec.get("post_processor"))
+        spec = write_spec(vocabulary, self.tokenizer.bos_id if self.tokenizer.add_bos else None)
         return files | {"tokenizer.json": json_bytes(spec)}
 
     def for_gguf(self, vocab_size: int, stop_ids: tuple[int, ...]) -> dict[str, Value]:
@@ -113,7 +106,7 @@ class TokenizerFiles:
         others = [id for id in stop_ids if id != self.tokenizer.eos_id]
         for name, id in zip(("eot", "eom"), others, strict=False):
             fields[f"tokenizer.ggml.{name}_token_id"] = id
-        return {key: _value(key, value) for key, value in fields.items()}
+        return {key: as_value(key, value) for key, value in fields.items()}
 
     def _config(self) -> dict[str, Any]:
         """tokenizer_config.json, for a tokenizer.json to be used as it is."""
@@ -134,123 +127,12 @@ class TokenizerFiles:
     def _proto_from_pieces(self) -> bytes:
         """A sentencepiece model from a tokenizer.json of pieces."""
         vocabulary = self.tokenizer.vocabulary()
-        unknown = vocabulary.types.index(TokenType.UNKNOWN) if TokenType.UNKNOWN in vocabulary.types else 0
+        unknown = next(iter(vocabulary.of_type(TokenType.UNKNOWN).values()), 0)
         ids = {"unk": unknown, "bos": self.tokenizer.bos_id, "eos": self.tokenizer.eos_id, "pad": -1}
-        return proto_from_vocabulary(vocabulary, ids)
-
-    def _pieces_spec(self, vocabulary: Vocabulary) -> dict[str, Any]:
-        """A sentencepiece vocabulary as a tokenizer.json: byte-fallback BPE, as transformers writes Llama's."""
-        unknown = next(
-            (t for t, kind in zip(vocabulary.tokens, vocabulary.types, strict=True) if kind == 2), None
-        )
-        prepend = [{"type": "Prepend", "prepend": "▁"}] if vocabulary.add_space_prefix else []
-        strip = (
-            [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if vocabulary.add_space_prefix else []
-        )
-        spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-        back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
-        return {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": _added_tokens(vocabulary),
-            "normalizer": {"type": "Sequence", "normalizers": [*prepend, spaces]},
-            "pre_tokenizer": None,
-            "decoder": {
-                "type": "Sequence",
-                "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
-            },
-            "model": {
-                "type": "BPE",
-                "dropout": None,
-                "unk_token": unknown,
-                "continuing_subword_prefix": None,
-                "end_of_word_suffix": None,
-                "fuse_unk": True,
-                "byte_fallback": True,
-                "ignore_merges": False,
-                "vocab": {token: id for id, token in enumerate(vocabulary.tokens)},
-                "merges": [list(pair) for pair in _merges(vocabulary)],
-            },
-        }
-
-    def _bos_in_front(self, vocabulary: Vocabulary, otherwise: Any) -> Any:
-        """The post-processor that puts BOS in front of a text, where this tokenizer does."""
-        if not self.tokenizer.add_bos:
-            return otherwise
-        bos = vocabulary.tokens[self.tokenizer.bos_id]
-        first = {"SpecialToken": {"id": bos, "type_id": 0}}
-        text, pair = ({"Sequence": {"id": name, "type_id": kind}} for name, kind in (("A", 0), ("B", 1)))
-        return {
-            "type": "TemplateProcessing",
-            "single": [first, text],
-            "pair": [first, text, {"SpecialToken": {"id": bos, "type_id": 1}}, pair],
-            "special_tokens": {bos: {"id": bos, "ids": [self.tokenizer.bos_id], "tokens": [bos]}},
-        }
+        return write_proto(vocabulary, ids)
 
 
 def _sentencepiece(path: Path) -> bytes | None:
     """The sentencepiece model at `path`; None for a file of another kind."""
     model = Tokenizer(str(path)).sp_model
     return None if model is None else path.read_bytes()
-
-
-def _merges(vocabulary: Vocabulary) -> Iterator[tuple[str, str]]:
-    """Pairs of pieces that make a piece, the best score first: how sentencepiece joins, as a list of merges."""
-    usable = {TokenType.NORMAL, TokenType.USER_DEFINED, TokenType.UNUSED}
-    rows = zip(vocabulary.tokens, vocabulary.scores, vocabulary.types, strict=True)
-    scores = {token: score for token, score, kind in rows if kind in usable}
-    pairs = (
-        (-score, token[:cut], token[cut:])
-        for token, score in scores.items()
-        for cut in range(1, len(token))
-        if token[:cut] in scores and token[cut:] in scores
-    )
-    return ((left, right) for _, left, right in sorted(pairs))
-
-
-def _byte_level_spec(vocabulary: Vocabulary) -> dict[str, Any]:
-    """A byte-level vocabulary as a tokenizer.json with every token, also the control ones, under its own id."""
-    spec = TokenizerJson.from_vocabulary(vocabulary, PRE_TOKENIZERS[vocabulary.pre]).spec
-    model = spec["model"] | {"vocab": {token: id for id, token in enumerate(vocabulary.tokens)}}
-    return {"truncation": None, "padding": None, "normalizer": None} | spec | {"model": model}
-
-
-def _added_tokens(vocabulary: Vocabulary) -> list[dict[str, Any]]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    kinds = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
-    return [
-        {"id": id, "content": token, **flags, "special": kind != TokenType.USER_DEFINED}
-        for id, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.types, strict=True))
-        if kind in kinds
-    ]
-
-
-def _is_llama3(vocabulary: Vocabulary) -> bool:
-    """Whether Meta's tiktoken file can hold this: tokens ranked in the order of their merges, then 256 controls."""
-    count = len(vocabulary.tokens) - NUM_LLAMA3_CONTROLS
-    if vocabulary.pre != "llama-bpe" or count < 256:
-        return False
-    ids = {token: id for id, token in enumerate(vocabulary.tokens)}
-    made = [ids.get(merge.replace(" ", ""), -1) for merge in vocabulary.merges]
-    kinds_fit = all(kind == TokenType.NORMAL for kind in vocabulary.types[:count]) and all(
-        kind != TokenType.NORMAL for kind in vocabulary.types[count:]
-    )
-    return kinds_fit and made == sorted(made)
-
-
-def _tiktoken_lines(vocabulary: Vocabulary) -> Iterator[bytes]:
-    for rank, token in enumerate(vocabulary.tokens[:-NUM_LLAMA3_CONTROLS]):
-        data = bytes(BYTE_OF_CHAR[char] for char in token)
-        yield base64.b64encode(data) + b" %d\n" % rank
-
-
-def _value(key: str, value: Any) -> Value:
-    """A metadata value in the GGUF type that llama.cpp expects for it."""
-    kinds = {str: STRING, bool: BOOL, int: UINT32, float: FLOAT32}
-    if not isinstance(value, list):
-        return Value(kinds[type(value)], value)
-    if key.endswith("charsmap"):
-        return Value(UINT8, value)
-    first = value[0] if value else 0
-    return Value({str: STRING, float: FLOAT32}.get(type(first), INT32), value)

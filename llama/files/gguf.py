@@ -6,9 +6,10 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from mmap import mmap
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from .mapped import MappedFile
 from .writing import Entry, Progress
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-UINT8, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 0, 4, 5, 6, 7, 8, 9
+UINT8, INT8, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = 0, 1, 4, 5, 6, 7, 8, 9
 MAX_DIMS = 4
 
 BLOCKS: dict[int, tuple[str, int, int]] = {
@@ -50,17 +51,24 @@ class TensorHeader:
 
 @dataclass(frozen=True)
 class LazyArray:
-    """A metadata array that stays in the file until it is asked for."""
+    """A metadata array that stays in the file until it is asked for: bytes `start` to `end`, known to be good."""
 
     file: GGUFFile
     kind: int
     length: int
-    offset: int
+    start: int
+    end: int
 
     def read(self) -> list[Any]:
         """Its values as a Python list."""
-        cursor = _Cursor(self.file, self.offset)
-        return [cursor.value(self.kind) for _ in range(self.length)]
+        self.file.mapped.check()
+        data = self.file.mapped.buffer[self.start : self.end]
+        if self.kind != STRING:
+            return list(struct.unpack(f"<{self.length}{SCALARS[self.kind]}", data))
+        try:
+            return [data[start:end].decode() for start, end in _strings(data, 0, self.length)]
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{self.file.path}: a string that is not UTF-8: {error.reason}") from error
 
 
 class GGUFFile:
@@ -217,11 +225,13 @@ class _Cursor:
             self.skip(length * size)
         elif kind == STRING:
             self.expect(length, 8, "strings")
-            for _ in range(length):
-                self.skip(self.scalar("Q"))
+            ends = [end for _, end in _strings(self.file.mapped.buffer, start, length)]
+            if len(ends) < length or max(ends, default=0) > self.file.mapped.size:
+                raise self.error(f"{length} strings are announced, but the file ends inside them")
+            self.offset = ends[-1] if ends else start
         else:
             raise self.error(f"arrays of metadata type {kind} are not supported")
-        return LazyArray(self.file, kind, length, start)
+        return LazyArray(self.file, kind, length, start, self.offset)
 
 
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
@@ -244,6 +254,18 @@ class Value:
 
     def _scalar(self, value: Any) -> bytes:
         return _string(value) if self.kind == STRING else struct.pack("<" + SCALARS[self.kind], value)
+
+
+def _strings(data: bytes | mmap, at: int, count: int) -> Iterator[tuple[int, int]]:
+    """Where each of `count` strings, one behind the other, starts and ends; fewer where the data ends inside them."""
+    length_at = struct.Struct("<Q").unpack_from
+    last = len(data) - 8
+    for _ in range(count):
+        if at > last:
+            return
+        start = at + 8
+        at = start + length_at(data, at)[0]
+        yield start, at
 
 
 def _string(text: str) -> bytes:

@@ -16,7 +16,8 @@ from torch import Tensor
 from llama.checkpoint import Checkpoint, load_weights, open_checkpoint
 from llama.model import ModelArgs, Transformer
 from llama.parallel import ModelParallel
-from llama.vocabulary import TokenType, Vocabulary, proto_from_vocabulary
+from llama.vocabulary import TokenType, Vocabulary
+from llama.vocabulary.sentencepiece import write_proto
 from support.tiny import tiny_args, tiny_weights
 
 COLUMN_SPLIT = ("wo.weight", "w2.weight")
@@ -201,7 +202,7 @@ def byte_vocabulary(size: int) -> Vocabulary:
 def write_sentencepiece(path: Path, size: int = 264) -> Path:
     """A `tokenizer.model` of `size` tokens."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(proto_from_vocabulary(byte_vocabulary(size), {"unk": 0, "bos": 1, "eos": 2, "pad": -1}))
+    path.write_bytes(write_proto(byte_vocabulary(size), {"unk": 0, "bos": 1, "eos": 2, "pad": -1}))
     return path
 
 

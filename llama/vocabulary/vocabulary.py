@@ -1,0 +1,114 @@
+"""What a vocabulary is, whatever file keeps it, and what each kind of file must give."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from functools import cached_property
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+
+class TokenizerError(ValueError):
+    """A file that holds no vocabulary, or one that is damaged or of an unknown kind."""
+
+
+class TokenType(IntEnum):
+    """What a token is: the numbers that sentencepiece's ModelProto and GGUF's `token_type` share."""
+
+    NORMAL = 1
+    UNKNOWN = 2  # stands for text that the vocabulary cannot express
+    CONTROL = 3
+    USER_DEFINED = 4  # added later, and shown as text
+    UNUSED = 5
+    BYTE = 6  # "<0x41>" in sentencepiece vocabularies
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens by id, with all that another file needs to tokenize alike.
+
+    kind "spm": `tokens` are sentencepiece pieces ("▁" is a space); neighbours that make a piece are joined, the one
+    with the highest of `scores` first.
+    kind "bpe": `tokens` are bytes in GPT-2's printable alphabet, joined by `merges` ("left right", best first) within
+    words that are cut by the rule of `PRE_TOKENIZERS` named `pre`.
+    """
+
+    kind: str
+    tokens: list[str]
+    types: Sequence[int]
+    scores: list[float] = field(default_factory=list)
+    merges: list[str] = field(default_factory=list)
+    pre: str = "default"
+    add_space_prefix: bool = False
+    remove_extra_whitespaces: bool = False
+    charsmap: bytes = b""  # sentencepiece's compiled normalisation; empty in Meta's files
+
+    def of_type(self, *types: TokenType) -> dict[str, int]:
+        """Tokens of these types and their ids, by id."""
+        ids = sorted(id for type in types for id in self._ids_by_type.get(type, ()))
+        return {self.tokens[id]: id for id in ids}
+
+    @cached_property
+    def _ids_by_type(self) -> dict[int, list[int]]:
+        ids: dict[int, list[int]] = {}
+        for id, type in enumerate(self.types):
+            ids.setdefault(type, []).append(id)
+        return ids
+
+    def special_tokens(self) -> dict[str, int]:
+        """Every token that text must not become: control tokens, and added ones.
+
+        An added token that is white space or a single character controls nothing (some vocabularies add runs of
+        spaces), and stays text.
+        """
+        added = self.of_type(TokenType.USER_DEFINED)
+        markup = {token: id for token, id in added.items() if len(token.strip("▁ \t\r\n")) > 1}
+        return self.of_type(TokenType.CONTROL) | markup
+
+
+@dataclass(frozen=True)
+class Controls:
+    """What a file says about the use of its tokens. An id of -1: there is no such token."""
+
+    bos_id: int = -1
+    eos_id: int = -1
+    pad_id: int = -1
+    add_bos: bool = False
+    ends: tuple[int, ...] = ()  # further ids that end a turn
+    chat_template: str | None = None
+
+
+class Stream(Protocol):
+    """Ids to text, one at a time, never half a character."""
+
+    def push(self, id: int) -> str: ...
+
+    def flush(self) -> str: ...
+
+
+class Codec(Protocol):
+    """One way to tokenize. Ids run from 0 to n_words - 1; `special_tokens` are those that text never becomes."""
+
+    n_words: int
+    special_tokens: dict[str, int]
+    sp_model: SentencePieceProcessor | None
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of ordinary text."""
+        ...
+
+    def token_bytes(self, id: int) -> bytes:
+        """The bytes of one token; b"" for control tokens."""
+        ...
+
+    def stream(self) -> Stream:
+        """A decoder at the beginning of a text."""
+        ...
+
+    def vocabulary(self) -> Vocabulary:
+        """All that another file needs to tokenize alike. Raises TokenizerError where GGUF has no means to say it."""
+        ...

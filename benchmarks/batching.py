@@ -9,10 +9,10 @@ side does all of it once a round (--rounds, default 1), one side after the other
 timed. It takes 7 GB of temporary disk and 6 GB of memory. The sides:
 
     llama         Llama.complete with SamplingParams a request; no prompt shares a prefix
-    llama.cpp     BF16 GGUF, all sequences decoded in parallel (`llamacpp_peer.py`); left out without --peer-python
+    llama.cpp     BF16 GGUF, all sequences decoded in parallel (`common/llamacpp.py`); left out without --peer-python
     transformers  its continuous batching, with max_new_tokens a request
-    padded        one batch in the reference's manner (`padded.py`) with 8 of the requests (--padded-requests), of all
-                  lengths; its rate stands for all of them, as if the rest ran in further batches of that size
+    padded        one batch in the reference's manner (`common/padded.py`) with 8 of the requests (--padded-requests),
+                  of all lengths; its rate stands for all of them, as if the rest ran in further batches of that size
 
 The peers run at the best of their settings, found beforehand on a part of the work, which takes some minutes. The
 figure is generated tokens a second. `same first token` is the share of the requests whose first token is this
@@ -27,12 +27,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.util
-import json
 import logging
 import os
 import random
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -40,11 +37,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import Peer, machine, matrix_rate, median, read_bandwidth, report, seconds
-from padded import PaddedModel
+from common.machine import machine, matrix_rate, read_bandwidth
+from common.padded import PaddedModel
+from common.peers import LLAMACPP, Peer
+from common.shapes import TINY, TINYLLAMA, write_model
+from common.timing import median, report, seconds
 
 from llama import Llama, SamplingParams
-from llama.checkpoint import convert, expected_shapes
+from llama.checkpoint import convert
 from llama.model import ModelArgs
 
 TARGETS = {"padded": 8.0, "llama.cpp": 2.5, "transformers": 1.5}
@@ -63,12 +63,12 @@ class Shape:
 
 SHAPES = {
     "1.1B": Shape(
-        ModelArgs(dim=2048, n_layers=22, n_heads=32, n_kv_heads=4, hidden_dim=5632, vocab_size=32000),
+        TINYLLAMA,
         (32, 512),
         (16, 256),
     ),
     "tiny": Shape(
-        ModelArgs(dim=256, n_layers=2, n_heads=8, n_kv_heads=2, hidden_dim=512, vocab_size=32000),
+        TINY,
         (8, 64),
         (4, 16),
     ),
@@ -152,28 +152,6 @@ def make_requests(shape: Shape) -> list[Request]:
     return [Request(number, prompt, rng.randint(*shape.answers)) for number, prompt in enumerate(prompts)]
 
 
-def vocabulary() -> Path:
-    """A sentencepiece file of 32000 tokens, found without importing the package that carries it."""
-    spec = importlib.util.find_spec("mistral_common")
-    if spec is None:
-        raise FileNotFoundError("no vocabulary of 32000 tokens: pip install mistral-common")
-    return Path(spec.submodule_search_locations[0], "data", "tokenizer.model.v1")
-
-
-def write_model(directory: Path, args: ModelArgs) -> None:
-    """A random model in Meta's layout: normal weights of deviation 0.02 in bfloat16, norms of 1."""
-    generator = torch.Generator().manual_seed(0)
-    weights = {name: torch.ones(size, dtype=torch.bfloat16) for name, size in expected_shapes(args)}
-    for weight in weights.values():
-        if weight.dim() == 2:
-            weight.normal_(0, 0.02, generator=generator)
-    directory.mkdir()
-    torch.save(weights, directory / "consolidated.00.pth")
-    names = ("dim", "n_layers", "n_heads", "n_kv_heads", "hidden_dim", "vocab_size", "norm_eps")
-    (directory / "params.json").write_text(json.dumps({name: getattr(args, name) for name in names}))
-    shutil.copy(vocabulary(), directory / "tokenizer.model")
-
-
 # --- the sides: each loads the model, does the work, and lets go of the model
 
 
@@ -199,7 +177,7 @@ def ask_llamacpp(peer: Peer, requests: list[Request], setting: str) -> Outcome:
 
 
 def run_llamacpp(work: Work) -> Outcome:
-    peer = Peer(work.peer_python, "llamacpp_peer.py", torch.get_num_threads())
+    peer = Peer(work.peer_python, LLAMACPP, torch.get_num_threads())
     try:
         peer.ask(load=str(work.directory / "model.gguf"))
         return work.at_best("llama.cpp", FLASH, work.some(8), partial(ask_llamacpp, peer))

@@ -15,11 +15,12 @@ import argparse
 from functools import partial
 
 import torch
-from common import alternate, machine, median, report, seconds
+from common.machine import machine
+from common.shapes import weight_shapes
+from common.timing import alternate, median, report, seconds
+from common.works import add
 
-from llama import Llama, ModelArgs, SamplingParams
-from llama.answer import Query
-from llama.checkpoint import expected_shapes
+from llama import Llama, ModelArgs
 
 TARGET = 1.15
 DTYPE = torch.bfloat16
@@ -28,7 +29,7 @@ WARM_UP = 2  # steps of a stream that are not counted
 
 def weight_bytes(args: ModelArgs) -> int:
     """Bytes of the matrices that a step of one token multiplies with."""
-    sizes = {name: size for name, size in expected_shapes(args) if len(size) == 2}
+    sizes = {name: size for name, size in weight_shapes(args).items() if len(size) == 2}
     if not args.tie_word_embeddings:
         del sizes["tok_embeddings.weight"]
     return DTYPE.itemsize * sum(rows * columns for rows, columns in sizes.values())
@@ -43,8 +44,7 @@ def step_time(llm: Llama, prompt_length: int, num_steps: int) -> float:
     """The median seconds of a decode step behind a new prompt, which is new so that its cache lies in one piece."""
     engine = llm.engine
     prompt = torch.randint(100, llm.model.vocab_size, (prompt_length,)).tolist()
-    params = SamplingParams(temperature=0.0, max_tokens=1 + WARM_UP + num_steps, ignore_eos=True)
-    engine.add(Query(prompt, params.resolve()))
+    add(engine, prompt, 1 + WARM_UP + num_steps)
     while not any(event.token is not None for event in engine.step()):
         pass  # the prompt takes several steps
     for _ in range(WARM_UP):

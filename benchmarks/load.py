@@ -27,7 +27,9 @@ import time
 from pathlib import Path
 
 import torch
-from common import Memory, alternate, machine, median, report
+from common.machine import Memory, machine
+from common.shapes import write_model
+from common.timing import alternate, median, report
 
 from llama.checkpoint import convert, load_weights, open_checkpoint
 from llama.device import DTYPES
@@ -99,22 +101,16 @@ def in_a_process_of_its_own(path: Path, loader: str, dtype: str) -> dict[str, fl
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def write_model(folder: Path, args: argparse.Namespace) -> None:
+def write_both(folder: Path, args: argparse.Namespace) -> None:
     """A random model, as a Hugging Face directory and as Meta's."""
-    shape = ModelArgs(dim=args.dim, n_layers=args.layers, n_heads=args.dim // 64, n_kv_heads=args.dim // 256)
-    shape.vocab_size = args.vocab
-    model = Transformer(shape).to(DTYPES[args.dtype])
-    for parameter in model.parameters():
-        parameter.normal_(std=0.02)
-    (folder / "meta").mkdir()
-    params = {
-        "dim": shape.dim,
-        "n_layers": shape.n_layers,
-        "n_heads": shape.n_heads,
-        "n_kv_heads": shape.n_kv_heads,
-    }
-    (folder / "meta" / "params.json").write_text(json.dumps(params | {"vocab_size": -1, "norm_eps": 1e-5}))
-    torch.save(model.state_dict(), folder / "meta" / "consolidated.00.pth")
+    shape = ModelArgs(
+        dim=args.dim,
+        n_layers=args.layers,
+        n_heads=args.dim // 64,
+        n_kv_heads=args.dim // 256,
+        vocab_size=args.vocab,
+    )
+    write_model(folder / "meta", shape, DTYPES[args.dtype], tokenizer=False)
     convert(folder / "meta", folder / "hf", "hf", max_shard_size="1000GB")
 
 
@@ -141,7 +137,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(folder, args)
+        write_both(folder, args)
         seconds = alternate(args.rounds, **{name: lambda name=name: side(name) for name in SIDES})
     show(args, seconds, found)
 

@@ -21,56 +21,26 @@ from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
-from common import DTYPE, Peer, alternate, machine, matrix_rate, median, read_bandwidth, report, seconds
+from common.machine import DTYPE, machine, matrix_rate, read_bandwidth
+from common.peers import GGML, TWINS, Peer
+from common.shapes import SMOLLM2, TINYLLAMA, fused_linears, separate_linears
+from common.timing import alternate, median, report, seconds
 
 from llama.kernels import lowbit
 from llama.linear import Linear
+from llama.model import ModelArgs
 from llama.quantization import FORMATS, LowBitLinear
 
-PEERS = {
-    **{"sym_int4": "q4_0", "asym_int4": "q4_1", "sym_int5": "q5_0", "asym_int5": "q5_1", "sym_int8": "q8_0"},
-    **{"nf4": "q4_0", "q4_0": "q4_0", "q4_1": "q4_1", "q5_0": "q5_0", "q5_1": "q5_1", "q8_0": "q8_0"},
-    **{"q4_k": "q4_k", "q6_k": "q6_k", "zero_int4": "q4_1"},
-}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A model's linear layers: how many layers, and their widths."""
-
-    layers: int
-    dim: int
-    kv_dim: int
-    hidden: int
-    vocab: int
-
-    def fused(self) -> list[tuple[int, int]]:
-        """(rows, columns) with wq, wk, wv in one product and w1, w3 in one, the output layer last."""
-        dim, hidden = self.dim, self.hidden
-        block = [(dim + 2 * self.kv_dim, dim), (dim, dim), (2 * hidden, dim), (dim, hidden)]
-        return block * self.layers + [(self.vocab, dim)]
-
-    def separate(self) -> list[tuple[int, int]]:
-        """(rows, columns) of the same layers, each by itself."""
-        dim, hidden = self.dim, self.hidden
-        qkv = [(dim, dim), (self.kv_dim, dim), (self.kv_dim, dim)]
-        block = [*qkv, (dim, dim), (hidden, dim), (hidden, dim), (dim, hidden)]
-        return block * self.layers + [(self.vocab, dim)]
-
-
-SHAPES = {
-    "tinyllama-1.1b": Shape(22, 2048, 256, 5632, 32000),
-    "smollm2-135m": Shape(30, 576, 192, 1536, 49152),
-}
+SHAPES = {"tinyllama-1.1b": TINYLLAMA, "smollm2-135m": SMOLLM2}
 
 
 class Ours:
     """Random packed weights of every fused shape, ready to run."""
 
-    def __init__(self, name: str, shape: Shape, variant: str) -> None:
+    def __init__(self, name: str, shape: ModelArgs, variant: str) -> None:
         generator = torch.Generator().manual_seed(0)
         self.linears = []
-        for rows, columns in shape.fused():
+        for rows, columns in fused_linears(shape):
             # not random bytes: a float32 scale among them may be too small to multiply at full speed
             linear = LowBitLinear.from_weight(name, torch.randn(rows, columns, generator=generator)).prepare()
             linear.variant = variant
@@ -86,8 +56,8 @@ class Ours:
 class Unpacked:
     """Our own unpacked linears at the same shapes; one layer, counted per layer."""
 
-    def __init__(self, shape: Shape) -> None:
-        self.counts = Counter(shape.fused())
+    def __init__(self, shape: ModelArgs) -> None:
+        self.counts = Counter(fused_linears(shape))
         self.linears = {size: self.linear(*size) for size in self.counts}
 
     @staticmethod
@@ -143,7 +113,7 @@ def compare(
     return Result(
         model=model,
         format=name,
-        peer=PEERS[name],
+        peer=TWINS[name],
         peer_layouts=layouts,
         num_rows=num_rows,
         seconds=figures["ours"],
@@ -183,15 +153,15 @@ def main() -> None:
     limits = machine()
     print(limits, flush=True)
     results = []
-    peer = Peer(options.peer_python, "ggml_peer.py", options.threads)
+    peer = Peer(options.peer_python, GGML, options.threads)
     for model in options.models.split(","):
         shape = SHAPES[model]
         for name in options.formats.split(","):
-            if any(columns % FORMATS[name].block for _, columns in shape.fused()):
+            if any(columns % FORMATS[name].block for _, columns in fused_linears(shape)):
                 print(f"{model} {name}: its columns are not whole blocks", file=sys.stderr)
                 continue
             ours = Ours(name, shape, options.variant)
-            layouts = peer.ask(make={"type": PEERS[name], "shapes": shape.separate()})["layouts"]
+            layouts = peer.ask(make={"type": TWINS[name], "shapes": separate_linears(shape)})["layouts"]
             for num_rows in map(int, options.rows.split(",")):
                 results.append(compare(model, name, num_rows, ours, peer, layouts, options.rounds))
                 show(results[-1])

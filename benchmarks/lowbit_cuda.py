@@ -20,7 +20,7 @@ from itertools import cycle
 
 import torch
 import torch.nn.functional as F
-from common import alternate, median, report
+from common.timing import alternate, median, report
 
 from llama.quantization import FORMATS, LowBitLinear
 

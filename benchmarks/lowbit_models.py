@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -31,22 +30,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from batching import SHAPES, write_model
-from common import DTYPE, Peer, alternate, machine, matrix_rate, median, read_bandwidth, report, seconds
-from lowbit import PEERS
+from common.machine import DTYPE, machine, matrix_rate, read_bandwidth
+from common.peers import LLAMACPP, TWINS, Peer
+from common.shapes import TINYLLAMA, write_model
+from common.timing import alternate, median, report
+from common.works import Work, low_bit_linears, packed_bytes, run_llamacpp, run_ours
 
-from llama import Llama, SamplingParams
-from llama.answer import Query
+from llama import Llama
 from llama.checkpoint import convert, default_model, open_checkpoint
-from llama.quantization import FORMATS, LowBitLinear
-
-
-@dataclass(frozen=True)
-class Work:
-    num_prompts: int
-    prompt_tokens: int
-    num_tokens: int  # that each prompt generates
-
+from llama.quantization import FORMATS
 
 WORKS = {"prefill": Work(1, 512, 1), "decode": Work(1, 512, 33), "batch": Work(32, 32, 17)}
 TARGETS = {  # of llama.cpp's speed, by format; "" is any other
@@ -55,51 +47,6 @@ TARGETS = {  # of llama.cpp's speed, by format; "" is any other
     "batch": {"": 1.3},
 }
 SMOLLM2_TARGETS = {"decode": {"sym_int4": 0.9}}
-
-
-def random_prompts(work: Work, vocab_size: int) -> list[list[int]]:
-    """New ones each time: none begins as one before it did."""
-    return [random.choices(range(3, vocab_size), k=work.prompt_tokens) for _ in range(work.num_prompts)]
-
-
-def run_ours(llm: Llama, work: Work) -> float:
-    """Seconds up to the first tokens where only those are wanted, else of one step after them."""
-    params = SamplingParams(temperature=0.0, max_tokens=work.num_tokens, ignore_eos=True).resolve()
-    engine = llm.engine
-    for prompt in random_prompts(work, llm.model.vocab_size):
-        engine.add(Query(prompt, params))
-
-    def prefill() -> None:
-        begun: set[int] = set()
-        while len(begun) < work.num_prompts:
-            begun |= {event.request_id for event in engine.step()}
-
-    def decode() -> None:
-        while engine.has_work:
-            engine.step()
-
-    prefill_seconds = seconds(prefill)
-    if work.num_tokens == 1:
-        return prefill_seconds
-    return seconds(decode) / (work.num_tokens - 1)
-
-
-def run_peer(peer: Peer, vocab_size: int, work: Work, flash: bool) -> float:
-    """The same by llama.cpp."""
-    prompts = random_prompts(work, vocab_size)
-    answer = peer.ask(prompts=prompts, num_tokens=[work.num_tokens] * work.num_prompts, flash=flash)
-    if work.num_tokens == 1:
-        return answer["prefill_seconds"]
-    return (answer["seconds"] - answer["prefill_seconds"]) / (work.num_tokens - 1)
-
-
-def low_bit_linears(llm: Llama) -> list[LowBitLinear]:
-    return [module for module in llm.model.modules() if isinstance(module, LowBitLinear)]
-
-
-def packed_bytes(linears: list[LowBitLinear]) -> int:
-    """Of the published layout."""
-    return sum(linear.format.packed_columns(linear.in_features) * linear.out_features for linear in linears)
 
 
 @dataclass(frozen=True)
@@ -141,7 +88,7 @@ class Contest:
 
     def run(self, name: str, rounds: int) -> Result:
         work, llm = WORKS[name], self.llm
-        theirs = partial(run_peer, self.peer, llm.model.vocab_size, work)
+        theirs = partial(run_llamacpp, self.peer, llm.model.vocab_size, work)
         tried = {flash: theirs(flash) for flash in (True, False)}
         sides: dict[str, Callable[[], float]] = {
             "ours": lambda: run_ours(llm, work),
@@ -157,7 +104,7 @@ class Contest:
         return Result(
             self.model,
             self.format,
-            PEERS[self.format],
+            TWINS[self.format],
             name,
             figures["ours"],
             figures["peer"],
@@ -185,7 +132,7 @@ def prepare_model(model: str, folder: Path) -> tuple[Path, Path]:
     """The model as ours reads it, and as llama.cpp does."""
     if model == "smollm2":
         return default_model(), default_model()
-    write_model(folder / "meta", SHAPES["1.1B"].args)
+    write_model(folder / "meta", TINYLLAMA)
     convert(folder / "meta", folder / "model.gguf", to="gguf", dtype="bf16")
     return folder / "meta", folder / "model.gguf"
 
@@ -226,8 +173,8 @@ def main() -> None:
                 if args.dim % FORMATS[format].block or args.hidden_dim % FORMATS[format].block:
                     print(f"{model} {format}: its columns are not whole blocks", file=sys.stderr)
                     continue
-                peer = Peer(options.peer_python, "llamacpp_peer.py", torch.get_num_threads())
-                with loaded(peer, theirs, folder / "small.gguf", PEERS[format]):
+                peer = Peer(options.peer_python, LLAMACPP, torch.get_num_threads())
+                with loaded(peer, theirs, folder / "small.gguf", TWINS[format]):
                     contest = Contest(model, format, build(ours, quantization=format), peer, unpacked)
                     for work in options.works.split(","):
                         results.append(contest.run(work, options.rounds))

@@ -19,9 +19,11 @@ import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
 
-from batching import SHAPES, write_model
-from common import Memory, Peer, machine, report
-from lowbit_models import low_bit_linears, packed_bytes
+from common.machine import Memory, machine
+from common.peers import Peer
+from common.shapes import TINYLLAMA, write_model
+from common.timing import report
+from common.works import low_bit_linears, packed_bytes
 
 from llama import Llama, SamplingParams
 from llama.checkpoint import open_checkpoint, save_low_bit
@@ -65,13 +67,13 @@ def main() -> None:
     results = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_model(folder / "meta", SHAPES["1.1B"].args)
+        write_model(folder / "meta", TINYLLAMA)
         for format in options.formats.split(","):
             source, quantization = folder / "meta", format
             if options.saved:
                 source, quantization = folder / format, None
                 save_low_bit(open_checkpoint(folder / "meta"), source, format)
-            child = Peer(sys.executable, "memory.py", "--child")
+            child = Peer(sys.executable, __file__, "--child")
             found = child.ask(path=str(source), quantization=quantization)
             child.close()
             ratio = found["held"] / (found["weights"] + found["cache"])

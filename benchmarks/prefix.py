@@ -15,10 +15,11 @@ import random
 import time
 from collections.abc import Callable
 
-from common import alternate, machine, median, report, seconds
+from common.machine import machine
+from common.timing import alternate, median, report, seconds
+from common.works import add
 
-from llama import Llama, SamplingParams
-from llama.answer import Query
+from llama import Llama
 
 SHARED = 0.9
 TARGETS = {"first_token": 0.2, "share_of_step": 0.01}
@@ -44,9 +45,8 @@ def tokens(rng: random.Random, count: int) -> list[int]:
 
 def first_token_time(llm: Llama, prompt: list[int], num_cached: int) -> float:
     """Seconds from giving a prompt to its first token; `num_cached` of its tokens should be in the cache."""
-    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True).resolve()
     start = time.perf_counter()
-    llm.engine.add(Query(prompt, params))
+    add(llm.engine, prompt, 1)
     [request] = llm.engine.scheduler.waiting
     while llm.engine.has_work:
         llm.engine.step()
@@ -73,8 +73,8 @@ def share_of_step(llm: Llama, timed: list[Timed], num_requests: int) -> dict[str
     """How much of the steps' time the timed functions take, over requests with nothing in common."""
     rng, engine = random.Random(2), llm.engine
     for _ in range(num_requests):
-        params = SamplingParams(temperature=0.0, max_tokens=rng.randint(16, 64), ignore_eos=True)
-        engine.add(tokens(rng, rng.randint(32, 512)), params.resolve())
+        num_tokens = rng.randint(16, 64)
+        add(engine, tokens(rng, rng.randint(32, 512)), num_tokens)
     before, steps = sum(function.seconds for function in timed), []
     while engine.has_work:
         steps.append(seconds(engine.step))

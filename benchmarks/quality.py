@@ -41,8 +41,10 @@ from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
-from common import Memory, Peer, alternate, machine, median, report
-from lowbit_models import Work, run_ours
+from common.machine import Memory, machine
+from common.peers import Peer
+from common.timing import alternate, median, report
+from common.works import Work, run_ours
 
 from llama import Llama
 from llama.checkpoint import (
@@ -288,7 +290,7 @@ def make_line(row: str, dtype: str, num_tokens: int, rounds: int) -> Line:
     random_error = packing_error(row, random_weights()) if row in FORMATS else None
     if not fits(row):
         return Line(row, random_error=random_error)
-    child = Peer(sys.executable, "quality.py", "--child")
+    child = Peer(sys.executable, __file__, "--child")
     figures = Figures.from_json(child.ask(row=row, dtype=dtype, num_tokens=num_tokens, rounds=rounds))
     child.close()
     return Line(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from common import alternate, median, report, seconds
+from common.timing import alternate, median, report, seconds
 
 from llama.sampling import SampleRow, SamplingParams, sample
 

@@ -17,7 +17,8 @@ from itertools import count
 from pathlib import Path
 
 import torch
-from common import alternate, machine, median, report, seconds
+from common.machine import machine
+from common.timing import alternate, median, report, seconds
 
 PROMPT = 512
 DECODE = 64

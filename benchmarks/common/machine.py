@@ -1,15 +1,10 @@
-"""What every benchmark shares: the machine's own limits, alternating measurements, ratios of medians."""
+"""The machine that a benchmark runs on: its own limits, and the memory of this process."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
-import statistics
-import subprocess
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,30 +12,9 @@ import torch
 from llama.device import choose_dtype
 from llama.linear import Linear
 
-DTYPE = choose_dtype(
-    "auto", torch.bfloat16, torch.device("cpu")
-)  # what a model that is stored in 16 bits computes in
+from .timing import seconds
 
-
-def seconds(work: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
-def alternate(rounds: int, **sides: Callable[[], float]) -> dict[str, list[float]]:
-    """Runs every side once to warm up, then in turns A B A B ...; each side returns its own figure."""
-    for side in sides.values():
-        side()
-    figures: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, side in sides.items():
-            figures[name].append(side())
-    return figures
-
-
-def median(figures: list[float]) -> float:
-    return statistics.median(figures)
+DTYPE = choose_dtype("auto", torch.bfloat16, torch.device("cpu"))  # of a model that is stored in 16 bits
 
 
 def read_bandwidth(buffer: torch.Tensor | None = None, repetitions: int = 5) -> float:
@@ -60,41 +34,24 @@ def matrix_rate(dtype: torch.dtype = DTYPE, repetitions: int = 5) -> float:
     return 2 * 512 * 2048 * 5632 / min(seconds(lambda: linear(x)) for _ in range(repetitions))
 
 
-def machine() -> dict[str, object]:
-    processor = platform.processor() or platform.machine()
+def processor() -> str:
     if os.path.exists("/proc/cpuinfo"):
         with open("/proc/cpuinfo") as lines:
-            processor = next(
-                (ln.split(":")[1].strip() for ln in lines if ln.startswith("model name")), processor
-            )
+            named = next((line for line in lines if line.startswith("model name")), None)
+        if named:
+            return named.split(":")[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def machine() -> dict[str, object]:
     return {
-        "processor": processor,
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "read_GB_per_s": round(read_bandwidth() / 1e9, 1),
         "dtype": str(DTYPE).removeprefix("torch."),
         "matrix_TFLOP_per_s": round(matrix_rate() / 1e12, 3),
     }
-
-
-class Peer:
-    """Another engine in a child process of another interpreter; it answers each line of JSON with one."""
-
-    def __init__(self, python: str, script: str, *arguments: object):
-        command = [python, str(Path(__file__).with_name(script)), *map(str, arguments)]
-        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def ask(self, **request: object) -> dict:
-        self.child.stdin.write(json.dumps(request) + "\n")
-        self.child.stdin.flush()
-        answer = self.child.stdout.readline()
-        if not answer:
-            raise RuntimeError(f"the peer ended with status {self.child.wait()} at {str(request)[:200]}")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        self.child.stdin.close()
-        self.child.wait()
 
 
 def anonymous_bytes() -> int:
@@ -123,8 +80,3 @@ class Memory:
         self._watcher.join()
         self.held = anonymous_bytes() - self.before
         self.peak = max(self.peak, self.held)
-
-
-def report(result: dict[str, object]) -> None:
-    """The last line of every benchmark: all figures as JSON."""
-    print(json.dumps(result))

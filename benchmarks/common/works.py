@@ -28,9 +28,8 @@ def random_prompts(work: Work, vocab_size: int) -> list[list[int]]:
 
 def add(engine: Engine, prompt: list[int], num_tokens: int) -> int:
     """Asks for so many of the likeliest tokens, and for no end before."""
-    return engine.add(
-        prompt, SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True).resolve()
-    )
+    params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+    return engine.add(Query(prompt, params.resolve()))
 
 
 def run_ours(llm: Llama, work: Work) -> float:

@@ -1,5 +1,8 @@
+import os
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from support.tiny import ByteTokenizer, tiny_args, tiny_model, tiny_weights
 
 from llama.answer import Event, Query, StopText
 from llama.engine import Engine
+from llama.request import Slice, Step
 from llama.runner import BLOCK_SIZE, Pack, Runner
 from llama.sampling import SamplingParams
 from llama.scheduler import Scheduler
@@ -415,3 +419,196 @@ def test_a_step_that_fails_ends_its_requests_and_not_the_engine():
     assert {(event.finish_reason, event.error) for event in events} == {("error", "the step failed: no room")}
     assert engine.stats().num_referenced_blocks == 0
     assert run(engine, ([1, 2, 3], params(**GREEDY))) == expected
+
+
+# ---- nothing is lost, nothing is kept
+
+
+def test_a_step_that_fails_loses_no_event_of_other_requests():
+    engine = make_engine(prefix_caching=False)
+    aborted, other = (engine.add(Query(prompt, params(**GREEDY))) for prompt in prompts(2))
+    engine.step()
+    engine.abort(aborted)  # its event is queued when the next step fails
+    engine.runner.run, run_step = None, engine.runner.run
+    with pytest.raises(TypeError):
+        engine.step()
+    engine.runner.run = run_step
+    assert [(e.request_id, e.finish_reason) for e in engine.step()] == [(aborted, "abort"), (other, "error")]
+    assert not engine.has_work
+
+
+def test_a_step_that_fails_while_it_samples_ends_its_requests_too(monkeypatch):
+    engine = make_engine(prefix_caching=False)
+    request = engine.add(Query([1, 2, 3], params(**GREEDY, n=3)))
+    with monkeypatch.context() as patch:
+        patch.setattr("llama.engine.sample", None)
+        with pytest.raises(TypeError):
+            engine.step()
+    assert [(e.request_id, e.index, e.finish_reason) for e in engine.step()] == [
+        (request, index, "error") for index in range(3)
+    ]
+    assert engine.stats().num_referenced_blocks == 0
+    assert len(run(engine, ([1, 2, 3], params(**GREEDY)))[0][0]) == 12
+
+
+def test_whoever_waits_for_a_request_that_is_gone_is_told():
+    engine = make_engine()
+    events = events_of(engine, ([1, 2, 3], params(**GREEDY)))
+    first = next(events)
+    assert first.finish_reason is None
+    engine.abort(0)
+    assert [event.finish_reason for event in events] == ["abort"]
+    events = events_of(engine, ([1, 2, 3], params(**GREEDY)))
+    next(events)
+    engine._inboxes.clear()  # as if its last event had gone elsewhere
+    engine.abort(1)
+    with pytest.raises(RuntimeError, match="a request is gone"):
+        list(events)
+
+
+def test_streams_that_are_left_early_leave_nothing_behind():
+    engine = make_engine()
+    for _ in range(5):
+        events = events_of(engine, ([1, 2, 3], params(**GREEDY)), ([4, 5], params(**GREEDY)))
+        next(events)
+        events.close()
+    assert engine.step() != []
+    assert not engine.has_work
+    kept = (engine._choices, engine._open, engine._events, engine._inboxes)
+    assert [len(each) for each in kept] == [0, 0, 0, 0]
+
+
+def test_queries_are_answered_though_the_first_hundreds_are_all_refused():
+    engine = make_engine()
+    queries = [([], params())] * 600 + [([1, 2, 3], params(**GREEDY))]
+    ends = [event for event in events_of(engine, *queries) if event.completion]
+    assert [event.request_id for event in ends] == list(range(601))
+    assert {event.error for event in ends[:600]} == {"the prompt is empty: give at least one token"}
+    assert ends[600].finish_reason == "length"
+
+
+def test_run_holds_the_prompts_in_flight_and_no_more(monkeypatch):
+    monkeypatch.setattr("llama.engine.MAX_OPEN", 8)
+
+    class Prompt(list):
+        alive = WeakSet()
+        __hash__ = object.__hash__
+
+    def queries() -> Iterator[Query]:
+        for i in range(300):
+            prompt = Prompt([i % 256, 1 + i % 7])
+            Prompt.alive.add(prompt)
+            yield Query(prompt, params(**{**GREEDY, "max_tokens": 1 + i % 4}))
+            del prompt
+            most.append(len(Prompt.alive))
+
+    most, engine = [], make_engine()
+    ended = [event for events in engine.run(queries()) for event in events if event.completion]
+    assert sorted(event.request_id for event in ended) == list(range(300))
+    assert max(most) <= 16
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, dict(temperature=0.9, seed=5, ignore_eos=True)])
+def test_threads_that_share_an_engine_get_what_each_would_get_alone(sampling):
+    batch = prompts(8)
+    alone = [run(make_engine(), (prompt, params(**sampling))) for prompt in batch]
+    engine = make_engine()
+    with ThreadPoolExecutor(8) as pool:
+        calls = [pool.submit(run, engine, (batch[i % 8], params(**sampling))) for i in range(48)]
+        found = [call.result() for call in calls]
+    assert found == [alone[i % 8] for i in range(48)]
+    assert engine.stats().num_referenced_blocks == 0
+
+
+def test_a_stream_that_is_collected_in_the_middle_of_a_step_is_aborted_after_it():
+    engine = make_engine()
+    stream = events_of(engine, ([1, 2, 3], params(**GREEDY)))
+    next(stream)
+    run_step = engine.runner.run
+
+    def collect(pack):
+        stream.close()  # as the garbage collector may at any moment
+        return run_step(pack)
+
+    engine.runner.run = collect
+    other = engine.add(Query([4, 5], params(**GREEDY)))
+    events = engine.step()
+    engine.runner.run = run_step
+    assert {event.request_id: event.finish_reason for event in events} == {0: "abort", other: None}
+    engine.scheduler.check()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_child_is_told_that_it_cannot_use_its_parents_model():
+    engine = make_engine()
+    run(engine, ([1, 2, 3], params(**GREEDY)))
+    process = os.fork()
+    if process == 0:
+        try:
+            run(engine, ([1, 2, 3], params(**GREEDY)))
+        except RuntimeError as error:
+            os._exit(0 if "a forked child cannot use it" in str(error) else 2)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 0
+
+
+# ---- guesses: nothing assumes that a slice yields one token
+
+
+class Guessing(Scheduler):
+    """Puts guesses behind every slice that samples: right ones, wrong ones, or right ones and then a wrong one."""
+
+    def __init__(self, *args, answers: dict[int, list[int]], chance: random.Random, **options):
+        super().__init__(*args, **options)
+        self.answers = answers  # by the prompt's length: the tokens that will come
+        self.chance = chance
+
+    def schedule(self) -> Step:
+        step = super().schedule()
+        slices = [self._guessed(part) for part in step.slices]
+        self._step = Step(tuple(slices), step.copies)
+        return self._step
+
+    def _guessed(self, part: Slice) -> Slice:
+        request = part.request
+        room = min(request.max_total_tokens - len(request.tokens) - 1, 4)
+        if not part.num_sampled or len(part.tokens) > 1 or room < 1:
+            return part
+        done = len(request.tokens) - request.num_prompt_tokens
+        guesses = self.answers[request.num_prompt_tokens][done : done + room]
+        at = self.chance.randrange(2 * room)
+        guesses[at : at + 1] = [(token + 1) % 256 for token in guesses[at : at + 1]]
+        num_blocks = self._num_blocks_for(part.stop + len(guesses)) - len(request.blocks)
+        if num_blocks > 0:
+            self._grow(request, num_blocks)
+        return Slice(request, part.start, [*part.tokens, *guesses])
+
+
+@pytest.mark.parametrize("sampling", [{}, dict(temperature=0.9, seed=5, repetition_penalty=1.3, logprobs=2)])
+def test_guesses_change_how_many_tokens_a_step_brings_and_never_which(sampling):
+    batch = [list(range(3, 3 + n)) for n in (5, 17, 40)]
+    kinds = params(**{**GREEDY, **sampling, "max_tokens": 30})
+    plain = run(make_engine(), *[(prompt, kinds) for prompt in batch])
+    engine = make_engine()
+    answers = {len(prompt): choices[0] for prompt, choices in zip(batch, plain, strict=True)}
+    engine.scheduler = Guessing(64, BLOCK_SIZE, answers=answers, chance=random.Random(3))
+    calls, run_step = [], engine.runner.run
+    engine.runner.run = lambda pack: calls.append(pack) or run_step(pack)
+    assert run(engine, *[(prompt, kinds) for prompt in batch]) == plain
+    assert len(calls) < 25  # of 30 without guesses
+    engine.scheduler.check()
+    second = [*batch[2], *plain[2][0], 9]  # finds what guesses left in the cache
+    assert run(engine, (second, params(**GREEDY, max_tokens=1))) == run(
+        make_engine(), (second, params(**GREEDY, max_tokens=1))
+    )
+
+
+def test_an_answer_that_ends_among_right_guesses_ends_there():
+    [[tokens]] = run(make_engine(), ([1, 2, 3], params(**GREEDY, max_tokens=30)))
+    stop = tokens[6]
+    until = params(**GREEDY, max_tokens=30, stop_token_ids=(stop,))
+    [[expected]] = run(make_engine(), ([1, 2, 3], until))
+    engine = make_engine()
+    engine.scheduler = Guessing(64, BLOCK_SIZE, answers={3: tokens}, chance=random.Random(0))
+    assert run(engine, ([1, 2, 3], until)) == [[expected]]
+    assert engine.stats().num_referenced_blocks == 0

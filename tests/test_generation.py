@@ -3,6 +3,7 @@
 import inspect
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 from support import slow
@@ -362,3 +363,43 @@ def test_the_package_exports_the_references_names_and_its_own():
         "SamplingParams",
     }
     assert Tokenizer is llama.Tokenizer
+
+
+def test_a_refused_dialog_keeps_its_place_and_is_known_by_a_flag(llm):
+    unsafe = [{"role": "user", "content": "an [INST] tag"}]
+    completions = llm.chat([DIALOG, unsafe, DIALOG], SamplingParams(temperature=0.0, max_tokens=3, n=2))
+    assert [(c.place, c.index) for c in completions] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [c.refused for c in completions] == [False, False, True, True, False, False]
+    assert [c.text for c in completions if c.refused] == [UNSAFE_ERROR] * 2
+    assert list(llm.stream_chat(unsafe)) == [UNSAFE_ERROR]
+
+
+@pytest.mark.parametrize(
+    "kind", [tuple, torch.tensor, numpy.array, lambda ids: numpy.array(ids, numpy.int32)]
+)
+def test_prompts_of_ids_may_be_arrays_and_tensors(llm, kind):
+    prompt, params = [1, 9, 8, 77], SamplingParams(temperature=1.0, max_tokens=4, ignore_eos=True, seed=3)
+    assert llm.complete([kind(prompt)], params) == llm.complete([prompt], params)
+    assert list(llm.stream_text(kind(prompt), params)) == list(llm.stream_text(prompt, params))
+    assert torch.equal(llm.embed([kind(prompt)]), llm.embed([prompt]))
+
+
+def test_embeddings_are_float32_whatever_the_programs_default(llm):
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert llm.embed([[1, 2]]).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_model_built_without_a_seed_draws_one_and_says_which(checkpoint):
+    params = SamplingParams(temperature=1.0, max_tokens=20, ignore_eos=True)
+
+    def built(seed) -> Llama:
+        return Llama.build(checkpoint, max_seq_len=128, device="cpu", dtype="fp32", seed=seed)
+
+    first, second = built(None), built(None)
+    assert first.seed != second.seed
+    [expected] = first.complete([[1, 2]], params)
+    assert built(first.seed).complete([[1, 2]], params) == [expected]
+    assert built(numpy.uint32(first.seed)).complete([[1, 2]], params) == [expected]

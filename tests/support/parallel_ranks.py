@@ -22,6 +22,15 @@ def main(checkpoint: str, tokenizer: str, directory: str) -> None:
     completions += llm.complete([[1, *range(i, 3 * i + 2)] for i in range(24)], many)
     streamed = "".join(llm.stream_text(prompts[0], greedy))
     assert streamed == completions[0].text, "what is streamed differs from what is returned"
+    for leaving in (
+        [0, 1, 2, 3],
+        [0],
+        [1, 2, 3],
+    ):  # a stream left early on all ranks, on the first, on the others
+        for number, _ in enumerate(llm.stream_text(prompts[0], greedy)):
+            if number == 2 and llm.rank in leaving:
+                break
+    assert llm.complete(prompts[:1], greedy)[0].tokens == completions[0].tokens, "a stream left early is felt"
     try:
         llm.complete([[1] * 65], greedy)
         raise AssertionError("a prompt that is too long was taken")

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llama.cache import CacheShape, ContiguousCache, LayerCache
+from llama.attention import LayerCache, choose_backend, layer_caches
+from llama.cache import CacheShape, ContiguousCache
 from llama.device import return_memory
 from llama.kernels.elementwise import rms_norm, swiglu
 from llama.linear import Joint, Linear, in_tiles
@@ -85,7 +86,8 @@ class Attention(nn.Module):
         self.out = Joint(self, "wo")
 
     def forward(self, x: torch.Tensor, rotary: Rotary, cache: LayerCache) -> torch.Tensor:
-        qkv = self.qkv(x).view(len(x), -1, self.head_dim)  # (num_tokens, query + key + value heads, head_dim)
+        # (num_tokens, query + key + value heads, head_dim)
+        qkv = self.qkv(x).view(x.shape[0], -1, self.head_dim)
         return self.parallel.all_reduce(self.out(cache.attend(qkv, rotary).flatten(1)))
 
 
@@ -232,12 +234,13 @@ class Transformer(nn.Module):
         and is kept in a contiguous cache that grows as needed.
         """
         bsz, seqlen = tokens.shape
+        weight = self.norm.weight
         if self._cache is None or self._cache.num_rows < bsz:
-            weight = self.norm.weight
             self._cache = ContiguousCache(self.cache_shape, bsz, weight.device, weight.dtype)
         self._cache.reserve(start_pos + seqlen)
         positions = torch.arange(start_pos, start_pos + seqlen, device=tokens.device).repeat(bsz)
-        caches = self._cache.layers([self._cache.span(row, start_pos, seqlen) for row in range(bsz)])
+        spans = [self._cache.span(row, start_pos, seqlen) for row in range(bsz)]
+        caches = layer_caches(self._cache, spans, choose_backend(self._cache, weight.dtype))
         states = self.hidden_states(tokens.reshape(-1), positions, caches)
         return self.logits(states).unflatten(0, (bsz, seqlen))
 

@@ -12,7 +12,8 @@ from typing import Protocol
 
 import torch
 
-from llama.cache import KVCache, LayerCache, Span
+from llama.attention import LayerCache, choose_backend, layer_caches
+from llama.cache import KVCache, Span
 from llama.device import free_memory, return_memory
 from llama.model import Transformer
 from llama.parallel import Message
@@ -111,9 +112,8 @@ class Runner:
         self.vocab_size = model.vocab_size
         self.block_size = block_size
         self.device = model.norm.weight.device
-        self.cache = KVCache(
-            model.cache_shape, num_blocks * block_size, self.device, dtype, fixed_rows=model.fixed_rows
-        )
+        self.cache = KVCache(model.cache_shape, num_blocks * block_size, self.device, dtype)
+        self.plan = choose_backend(self.cache, model.norm.weight.dtype, model.fixed_rows)
 
     @torch.inference_mode()
     def run(self, pack: Pack) -> Output:
@@ -131,7 +131,8 @@ class Runner:
         wanted = None
         if pack.wanted != list(range(len(pack.tokens))):  # all, as in decoding, need no copy
             wanted = torch.tensor(pack.wanted, dtype=torch.int64, device=self.device)
-        output = Output(*self.program.step(tokens, positions, self.cache.layers(pack.spans), wanted))
+        caches = layer_caches(self.cache, pack.spans, self.plan)
+        output = Output(*self.program.step(tokens, positions, caches, wanted))
         if len(pack.tokens) >= LONG_STEP and self.device.type == "cpu":
             return_memory()
         return output

@@ -1,9 +1,8 @@
-"""Rotating, storing and attending: the compiled operator against its twin, and keys and values in 8 bits."""
+"""Rotating, storing and attending: the compiled operator against its twin."""
 
 import pytest
 import torch
 
-from llama.cache import CacheShape, KVCache, LayerCache, Span
 from llama.kernels import library
 from llama.kernels.attention import attend_rows, attend_rows_twin, row_table, store_rows
 from llama.kernels.elementwise import rotate_twin
@@ -202,76 +201,8 @@ def test_keys_are_turned_before_they_are_stored_and_values_are_not(variant, dtyp
     assert torch.equal(values[:, slots], qkv[:, 6:].transpose(0, 1))
 
 
-SPANS = [Span(0, 1, 40, ((64, 48),)), Span(1, 3, 10, ((16, 8), (0, 8))), Span(4, 1, 9, ((48, 16),))]
-
-
-def attended(dtype: torch.dtype, kv_dtype: torch.dtype, window: int | None = None, fixed: int | None = None):
-    """A step of three requests over a cache that held earlier tokens of them; and the layer's cache."""
-    generator = torch.Generator().manual_seed(0)
-    cache = KVCache(CacheShape(1, 2, 32, window), 128, torch.device("cpu"), kv_dtype, fixed)
-    [layer] = cache.layers([Span(0, 128, 128, ((0, 128),))])
-    before = torch.randn(2, 128, 2, 32, generator=generator).to(dtype)
-    for store, rows in zip((layer.keys, layer.values), before, strict=True):
-        store.put(layer.slots, rows)
-    [layer] = cache.layers(SPANS)
-    qkv = torch.randn(5, 6 + 2 + 2, 32, generator=generator).to(dtype)
-    return layer.attend(qkv, angles([39, 7, 8, 9, 8], 32)), layer
-
-
-@compiled
-@pytest.mark.parametrize("fixed", [None, 16])
-@pytest.mark.parametrize("window", [None, 5])
-@pytest.mark.parametrize(
-    ("dtype", "kv_dtype"),
-    [(torch.float32, torch.float32), (torch.float32, torch.int8), (torch.bfloat16, torch.bfloat16)],
-)
-def test_the_cache_gives_the_same_with_the_kernel_and_without(dtype, kv_dtype, window, fixed, monkeypatch):
-    with_kernel, _ = attended(dtype, kv_dtype, window, fixed)
-    monkeypatch.setattr("llama.cache.serves", lambda qkv: False)
-    without, _ = attended(dtype, kv_dtype, window, fixed)
-    torch.testing.assert_close(with_kernel, without, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
-
-
-@pytest.mark.parametrize("fixed", [None, 16])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_keys_and_values_in_8_bits_give_nearly_the_same_attention(dtype, fixed):
-    exact, _ = attended(torch.float32, torch.float32, fixed=fixed)
-    rounded, layer = attended(dtype, torch.int8, fixed=fixed)
-    assert layer.keys.numbers.dtype == torch.int8
-    assert rounded.dtype == dtype
-    assert (rounded.float() - exact).norm() / exact.norm() < 0.02
-
-
-def test_a_stored_row_is_rounded_to_255_steps_of_its_largest_magnitude():
-    cache = KVCache(CacheShape(1, 1, 4), 3, torch.device("cpu"), torch.int8)
-    [layer] = cache.layers([Span(0, 3, 3, ((0, 3),))])
-    layer.keys.put(
-        layer.slots, torch.tensor([[[127.0, 63.4, -63.6, 0.2]], [[0.0, 0, 0, 0]], [[1e-40, 0, 0, 0]]])
-    )
-    stored = layer.keys.run((0, 3), torch.float32)
-    assert torch.equal(stored[0, 0], torch.tensor([127.0, 63, -64, 0]))
-    assert (stored[0, 1:].abs() <= 1e-40).all()
-
-
-def test_blocks_are_copied_with_their_scales():
-    _, layer = attended(torch.float32, torch.int8)
-    cache = KVCache(CacheShape(1, 2, 32), 128, torch.device("cpu"), torch.int8)
-    cache.keys.layers()[0].put(layer.slots, torch.randn(5, 2, 32, generator=torch.Generator().manual_seed(1)))
-    slot = int(layer.slots[1])
-    cache.copy(slot, 96, 1)
-    copied = cache.keys.layers()[0]
-    assert torch.equal(copied.run((96, 1), torch.float32), copied.run((slot, 1), torch.float32))
-
-
-def test_8_bits_cost_one_scale_a_token_and_head():
-    shape = CacheShape(3, 2, 64)
-    assert shape.bytes_per_token(torch.int8) == 2 * 3 * 2 * (64 + 4)
-    assert shape.bytes_per_token(torch.bfloat16) == 2 * 3 * 2 * 128
-
-
 def test_types_and_sizes_that_the_kernel_does_not_take_are_left_to_pytorch():
     assert library.serves(torch.zeros(1, 2, 32)) == library.AVAILABLE
     assert not library.serves(torch.zeros(1, 2, 24))
     assert not library.serves(torch.zeros(1, 2, 32, dtype=torch.float16))
     assert not library.serves(torch.zeros(1, 2, 32, device="meta"))
-    assert isinstance(attended(torch.float16, torch.float16)[1], LayerCache)

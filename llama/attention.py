@@ -1,0 +1,268 @@
+"""How rows look at what the cache stores: one class a backend, chosen once a cache and planned once a step.
+
+A layer makes one call, `attend(qkv, rotary)`: it rotates queries and keys, stores the step's keys and values and lets
+each request's rows look at that request's own. Keys and values are never repeated for grouped heads and never padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from llama.cache import Extent, KVCache, Span, Store, clip, first_seen
+from llama.kernels.attention import attend_rows, row_table
+from llama.kernels.library import serves
+from llama.rotary import Rotary
+
+SHORT_SPAN = {torch.float32: 256, torch.bfloat16: 16}
+"""Rows up to which a span goes through the compiled operator, by what the model computes in.
+
+`benchmarks/attention.py`, one thread, AMD EPYC (Zen 3, AVX2), contexts of 128, 512 and 2048, float32, the operator's
+time over the tiles': SmolLM2's shape 2 rows 0.07 to 0.23, 16 rows 0.20 to 0.64, 64 rows 0.41 to 0.72, 256 rows 0.62 to
+0.83; a model of 1.1B 0.13 to 0.55, 0.40 to 0.91, 0.49 to 0.87, 0.63 to 0.78. Beyond 256 rows a whole prompt is at most
+some percent faster, and each row reads all keys again. Models compute in bfloat16 where the processor has instructions
+for it, which tiles use and the operator does not: 16 rows is where a tile's fixed cost is paid, an estimate.
+"""
+FEW_ROWS = 64  # up to which the keys are the left factor of the scores
+TILE_ROWS = 128  # query rows whose scores exist at one time
+TILE_SCORES = 1 << 24  # and the most scores that one tile may hold
+
+
+class Backend(Protocol):
+    """One way to rotate, store and attend: what all layers share of one step."""
+
+    @classmethod
+    def plan(cls, spans: Sequence[Span], slots: Tensor, window: int | None) -> Backend:
+        """For a step of `spans`, stored at slots (num_tokens,) int64; with a sliding window of so many tokens."""
+
+    def attend(self, qkv: Tensor, rotary: Rotary, keys: Store, values: Store) -> Tensor:
+        """Rotates queries and keys, stores keys and values in a layer's, and lets each row look at its request's.
+
+        qkv (num_tokens, query + key + value heads, head_dim), in that order and side by side. Returns
+        (num_tokens, query heads, head_dim) in its dtype. Scores are scaled by head_dim ** -0.5.
+        """
+
+
+def choose_backend(
+    cache: KVCache, dtype: torch.dtype, fixed_rows: int | None = None
+) -> Callable[[Sequence[Span], Tensor, int | None], Backend]:
+    """The `plan` of the backend that serves `cache` best for a model that computes in `dtype`.
+
+    With `fixed_rows` a row's bits depend on its own request and position alone (see `FixedRows`).
+    """
+    if fixed_rows is not None:
+        return partial(FixedRows.plan, size=fixed_rows)
+    if serves(torch.empty(0, cache.shape.head_dim, device=cache.device, dtype=dtype)):
+        return partial(CompiledRows.plan, short=SHORT_SPAN[dtype])
+    return Tiles.plan
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's part of the cache, and how the step's rows look at it."""
+
+    backend: Backend
+    keys: Store
+    values: Store
+
+    def attend(self, qkv: Tensor, rotary: Rotary) -> Tensor:
+        """See `Backend.attend`."""
+        return self.backend.attend(qkv, rotary, self.keys, self.values)
+
+
+def layer_caches(cache: KVCache, spans: Sequence[Span], plan: Callable[..., Backend]) -> list[LayerCache]:
+    """What each layer is given for a step made of `spans`; `plan` is what `choose_backend` chose for the cache."""
+    backend = plan(spans, cache.slots(spans), cache.shape.sliding_window)
+    return [LayerCache(backend, keys, values) for keys, values in cache.layers]
+
+
+@dataclass(frozen=True)
+class CompiledRows:
+    """One compiled operator for all short spans of a step, each row by itself; longer ones in tiles.
+
+    The operator stores every token before any row attends, so that rows of one request see those before them.
+    """
+
+    slots: Tensor
+    table: Tensor  # what each row of a short span looks at, as `attend_rows` reads it
+    tiles: Tiles  # the longer spans
+
+    @classmethod
+    def plan(cls, spans: Sequence[Span], slots: Tensor, window: int | None, short: int = 1) -> CompiledRows:
+        """Spans of up to `short` rows are short."""
+        rows = (
+            (span.first_row + row, span.seen(span.start + row, window))
+            for span in spans
+            if span.num_rows <= short
+            for row in range(span.num_rows)
+        )
+        longer = [span for span in spans if span.num_rows > short]
+        return cls(slots, row_table(rows), Tiles(longer, slots, window))
+
+    def attend(self, qkv: Tensor, rotary: Rotary, keys: Store, values: Store) -> Tensor:
+        stored = (keys.numbers, values.numbers, keys.scales, values.scales)
+        out = attend_rows(qkv, rotary.cos, rotary.sin, self.slots, *stored, self.table)
+        if self.tiles.spans:
+            self.tiles.look(rotary(qkv[:, : -2 * keys.num_heads]), keys, values, out)
+        return out
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """PyTorch's operators, for any device and type: some rows of a request at a time.
+
+    A tile's scores over all extents stand side by side and go through one softmax. They have the model's dtype, as
+    in the reference; the softmax computes in float32.
+    """
+
+    spans: Sequence[Span]
+    slots: Tensor
+    window: int | None
+
+    @classmethod
+    def plan(cls, spans: Sequence[Span], slots: Tensor, window: int | None) -> Tiles:
+        return cls(spans, slots, window)
+
+    def attend(self, qkv: Tensor, rotary: Rotary, keys: Store, values: Store) -> Tensor:
+        q = rotate_and_store(qkv, rotary, self.slots, keys, values)
+        out = q.new_empty(q.shape)
+        self.look(q, keys, values, out)
+        return out
+
+    def look(self, q: Tensor, keys: Store, values: Store, out: Tensor) -> None:
+        """Fills the spans' rows of `out`, q and out (num_tokens, heads, head_dim); everything is stored already."""
+        for span in self.spans:
+            rows = slice(span.first_row, span.first_row + span.num_rows)
+            if span.num_rows == 1:
+                out[rows] = self._row(q[rows], span.seen(span.start, self.window), keys, values)
+            else:
+                self._span(q[rows], span, keys, values, out[rows])
+
+    def _row(self, q: Tensor, extents: list[Extent], keys: Store, values: Store) -> Tensor:
+        """One row, q (1, heads, head_dim), in as few operators as can be.
+
+        The heads that share a key head are handled as rows of it, so that each key is read once for all of them.
+        """
+        grouped = q.reshape(keys.num_heads, -1, q.shape[-1])  # (n_kv_heads, group, head_dim)
+        parts = [torch.bmm(keys.run(extent, q.dtype), grouped.transpose(1, 2)) for extent in extents]
+        scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)  # (n_kv_heads, length, group)
+        weights = scores.mul_(q.shape[-1] ** -0.5).transpose(1, 2).softmax(-1)
+        return mix(weights, extents, values).view(q.shape)
+
+    def _span(self, q: Tensor, span: Span, keys: Store, values: Store, out: Tensor) -> None:
+        num_rows, heads, head_dim = q.shape
+        grouped = group_heads(q, keys.num_heads)
+        tile = max(1, min(TILE_ROWS, TILE_SCORES // (heads * span.context)))
+        for first in range(0, num_rows, tile):
+            last = min(first + tile, num_rows)
+            start, stop = span.start + first, span.start + last  # the tile's positions
+            seen = range(first_seen(start, self.window), stop)
+            extents = list(clip(span.extents, seen.start, seen.stop))
+            rows = grouped[:, :, first:last].flatten(1, 2)  # (n_kv_heads, group * rows, head_dim)
+            parts = [products(rows, keys.run(extent, q.dtype)) for extent in extents]
+            scores = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+            scores = scores.mul_(head_dim**-0.5).unflatten(1, (-1, last - first))
+            scores[..., first - last :] += causal(last - first, scores)
+            if first_seen(stop - 1, self.window) > seen.start:
+                scores += outside(self.window, start, seen, scores)
+            out[first:last] = ungroup(mix(scores.softmax(-1).flatten(1, 2), extents, values), last - first)
+
+
+@dataclass(frozen=True)
+class FixedRows:
+    """Tiles of `size` aligned positions, each computed whole even if the step has only one row of it.
+
+    Every product then has a shape that depends on the row's position alone, and oneDNN and MKL give a row of a
+    product the same bits wherever it stands and whatever the other rows hold. Several extents are joined in a copy.
+    """
+
+    spans: Sequence[Span]
+    slots: Tensor
+    window: int | None
+    size: int
+
+    @classmethod
+    def plan(cls, spans: Sequence[Span], slots: Tensor, window: int | None, size: int = 16) -> FixedRows:
+        return cls(spans, slots, window, size)
+
+    def attend(self, qkv: Tensor, rotary: Rotary, keys: Store, values: Store) -> Tensor:
+        q = rotate_and_store(qkv, rotary, self.slots, keys, values)
+        out = q.new_empty(q.shape)
+        for span in self.spans:
+            for tile in range(span.start // self.size * self.size, span.context, self.size):
+                first, last = max(tile, span.start), min(tile + self.size, span.context)
+                for extent in clip(span.extents, last, tile + self.size):
+                    keys.clear(extent)  # a hidden token has weight 0, and 0 * NaN is NaN
+                    values.clear(extent)
+                rows = slice(*(position - span.start + span.first_row for position in (first, last)))
+                filled = q.new_zeros(self.size, *q.shape[1:])
+                filled[first - tile : last - tile] = q[rows]
+                out[rows] = self._tile(filled, span, tile, keys, values)[first - tile : last - tile]
+        return out
+
+    def _tile(self, q: Tensor, span: Span, start: int, keys: Store, values: Store) -> Tensor:
+        """The positions from `start` on, q (size, heads, head_dim)."""
+        seen = range(first_seen(start, self.window), start + self.size)
+        extents = list(clip(span.extents, seen.start, seen.stop))
+        seen_keys, seen_values = (
+            torch.cat([store.run(extent, q.dtype) for extent in extents], dim=1) for store in (keys, values)
+        )
+        rows = group_heads(q, keys.num_heads).flatten(1, 2)
+        scores = torch.bmm(rows, seen_keys.transpose(1, 2)).mul_(q.shape[-1] ** -0.5)
+        scores = scores.unflatten(1, (-1, self.size))
+        scores[..., -self.size :] += causal(self.size, scores)
+        if self.window is not None:
+            scores += outside(self.window, start, seen, scores)
+        return ungroup(torch.bmm(scores.softmax(-1).flatten(1, 2), seen_values), self.size)
+
+
+def rotate_and_store(qkv: Tensor, rotary: Rotary, slots: Tensor, keys: Store, values: Store) -> Tensor:
+    """Stores a step's rotated keys and its values; returns its rotated queries, (num_tokens, heads, head_dim)."""
+    q, k = rotary(qkv[:, : -keys.num_heads]).tensor_split((-keys.num_heads,), dim=1)
+    keys.put(slots, k)
+    values.put(slots, qkv[:, -keys.num_heads :])
+    return q
+
+
+def group_heads(q: Tensor, num_kv_heads: int) -> Tensor:
+    """q (rows, heads, head_dim) as (n_kv_heads, group, rows, head_dim)."""
+    return q.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
+
+
+def ungroup(mixed: Tensor, num_rows: int) -> Tensor:
+    """(n_kv_heads, group * rows, head_dim) as (rows, heads, head_dim)."""
+    return mixed.unflatten(1, (-1, num_rows)).permute(2, 0, 1, 3).flatten(1, 2)
+
+
+def products(rows: Tensor, keys: Tensor) -> Tensor:
+    """rows (heads, n, head_dim) times keys (heads, length, head_dim): (heads, n, length).
+
+    Libraries rearrange the right factor before they multiply; with few rows that must not be the keys.
+    """
+    if rows.shape[1] <= FEW_ROWS:
+        return torch.bmm(keys, rows.transpose(1, 2)).transpose(1, 2)
+    return torch.bmm(rows, keys.transpose(1, 2))
+
+
+def mix(weights: Tensor, extents: list[Extent], values: Store) -> Tensor:
+    """weights (n_kv_heads, rows, length over all extents) times their values: (n_kv_heads, rows, head_dim)."""
+    pieces = zip(weights.split([n for _, n in extents], dim=-1), extents, strict=True)
+    return sum(torch.bmm(piece, values.run(extent, weights.dtype)) for piece, extent in pieces)
+
+
+def causal(num_rows: int, like: Tensor) -> Tensor:
+    """(num_rows, num_rows): -inf where the column's token comes after the row's."""
+    return like.new_full((num_rows, num_rows), float("-inf")).triu_(1)
+
+
+def outside(window: int, start: int, seen: range, like: Tensor) -> Tensor:
+    """(rows, seen tokens): -inf where the token lies before the sliding window of the row, the first at `start`."""
+    rows = torch.arange(start, seen.stop, device=like.device).unsqueeze(1)
+    columns = torch.arange(seen.start, seen.stop, device=like.device)
+    hidden = columns <= rows - window
+    return like.new_zeros(hidden.shape).masked_fill_(hidden, float("-inf"))

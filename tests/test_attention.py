@@ -1,0 +1,82 @@
+"""The ways in which rows look at what is stored: each gives what the others give."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from llama.attention import CompiledRows, FixedRows, LayerCache, Tiles, choose_backend, layer_caches
+from llama.cache import CacheShape, KVCache, Span
+from llama.kernels import library
+from llama.rotary import Rotary, rope_frequencies
+
+compiled = pytest.mark.skipif(not library.AVAILABLE, reason="the kernels were not compiled")
+CPU = torch.device("cpu")
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+SPANS = [
+    Span(0, 1, 40, ((64, 48),)),
+    Span(1, 3, 10, ((16, 8), (0, 8))),
+    Span(4, 1, 9, ((48, 16),)),
+    Span(5, 30, 60, ((160, 32), (112, 48))),
+]
+FIXED = partial(FixedRows.plan, size=16)
+
+
+def attended(dtype: torch.dtype, kv_dtype: torch.dtype, window: int | None, plan) -> tuple:
+    """A step of four requests over a cache that held earlier tokens of them; and the layer's cache."""
+    generator = torch.Generator().manual_seed(0)
+    cache = KVCache(CacheShape(1, 2, 32, window), 192, CPU, kv_dtype)
+    before = torch.randn(2, 192, 2, 32, generator=generator).to(dtype)
+    for store, rows in zip(cache.layers[0], before, strict=True):
+        store.put(torch.arange(192), rows)
+    qkv = torch.randn(35, 6 + 2 + 2, 32, generator=generator).to(dtype)
+    positions = torch.tensor([position for span in SPANS for position in range(span.start, span.context)])
+    rotary = Rotary.at(positions, rope_frequencies(32, 10000.0, None))
+    [layer] = layer_caches(cache, SPANS, plan)
+    return layer.attend(qkv, rotary), layer
+
+
+@compiled
+@pytest.mark.parametrize("short", [1, 8, 64])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [(torch.float32, torch.float32), (torch.float32, torch.int8), (torch.bfloat16, torch.bfloat16)],
+)
+def test_short_spans_give_the_same_in_compiled_rows_and_in_tiles(dtype, kv_dtype, window, short):
+    rows, _ = attended(dtype, kv_dtype, window, partial(CompiledRows.plan, short=short))
+    tiles, _ = attended(dtype, kv_dtype, window, Tiles.plan)
+    torch.testing.assert_close(rows, tiles, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fixed_rows_give_the_same_as_tiles(dtype, window):
+    fixed, _ = attended(dtype, dtype, window, FIXED)
+    tiles, _ = attended(dtype, dtype, window, Tiles.plan)
+    torch.testing.assert_close(fixed, tiles, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("plan", [Tiles.plan, FIXED, pytest.param(CompiledRows.plan, marks=compiled)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_keys_and_values_in_8_bits_give_nearly_the_same_attention(dtype, plan):
+    if dtype == torch.float16 and plan == CompiledRows.plan:
+        pytest.skip("not a type of the compiled operator")
+    exact, _ = attended(torch.float32, torch.float32, None, plan)
+    rounded, layer = attended(dtype, torch.int8, None, plan)
+    assert layer.keys.numbers.dtype == torch.int8
+    assert rounded.dtype == dtype
+    assert (rounded.float() - exact).norm() / exact.norm() < 0.02
+
+
+def test_each_cache_gets_the_backend_that_serves_it():
+    def chosen(dtype: torch.dtype, head_dim: int = 32, fixed_rows: int | None = None) -> type:
+        cache = KVCache(CacheShape(1, 2, head_dim), 16, CPU, dtype)
+        [layer] = layer_caches(cache, [], choose_backend(cache, dtype, fixed_rows))
+        assert isinstance(layer, LayerCache)
+        return type(layer.backend)
+
+    fastest = CompiledRows if library.AVAILABLE else Tiles
+    assert chosen(torch.float32) == chosen(torch.bfloat16) == fastest
+    assert chosen(torch.float16) == chosen(torch.float32, head_dim=24) == Tiles
+    assert chosen(torch.float32, fixed_rows=16) == FixedRows

@@ -20,7 +20,7 @@ class ByteStream:
 
 
 class ByteCodec:
-    text = ByteStream
+    stream = ByteStream
 
 
 class ByteTokenizer:

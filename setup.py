@@ -27,6 +27,7 @@ setup(
         "safetensors>=0.5",
         "jinja2>=3.1.6",
         "numpy>=2.0",
+        "filelock>=3.20",
         "pydantic>=2.10",
         "typer>=0.15",
         "rich>=13",

@@ -93,7 +93,9 @@ def complete(
 @app.command()
 @takes(load=MODEL)
 def batch(
-    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="One request a line.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="IN.jsonl", help="One request a line; - is standard input.")
+    ],
     target: Annotated[
         Path, typer.Argument(metavar="OUT.jsonl", help="One answer a line; a stopped job goes on.")
     ],
@@ -105,7 +107,7 @@ def batch(
     from llama import report
     from llama.batch import Batch
 
-    if not source.is_file():
+    if str(source) != "-" and (source.is_dir() or not source.exists()):
         raise FileNotFoundError(f"{source}: no such file; give a file with one request a line")
     llm = build(model, load)
     counts = report.run_batch(Batch(llm, source, target))

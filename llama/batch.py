@@ -3,49 +3,41 @@
     {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...], "max_tokens": 9}}
 
 Answers are written as they are done, each with the number of its line, so that a job that was stopped goes on from
-there. A line that cannot be answered becomes an error line.
+there. A line that cannot be answered becomes an error line, which the next run tries again. Of lines that are not on
+their way nothing is kept but fingerprints.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from operator import attrgetter
+from hashlib import blake2b
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
+from filelock import FileLock, Timeout
+
 from llama.answer import Completion, Query
-from llama.generation import Llama, unit_vectors
-from llama.protocol import (
-    Body,
-    ChatRequest,
-    CompletionRequest,
-    EmbeddingRequest,
-    chat_response,
-    completion_response,
-    embedding_response,
-    parse,
-    prompts_of,
-)
-from llama.sampling_params import SamplingParams
-
-ENDPOINTS: dict[str, type[Body]] = {
-    "/v1/chat/completions": ChatRequest,
-    "/v1/completions": CompletionRequest,
-    "/v1/embeddings": EmbeddingRequest,
-}
+from llama.files.staging import staged
+from llama.generation import Llama
+from llama.service import Call
 
 
-@dataclass
-class Job:
+@dataclass(eq=False)
+class Line:
     """A line of the input on its way."""
 
-    line: int  # counted from 1
+    number: int  # counted from 1
     custom_id: str | None = None
-    request: Body | None = None
-    queries: list[Query] = field(default_factory=list)
+    call: Call | None = None
+    places: range = range(0)  # of its queries among all
     completions: list[Completion] = field(default_factory=list)
 
 
@@ -57,134 +49,144 @@ class Counts:
     tokens: int = 0  # generated
 
 
+class Fingerprints:
+    """A set of any number of names, of which 64 bits each are kept: sorted ones, and what came since."""
+
+    MOST_RECENT = 1 << 16
+
+    def __init__(self) -> None:
+        self._sorted = np.empty(0, dtype=np.uint64)
+        self._recent: set[int] = set()
+
+    def add(self, *name: object) -> None:
+        self._recent.add(self._fingerprint(name))
+        if len(self._recent) == self.MOST_RECENT:
+            self._sorted = np.union1d(self._sorted, np.array(list(self._recent), dtype=np.uint64))
+            self._recent.clear()
+
+    def has(self, *name: object) -> bool:
+        fingerprint = self._fingerprint(name)
+        place = np.searchsorted(self._sorted, np.uint64(fingerprint))
+        return fingerprint in self._recent or fingerprint in self._sorted[place : place + 1]
+
+    def _fingerprint(self, name: tuple[object, ...]) -> int:
+        return int.from_bytes(blake2b(repr(name).encode(), digest_size=8).digest())
+
+
 class Batch:
-    """A model answering one file into another."""
+    """A model answering one file into another. The source "-" is standard input."""
 
     def __init__(self, llm: Llama, source: Path, target: Path):
         self.llm = llm
         self.source = source
         self.target = target
         self.counts = Counts()
+        self._waiting: dict[int, Line] = {}  # by the place of each of its queries
 
     def run(self, progress: Callable[[Counts], None] | None = None) -> Counts:
         """Answers every line that is not answered yet. Under torchrun rank 0 reads and writes.
 
-        Raises ValueError where the target holds the answers to another file.
+        Raises ValueError where the target holds the answers to another file, or another run is writing to it.
         """
         if self.llm.rank != 0:
             for _ in self.llm.run(()):
                 pass
             return self.counts
-        done = finished_lines(self.target)
-        jobs: list[Job] = []  # by place of request; a job of several prompts stands there several times
-        with open(self.source, encoding="utf-8") as lines, open(self.target, "a", encoding="utf-8") as out:
-
-            def queries() -> Iterator[Query]:
-                for job in self._jobs(lines, done, out):
-                    for query in job.queries:
-                        jobs.append(job)
-                        yield query
-
-            for completion in self.llm.run(queries()):
-                job = jobs[completion.place]
-                job.completions.append(completion)
-                self.counts.tokens += len(completion.tokens)
-                if len(job.completions) == sum(query.params.n for query in job.queries):
-                    self._answer(job, out)
-                if progress:
-                    progress(self.counts)
+        with locked(self.target), opened(self.source) as lines:
+            done = finished_lines(self.target)
+            # half a surrogate pair, which UTF-8 cannot hold, is written as JSON's escape
+            with open(self.target, "a", encoding="utf-8", errors="backslashreplace") as out:
+                for completion in self.llm.run(self._queries(lines, done, out)):
+                    self._take(completion, out)
+                    if progress:
+                        progress(self.counts)
         return self.counts
 
-    def _jobs(self, lines: TextIO, done: dict[int, str | None], out: TextIO) -> Iterator[Job]:
-        """The lines that the engine has to answer; bad lines and embeddings are written on the spot."""
-        seen: set[str] = set()
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
+    def _queries(self, lines: Iterable[str], done: Fingerprints, out: TextIO) -> Iterator[Query]:
+        """What the model has to answer; lines that cannot be are written on the spot."""
+        seen = Fingerprints()
+        num_queries = 0
+        for number, text in enumerate(lines, 1):
+            if not text.strip():
                 continue
-            job = Job(number)
+            line = Line(number)
+            refusal = None
             try:
-                entry = self._parse(job, line, seen)
+                entry = self._parse(line, text, seen)
             except ValueError as error:
-                entry, refusal = None, str(error)
-            if number in done:
-                if done[number] != job.custom_id:
-                    raise ValueError(
-                        f"{self.target} answers another file: its line {number} is {done[number]!r}, "
-                        f"not {job.custom_id!r}; give another file"
-                    )
+                refusal = str(error)
+            if done.has(number):
+                self._check_answered(line, done)
                 self.counts.skipped += 1
                 continue
-            if entry is not None:
+            if refusal is None:
                 try:
-                    self._prepare(job, entry)
-                    refusal = None
+                    line.call = Call.open(self.llm, entry.get("url"), entry.get("body"))
                 except ValueError as error:
                     refusal = str(error)
             if refusal is not None:
-                self._write(out, job, error=refusal)
-            elif isinstance(job.request, EmbeddingRequest):
-                completions = sorted(self.llm.run(job.queries), key=attrgetter("place"))
-                num_prompt_tokens = sum(len(query.tokens) for query in job.queries)
-                body = embedding_response(job.request, unit_vectors(completions).tolist(), num_prompt_tokens)
-                self._write(out, job, body)
-            else:
-                yield job
+                self._write(out, line, error=refusal)
+                continue
+            line.places = range(num_queries, num_queries + len(line.call.queries))
+            num_queries = line.places.stop
+            self._waiting |= dict.fromkeys(line.places, line)
+            yield from line.call.queries
 
-    def _parse(self, job: Job, line: str, seen: set[str]) -> dict[str, Any]:
-        """The line's object; fills the job's custom_id. Raises ValueError."""
+    def _parse(self, line: Line, text: str, seen: Fingerprints) -> dict[str, Any]:
+        """The line's object; fills the line's custom_id. Raises ValueError."""
         try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"line {job.line} is not JSON: {error}") from error
+            text.encode()
+            entry = json.loads(text)
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"line {line.number} is not text in UTF-8, from character {error.start + 1} on"
+            ) from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"line {line.number} is not JSON: {error}") from error
         custom_id = entry.get("custom_id") if isinstance(entry, dict) else None
         if not isinstance(custom_id, str):
-            raise ValueError(f"line {job.line} has no custom_id")
-        job.custom_id = custom_id
-        if custom_id in seen:
+            raise ValueError(f"line {line.number} has no custom_id")
+        line.custom_id = custom_id
+        if seen.has(custom_id):
             raise ValueError(f"custom_id {custom_id!r} stands on an earlier line too")
         seen.add(custom_id)
         return entry
 
-    def _prepare(self, job: Job, entry: dict[str, Any]) -> None:
-        """Makes token ids and parameters of the line's body. Raises ValueError."""
-        kind = ENDPOINTS.get(entry.get("url"))
-        if kind is None:
-            raise ValueError(f"url is {entry.get('url')!r}: give {', '.join(ENDPOINTS)}")
-        job.request = request = parse(kind, entry.get("body"))
-        if isinstance(request, EmbeddingRequest):
-            params = SamplingParams().resolve(self.llm.defaults)
-            tokens = self.llm.prompt_tokens(prompts_of(request.input))
-            job.queries = [Query(prompt, params, "mean") for prompt in tokens]
-        else:
-            params = request.params().resolve(self.llm.defaults)
-            if isinstance(request, ChatRequest):
-                dialog = [{"role": m.role, "content": m.content} for m in request.messages]
-                job.queries = [self.llm.chat_query(dialog, params)]
-            else:
-                tokens = self.llm.prompt_tokens(prompts_of(request.prompt))
-                job.queries = [Query(prompt, params) for prompt in tokens]
-        for query in job.queries:
-            self.llm.check(query)
-
-    def _answer(self, job: Job, out: TextIO) -> None:
-        completions = sorted(job.completions, key=attrgetter("place", "index"))
-        failed = next((c for c in completions if c.finish_reason == "error"), None)
-        if failed is not None:
-            self._write(out, job, error=failed.error)
+    def _check_answered(self, line: Line, done: Fingerprints) -> None:
+        if done.has(line.number, line.custom_id):
             return
-        respond = chat_response if isinstance(job.request, ChatRequest) else completion_response
-        num_prompt_tokens = sum(len(query.tokens) for query in job.queries)
-        self._write(out, job, respond(job.request, completions, num_prompt_tokens, self.llm.tokenizer))
+        with open(self.target, "rb") as answers:
+            found = dict(filter(None, (read_answer(self.target, text) for text in answers)))
+        raise ValueError(
+            f"{self.target} answers another file: its line {line.number} is {found[line.number]!r}, "
+            f"not {line.custom_id!r}; give another file"
+        )
+
+    def _take(self, completion: Completion, out: TextIO) -> None:
+        """One more completion of a line; the last one has it answered."""
+        line = self._waiting[completion.place]
+        line.completions.append(completion)
+        self.counts.tokens += len(completion.tokens)
+        if len(line.completions) < line.call.num_completions:
+            return
+        for place in line.places:
+            del self._waiting[place]
+        try:
+            body = line.call.respond(self.llm, line.completions)
+        except RuntimeError as error:
+            self._write(out, line, error=str(error))
+        else:
+            self._write(out, line, body)
 
     def _write(
-        self, out: TextIO, job: Job, body: dict[str, Any] | None = None, error: str | None = None
+        self, out: TextIO, line: Line, body: dict[str, Any] | None = None, error: str | None = None
     ) -> None:
         """One line at once, so that a job that is stopped leaves whole lines."""
         request_id = uuid.uuid4().hex
         entry = {
             "id": f"batch_req_{request_id}",
-            "line": job.line,
-            "custom_id": job.custom_id,
+            "line": line.number,
+            "custom_id": line.custom_id,
             "response": body and {"status_code": 200, "request_id": request_id, "body": body},
             "error": error and {"code": "invalid_request", "message": error},
         }
@@ -196,17 +198,75 @@ class Batch:
             self.counts.failed += 1
 
 
-def finished_lines(target: Path) -> dict[int, str | None]:
-    """By line number, the custom ids that `target` answers; a last line that was cut off is removed from it."""
+def finished_lines(target: Path) -> Fingerprints:
+    """The lines that `target` answers, by number and by number and custom_id.
+
+    What failed, and a last line that was cut off, is taken out of the file, to be tried again.
+    """
+    done = Fingerprints()
     if not target.exists():
-        return {}
-    content = target.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if whole != content:
-        with open(target, "r+b") as out:
-            out.truncate(len(whole))
+        return done
+    is_whole = True
+    with open(target, "rb") as answers:
+        for text in answers:
+            if answer := read_answer(target, text):
+                done.add(answer[0])
+                done.add(*answer)
+            else:
+                is_whole = False
+    if not is_whole:
+        with (
+            staged(target, target.stat().st_size, is_directory=False) as staging,
+            open(target, "rb") as answers,
+            open(staging, "wb") as kept,
+        ):
+            kept.writelines(text for text in answers if read_answer(target, text))
+    return done
+
+
+def read_answer(target: Path, text: bytes) -> tuple[int, str] | None:
+    """The line and custom_id that a line of `target` answers; None where it failed or was cut off."""
     try:
-        entries = [json.loads(line) for line in whole.splitlines()]
-        return {entry["line"]: entry["custom_id"] for entry in entries}
-    except (ValueError, KeyError, TypeError) as error:
+        if not text.endswith(b"\n") and text.startswith(b'{"id": "batch_req_'[: len(text)]):
+            return None
+        entry = json.loads(text)
+        return None if entry["error"] else (entry["line"], entry["custom_id"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{target} does not hold answers of this command: give another file") from error
+
+
+@contextmanager
+def locked(target: Path) -> Iterator[None]:
+    """Keeps other runs from writing to `target`. Raises ValueError where one is at it."""
+    path = target.resolve()
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such directory; make it, or name another file")
+    path = path.with_name(f".{path.name}.lock")
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ValueError(
+            f"{target}: another run is writing to it; wait for its end, or name another file"
+        ) from error
+    try:
+        yield
+    finally:
+        if os.name == "posix":  # elsewhere an open file cannot be removed
+            path.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def opened(source: Path) -> Iterator[TextIO]:
+    """The lines of a file, a pipe or, for "-", standard input, in any encoding of JSON.
+
+    Bytes that are not UTF-8 come as lone surrogates, so that the lines around them can still be read.
+    """
+    is_standard_input = str(source) == "-"
+    if is_standard_input and sys.stdin is None:
+        raise ValueError("standard input is closed: give a file")
+    with sys.stdin.buffer if is_standard_input else open(source, "rb") as binary:
+        encoding = json.detect_encoding(binary.peek(4)[:4])  # also by its byte order mark
+        errors = "surrogateescape" if encoding.startswith("utf-8") else "replace"
+        yield TextIOWrapper(binary, encoding=encoding, errors=errors)

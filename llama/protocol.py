@@ -1,29 +1,54 @@
-"""OpenAI's request and response bodies: what a client may ask for, and what it gets.
+"""OpenAI's request bodies: what a client may ask for.
 
-Unknown fields are refused, not ignored: a request that cannot be served as it is meant fails.
+Fields that would change the answer and are not known are refused, not ignored; a field that is null is not given.
 Source: OpenAI's API reference, /v1/chat/completions, /v1/completions, /v1/embeddings.
 """
 
 from __future__ import annotations
 
-import time
-import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    create_model,
+    model_validator,
+)
 
-from llama.answer import Completion, Logprob
 from llama.sampling_params import SAMPLING_FIELDS, SamplingParams
-from llama.tokenizer import Tokenizer
 
 Prompts = str | list[int] | list[str] | list[list[int]]
 
 
-class Body(BaseModel):
+def _refuse_any(value: list[Any]) -> list[Any]:
+    if value:
+        raise ValueError("this is not served: leave it out")
+    return value
+
+
+Unserved = Annotated[
+    list[Any], AfterValidator(_refuse_any)
+]  # clients send an empty list where they mean nothing
+
+
+class Fields(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_null(cls, data: Any) -> Any:
+        return (
+            {key: value for key, value in data.items() if value is not None}
+            if isinstance(data, dict)
+            else data
+        )
+
+
+class Body(Fields):
     model: str = ""
     # taken and left alone: they do not change the answer
     user: str | None = None
@@ -44,43 +69,47 @@ _SAMPLING = {
 class SamplingBody(create_model("SamplingFields", __base__=Body, **_SAMPLING), ABC):
     """How to sample; the fields are those of SamplingParams."""
 
+    stream: Literal[False] = False
+
     def params(self) -> SamplingParams:
         """Raises ValueError for what SamplingParams refuses."""
         fields = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
-        for token in fields.get("logit_bias", ()):
-            if not token.isdecimal():
-                raise ValueError(f"logit_bias holds {token!r}: give token ids")
         if "logit_bias" in fields:
-            fields["logit_bias"] = {int(token): value for token, value in fields["logit_bias"].items()}
-        return SamplingParams(**fields, **self.logprob_fields())
+            fields["logit_bias"] = {_token_id(token): bias for token, bias in fields["logit_bias"].items()}
+        return SamplingParams(**(fields | self.own_params()))
 
     @abstractmethod
-    def logprob_fields(self) -> dict[str, Any]:
-        """What the endpoint's own way of asking for logprobs means."""
+    def own_params(self) -> dict[str, Any]:
+        """What the endpoint has in its own way, by the names of SamplingParams."""
 
 
-class ChatMessage(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+class ResponseFormat(Fields):
+    type: Literal["text"]
 
+
+class ChatMessage(Fields):
     role: str
-    content: str
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None  # taken and left alone, as no chat format has a place for it
+    annotations: Unserved = []
+    tool_calls: Unserved = []
 
 
 class ChatRequest(SamplingBody):
     messages: list[ChatMessage]
     max_completion_tokens: int | None = None
-    logprobs: bool | None = None
+    logprobs: bool = False
     top_logprobs: int = 0
+    response_format: ResponseFormat | None = None
+    tools: Unserved = []
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
 
-    def logprob_fields(self) -> dict[str, Any]:
-        return {"logprobs": self.top_logprobs if self.logprobs else None}
-
-    def params(self) -> SamplingParams:
+    def own_params(self) -> dict[str, Any]:
+        own: dict[str, Any] = {"logprobs": self.top_logprobs if self.logprobs else None}
         if self.max_completion_tokens is not None:
-            return self.model_copy(
-                update={"max_tokens": self.max_completion_tokens, "max_completion_tokens": None}
-            ).params()
-        return super().params()
+            own["max_tokens"] = self.max_completion_tokens
+        return own
 
 
 class CompletionRequest(SamplingBody):
@@ -88,7 +117,7 @@ class CompletionRequest(SamplingBody):
     logprobs: int | None = None
     echo: bool = False
 
-    def logprob_fields(self) -> dict[str, Any]:
+    def own_params(self) -> dict[str, Any]:
         return {
             "logprobs": self.logprobs,
             "prompt_logprobs": self.logprobs if self.echo else None,
@@ -101,7 +130,10 @@ class EmbeddingRequest(Body):
     encoding_format: Literal["float"] = "float"
 
 
-def parse(kind: type[Body], body: object) -> Body:
+B = TypeVar("B", bound=Body)
+
+
+def parse(kind: type[B], body: object) -> B:
     """The body as a request of its kind. Raises ValueError in one line that names the field."""
     try:
         return kind.model_validate(body)
@@ -111,108 +143,7 @@ def parse(kind: type[Body], body: object) -> Body:
         raise ValueError(f"{where}: {first['msg']}") from error
 
 
-def prompts_of(value: Prompts) -> list[str | list[int]]:
-    """A text, token ids, or a list of either, as a list."""
-    if isinstance(value, str) or (value and isinstance(value[0], int)):
-        return [value]
-    return list(value)
-
-
-def usage(num_prompt_tokens: int, num_generated_tokens: int = 0) -> dict[str, int]:
-    return {
-        "prompt_tokens": num_prompt_tokens,
-        "completion_tokens": num_generated_tokens,
-        "total_tokens": num_prompt_tokens + num_generated_tokens,
-    }
-
-
-def chat_response(
-    request: ChatRequest, completions: Sequence[Completion], num_prompt_tokens: int, tokenizer: Tokenizer
-) -> dict[str, Any]:
-    choices = [
-        {
-            "index": index,
-            "message": {"role": "assistant", "content": completion.text},
-            "logprobs": _chat_logprobs(completion, tokenizer),
-            "finish_reason": completion.finish_reason,
-        }
-        for index, completion in enumerate(completions)
-    ]
-    counts = usage(num_prompt_tokens, sum(len(completion.tokens) for completion in completions))
-    return {**_head("chatcmpl", "chat.completion", request), "choices": choices, "usage": counts}
-
-
-def completion_response(
-    request: CompletionRequest,
-    completions: Sequence[Completion],
-    num_prompt_tokens: int,
-    tokenizer: Tokenizer,
-) -> dict[str, Any]:
-    choices = [
-        {
-            "index": index,
-            "text": completion.text,
-            "logprobs": _text_logprobs(completion, tokenizer),
-            "finish_reason": completion.finish_reason,
-        }
-        for index, completion in enumerate(completions)
-    ]
-    num_tokens = sum(len(completion.tokens) for completion in completions)
-    num_echoed = num_prompt_tokens * (request.n or 1) if request.echo else 0
-    counts = usage(num_prompt_tokens, num_tokens - num_echoed)
-    return {**_head("cmpl", "text_completion", request), "choices": choices, "usage": counts}
-
-
-def embedding_response(
-    request: EmbeddingRequest, vectors: Sequence[Sequence[float]], num_prompt_tokens: int
-) -> dict[str, Any]:
-    data = [
-        {"object": "embedding", "index": index, "embedding": list(vector)}
-        for index, vector in enumerate(vectors)
-    ]
-    counts = {"prompt_tokens": num_prompt_tokens, "total_tokens": num_prompt_tokens}
-    return {"object": "list", "model": request.model, "data": data, "usage": counts}
-
-
-def _head(prefix: str, kind: str, request: Body) -> dict[str, Any]:
-    return {
-        "id": f"{prefix}-{uuid.uuid4().hex}",
-        "object": kind,
-        "created": int(time.time()),
-        "model": request.model,
-    }
-
-
-def _chat_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    if completion.logprobs is None:
-        return None
-
-    def entry(token: int, logprob: float) -> dict[str, Any]:
-        content = tokenizer.token_bytes(token)
-        return {"token": content.decode(errors="replace"), "logprob": logprob, "bytes": list(content)}
-
-    return {
-        "content": [
-            {**entry(item.token, item.logprob), "top_logprobs": [entry(*pair) for pair in item.top]}
-            for item in completion.logprobs
-        ]
-    }
-
-
-def _text_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    if completion.logprobs is None:
-        return None
-    entries: list[Logprob | None] = [*(completion.prompt_logprobs or ()), *completion.logprobs]
-    texts = [tokenizer.token_bytes(token).decode(errors="replace") for token in completion.tokens]
-    offsets = [0]
-    for text in texts:
-        offsets.append(offsets[-1] + len(text))
-    return {
-        "tokens": texts,
-        "token_logprobs": [entry and entry.logprob for entry in entries],
-        "top_logprobs": [
-            entry and {tokenizer.token_bytes(t).decode(errors="replace"): value for t, value in entry.top}
-            for entry in entries
-        ],
-        "text_offset": offsets[:-1],
-    }
+def _token_id(text: str) -> int:
+    if not text.isdecimal():
+        raise ValueError(f"logit_bias holds {text!r}: give token ids")
+    return int(text)

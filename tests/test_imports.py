@@ -30,7 +30,8 @@ checkpoint  runner  protocol
 engine
 building
 generation
-batch  perplexity  terminal
+service  perplexity  terminal
+batch
 report
 __init__  __main__
 """

@@ -36,10 +36,9 @@ def fit_dialog(
     DialogError where even the last turn is too long.
     """
     chosen = choose_format(chat_format, tokenizer)
-    dialog = list(Prompt.of(dialog).messages)
-    start = len(dialog) - len(split_system(dialog)[1])
+    start = len(dialog) - len(split_system(Prompt.of(dialog).messages)[1])
     later_turns = [i for i in range(start + 1, len(dialog)) if dialog[i]["role"] == "user"]
-    rests = [dialog, *(dialog[:start] + dialog[i:] for i in later_turns)]
+    rests = [dialog[:], *(dialog[:start] + dialog[i:] for i in later_turns)]
     first = bisect_left(rests, True, key=lambda rest: len(chosen.encode(rest)) <= max_tokens)
     if first == len(rests):
         num_tokens = len(chosen.encode(rests[-1]))

@@ -13,7 +13,7 @@ class Message(TypedDict):
     """One turn of a dialog. Keys other than these two are ignored."""
 
     role: Role
-    content: str
+    content: str  # or OpenAI's list of parts, each {"type": "text", "text": text}
 
 
 Dialog = list[Message]
@@ -27,8 +27,9 @@ class DialogError(ValueError, AssertionError):
 class Prompt:
     """A dialog to be answered, with what a model's own template may tell it besides. Raises DialogError.
 
-    There is at least one message, and each has a role and content, both text. `tools` are descriptions of
-    functions as OpenAI's API has them, `options` are further variables of the template.
+    There is at least one message, and each has a role and content, both text: OpenAI's list of text parts is joined,
+    an assistant's message without content is empty. `tools` are descriptions of functions as OpenAI's API has them,
+    `options` are further variables of the template.
     """
 
     messages: tuple[Message, ...]
@@ -38,15 +39,33 @@ class Prompt:
     def __post_init__(self) -> None:
         if not self.messages:
             raise DialogError("the dialog is empty; give at least one message, from the user")
-        for number, message in enumerate(self.messages, 1):
-            content = message.get("content") if isinstance(message, dict) else None
-            if not isinstance(content, str) or not isinstance(message.get("role"), str):
-                raise DialogError(f"message {number} is not of the form {{'role': text, 'content': text}}")
+        messages = tuple(_message(number, given) for number, given in enumerate(self.messages, 1))
+        object.__setattr__(self, "messages", messages)
 
     @classmethod
     def of(cls, asked: Prompt | Dialog) -> Prompt:
         """A prompt as it is; a dialog as the prompt that is nothing else. Raises DialogError."""
         return asked if isinstance(asked, Prompt) else cls(tuple(asked or ()))
+
+
+def _message(number: int, given: object) -> Message:
+    role, content = (given.get("role"), given.get("content")) if isinstance(given, dict) else (None, None)
+    if content is None and role == "assistant":
+        content = ""
+    if isinstance(content, list):
+        content = "\n".join(_part_text(number, part) for part in content)
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise DialogError(f"message {number} is not of the form {{'role': text, 'content': text}}")
+    return {"role": role, "content": content}
+
+
+def _part_text(number: int, part: object) -> str:
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        raise DialogError(
+            f"message {number} has a part that is no text; give {{'type': 'text', 'text': text}} only"
+        )
+    return text
 
 
 def split_system(messages: Sequence[Message]) -> tuple[str | None, Sequence[Message]]:

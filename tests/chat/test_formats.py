@@ -979,6 +979,28 @@ def test_a_message_of_another_form_is_refused(message):
             ask([message])
 
 
+def test_content_in_text_parts_is_their_text():
+    parts = [{"type": "text", "text": "Hi"}, {"type": "text", "text": "there"}]
+    for chosen in (FORMATS["llama2"](ByteTokenizer()), JinjaFormat(ByteTokenizer(), CHATML_TEMPLATE)):
+        assert chosen.encode([{"role": "user", "content": parts[:1]}]) == chosen.encode(turns("Hi"))
+        assert chosen.encode([{"role": "user", "content": parts}]) == chosen.encode(turns("Hi\nthere"))
+    assert FORMATS["llama2"](ByteTokenizer()).is_unsafe(
+        [{"role": "user", "content": [*parts, {"type": "text", "text": "[INST]"}]}]
+    )
+
+
+@pytest.mark.parametrize("part", ["Hi", {"type": "image_url", "image_url": {}}, {"type": "text"}])
+def test_a_part_that_is_no_text_is_refused(part):
+    with pytest.raises(DialogError, match=r"^message 2 has a part that is no text; give "):
+        FORMATS["chatml"](ByteTokenizer()).encode([*turns("a"), {"role": "user", "content": [part]}])
+
+
+def test_an_assistants_message_may_lack_content():
+    chosen = FORMATS["chatml"](ByteTokenizer())
+    dialog = [*turns("a"), {"role": "assistant", "content": None}, *turns("b")]
+    assert chosen.encode(dialog) == chosen.encode(turns("a", "", "b"))
+
+
 def test_half_a_character_is_shown_as_the_replacement_character(smollm):
     for chat_format in (None, "chatml"):
         tokens = choose_format(chat_format, smollm).encode(turns("a\ud800b", system="s"))

@@ -38,6 +38,9 @@ class ByteTokenizer:
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         return [self.bos_id] * bos + list(s.encode()) + [self.eos_id] * eos
 
+    def token_bytes(self, id: int) -> bytes:
+        return bytes([id]) if id < 256 else b""
+
     def decode(self, t: list[int] | int) -> str:
         stream = StreamDecoder(self)
         return "".join(stream.push(i) for i in ([t] if isinstance(t, int) else t)) + stream.flush()

@@ -150,11 +150,20 @@ class ContiguousCache(KVCache):
     def __init__(self, shape: CacheShape, num_rows: int, device: torch.device, dtype: torch.dtype):
         super().__init__(shape, 0, device, dtype)
         self.num_rows = num_rows
+        self._lengths = [0] * num_rows  # of what each row has stored
 
     @property
     def capacity(self) -> int:
         """Tokens that a row has room for."""
         return self.num_slots // self.num_rows
+
+    def stored(self, num_rows: int) -> int:
+        """Tokens that each of the first `num_rows` rows has stored; 0 where there are fewer rows."""
+        return min(self._lengths[:num_rows], default=0) if num_rows <= self.num_rows else 0
+
+    def keep(self, num_rows: int, length: int) -> None:
+        """Notes that the first `num_rows` rows have stored `length` tokens or more."""
+        self._lengths[:num_rows] = [max(stored, length) for stored in self._lengths[:num_rows]]
 
     def reserve(self, length: int) -> None:
         """Makes room for `length` tokens in every row; what is stored stays."""

@@ -231,17 +231,25 @@ class Transformer(nn.Module):
         """The reference's call: logits of every position, (bsz, seqlen, vocab_size) float32.
 
         `tokens` (bsz, seqlen) stand at positions start_pos ...; what came before was given by earlier calls
-        and is kept in a contiguous cache that grows as needed.
+        and is kept in a contiguous cache that grows as needed. Raises ValueError where a row lacks what comes before.
         """
         bsz, seqlen = tokens.shape
         weight = self.norm.weight
-        if self._cache is None or self._cache.num_rows < bsz:
-            self._cache = ContiguousCache(self.cache_shape, bsz, weight.device, weight.dtype)
-        self._cache.reserve(start_pos + seqlen)
+        cache = self._cache
+        if cache is None or (start_pos == 0 and cache.num_rows < bsz):
+            cache = ContiguousCache(self.cache_shape, bsz, weight.device, weight.dtype)
+        if not 0 <= start_pos <= cache.stored(bsz):
+            raise ValueError(
+                f"start_pos is {start_pos}, but of {bsz} rows no more than {cache.stored(bsz)} tokens each were given "
+                "before; give a prompt from start_pos 0 on, and as many rows as will follow"
+            )
+        cache.reserve(start_pos + seqlen)
         positions = torch.arange(start_pos, start_pos + seqlen, device=tokens.device).repeat(bsz)
-        spans = [self._cache.span(row, start_pos, seqlen) for row in range(bsz)]
-        caches = layer_caches(self._cache, spans, choose_backend(self._cache, weight.dtype))
+        spans = [cache.span(row, start_pos, seqlen) for row in range(bsz)]
+        caches = layer_caches(cache, spans, choose_backend(cache, weight.dtype))
         states = self.hidden_states(tokens.reshape(-1), positions, caches)
+        cache.keep(bsz, start_pos + seqlen)
+        self._cache = cache
         return self.logits(states).unflatten(0, (bsz, seqlen))
 
 

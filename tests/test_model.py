@@ -39,6 +39,28 @@ def test_a_sequence_in_pieces_gives_the_logits_of_the_whole(shape):
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("rows", "start_pos"), [(1, 5), (2, 5), (3, 9), (4, 9), (2, 10), (2, 14), (1, -1)])
+def test_rows_that_lack_what_comes_before_are_refused(rows, start_pos):
+    model = tiny_model(tiny_args())
+    if start_pos != 5:  # else nothing was given before
+        model(torch.tensor([TOKENS[:4]] * 3), 0)
+        model(torch.tensor([TOKENS[4:9]] * 2), 4)
+    with pytest.raises(ValueError, match=f"start_pos is {start_pos}, but of {rows} rows no more than"):
+        model(torch.tensor([TOKENS[:1]] * rows), start_pos)
+
+
+def test_after_a_refusal_the_rows_that_were_given_go_on():
+    model = tiny_model(tiny_args())
+    tokens = torch.tensor([TOKENS, TOKENS[::-1]])
+    whole = model(tokens, 0)
+    model = tiny_model(tiny_args())
+    model(tokens[:, :9], 0)
+    for refused in (torch.tensor([TOKENS[:1]] * 3), torch.tensor([[10**6]])):
+        with pytest.raises((ValueError, IndexError)):
+            model(refused, 9)
+    torch.testing.assert_close(model(tokens[:, 9:], 9), whole[:, 9:], rtol=0, atol=1e-4)
+
+
 def test_preparing_the_weights_changes_no_logit():
     model = tiny_model(tiny_args())
     before = model(torch.tensor([TOKENS]), 0)

@@ -31,6 +31,7 @@ setup(
         "pydantic>=2.10",
         "typer>=0.15",
         "rich>=13",
+        "prompt_toolkit>=3.0.36",
     ],
     extras_require={"hub": ["huggingface-hub>=1.0"]},
     entry_points={"console_scripts": ["llama=llama.__main__:main"]},

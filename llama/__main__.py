@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
+import secrets
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,9 +13,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llama.options import MODEL, SAMPLER, takes
+from llama.streams import note, repair, tell
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs
     from llama.generation import Llama
+    from llama.sampling_params import SamplingParams
 
 app = typer.Typer(
     name="llama",
@@ -41,24 +45,33 @@ def chat(
         str | None, typer.Argument(metavar="[MESSAGE]", help="Answer this one and exit.")
     ] = None,
     system: Annotated[str | None, typer.Option(help='The system prompt; "default" is a careful one.')] = None,
+    history: Annotated[
+        Path | None,
+        typer.Option(envvar="LLAMA_HISTORY", help="Keep what is typed in this file, for the next start."),
+    ] = None,
     *,
     load: dict[str, Any],
     sample: dict[str, Any],
 ) -> None:
-    """Talk with a model; Ctrl-C ends an answer, /quit the conversation."""
+    """Talk with a model; Ctrl-C ends an answer, /quit the conversation.
+
+    One argument alone is a MODEL if it exists as a file or directory, or if it has no white space and begins like a
+    path (/ ./ ../ ~), ends in .gguf or reads like org/name; otherwise it is a MESSAGE. What comes through a pipe is
+    added to the MESSAGE; without a MESSAGE each line of it is one.
+    """
     from llama import terminal
     from llama.chat import DEFAULT_SYSTEM_PROMPT
-    from llama.sampling_params import SamplingParams
 
     if message is None and model is not None and not names_a_model(model):
         model, message = None, model
-    params = SamplingParams(**sample)
-    llm = build(model, load)
+    if message is not None and not message.strip():
+        raise WrongCall("the message is empty: give a text, or leave it out to talk")
+    llm, params = build_to_sample(model, load, sample)
     conversation = terminal.Chat(llm, params, DEFAULT_SYSTEM_PROMPT if system == "default" else system)
     if message is None:
-        terminal.run(conversation)
+        terminal.run(conversation, history)
     else:
-        terminal.stream(conversation, message)
+        terminal.stream(conversation, terminal.with_piped(llm, message))
 
 
 @app.command()
@@ -75,19 +88,16 @@ def complete(
     sample: dict[str, Any],
 ) -> None:
     """Continue a text."""
-    from llama.sampling_params import SamplingParams
+    from llama import terminal
 
     if prompt is None:
         if sys.stdin.isatty():
             raise WrongCall("nothing to continue: give --prompt TEXT, or the text on standard input")
         prompt = sys.stdin.read()
-    params = SamplingParams(**sample, echo=echo)
-    llm = build(model, load)
-    for piece in llm.stream_text(prompt, params) if stream else [llm.complete([prompt], params)[0].text]:
-        if llm.rank == 0:
-            print(piece, end="", flush=True)
-    if llm.rank == 0:
-        print()
+    llm, params = build_to_sample(model, load, sample | {"echo": echo})
+    terminal.show(
+        llm, llm.stream_text(prompt, params) if stream else [llm.complete([prompt], params)[0].text]
+    )
 
 
 @app.command()
@@ -232,9 +242,22 @@ def build(model: str | None, load: dict[str, Any]) -> Llama:
         return Llama.build(model, **load)
 
 
+def build_to_sample(
+    model: str | None, load: dict[str, Any], sample: dict[str, Any]
+) -> tuple[Llama, SamplingParams]:
+    """The model, and how to sample from it: with a seed that is drawn at each start, if none was given, and told."""
+    from llama.sampling_params import SamplingParams
+
+    params = SamplingParams(**{"seed": secrets.randbelow(10**9)} | sample)
+    llm = build(model, load)
+    if "seed" not in sample and params.temperature != 0:
+        note(f"--seed {params.seed} gives the same answers again")
+    return llm, params
+
+
 def warn(warnings: list[str]) -> None:
     for warning in warnings:
-        print(f"llama: warning: {warning}", file=sys.stderr)
+        tell(f"llama: warning: {warning}")
 
 
 def path_of(model: str | None) -> Path:
@@ -244,16 +267,22 @@ def path_of(model: str | None) -> Path:
 
 
 def names_a_model(argument: str) -> bool:
-    """Whether a lone argument of `chat` is a checkpoint rather than a message."""
-    if Path(argument).exists():
+    """Whether a lone argument of `chat` is a checkpoint rather than a message: the rule that its help states."""
+    if os.path.exists(argument):
         return True
-    return not any(c.isspace() for c in argument) and ("/" in argument or argument.endswith(".gguf"))
+    if re.search(r"\s", argument):
+        return False
+    is_path = re.match(r"~|\.{0,2}/|[A-Za-z]:\\", argument) or argument.endswith(".gguf")
+    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)+(:[\w.-]+)?", argument, re.ASCII)
+    return bool(is_path or is_name)
 
 
 def main() -> None:
     """Runs the command line and exits: 0, 2 for a wrong call, 1 for whatever else a person can cause."""
+    repair()
     try:
         app(standalone_mode=False)
+        sys.stdout.flush()
     except USAGE_ERROR as error:
         where = error.ctx.command_path if error.ctx else "llama"
         fail(f"{error.format_message().rstrip('.')}; see '{where} --help'", 2)
@@ -269,7 +298,7 @@ def main() -> None:
 
 
 def fail(message: str, status: int) -> None:
-    print(f"llama: {' '.join(message.split())}", file=sys.stderr)
+    tell(f"llama: {' '.join(message.split())}")
     sys.exit(status)
 
 

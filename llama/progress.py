@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,11 +12,12 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 @contextmanager
 def progress_bar(title: str, show: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A bar on a terminal's standard error; nothing in a pipe. Yields progress(bytes done, bytes in all)."""
-    if not (show and sys.stderr.isatty()):
+    console = Console(stderr=True)
+    if not (show and console.is_terminal):
         yield None
         return
     columns = (TextColumn(title), BarColumn(), DownloadColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(title)
         yield lambda done, total: progress.update(task, completed=done, total=total)
 

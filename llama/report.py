@@ -11,6 +11,7 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 from rich.table import Table
 
 from llama.progress import bytes_text
+from llama.streams import printable
 
 if TYPE_CHECKING:
     from llama.batch import Batch, Counts
@@ -44,7 +45,7 @@ def show_inspection(found: Inspection) -> None:
         facts["unknown keys"] = ", ".join(found.unknown_keys)
     width = max(map(len, facts))
     for name, value in facts.items():
-        print(f"{name:{width}}  {value}")
+        print(printable(f"{name:{width}}  {value}"))
 
 
 def kept_text(stored: Stored) -> str:
@@ -80,7 +81,8 @@ def show_findings(findings: Iterable[Finding]) -> bool:
     good = True
     for finding in findings:
         good = good and finding.ok
-        print(f"{'ok ' if finding.ok else 'BAD'}  {finding.subject}: {finding.message}", flush=True)
+        line = f"{'ok ' if finding.ok else 'BAD'}  {finding.subject}: {finding.message}"
+        print(printable(line), flush=True)
     return good
 
 

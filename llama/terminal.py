@@ -1,11 +1,13 @@
-"""A chat in a terminal, or through a pipe: lines in, streamed answers out."""
+"""A chat in a terminal, or through a pipe: messages in, streamed answers out."""
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from types import FrameType
 
 from rich.console import Console
@@ -13,13 +15,9 @@ from rich.console import Console
 from llama.chat import Dialog, DialogError, fit_dialog, with_system
 from llama.generation import Llama
 from llama.sampling_params import SamplingParams
+from llama.streams import note, piped_text, printable
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit (or q) leaves"
-
-
-def printable(text: str) -> str:
-    """Text that cannot move the cursor or colour the terminal: control characters but \\n and \\t are dropped."""
-    return "".join(c for c in text if c in "\n\t" or not (ord(c) < 32 or 127 <= ord(c) < 160))
 
 
 class Interrupt:
@@ -61,19 +59,25 @@ class Chat:
         finally:
             self.turns += [
                 {"role": "user", "content": message},
-                self.llm.chat_format.parse("".join(pieces)),
+                {"role": "assistant", "content": "".join(pieces)},
             ]
 
     def command(self, line: str) -> str | None:
-        """Obeys a line that begins with a slash; returns what to tell the person."""
-        name, _, rest = line.partition(" ")
-        if name == "/reset":
+        """Obeys a line that begins with a command's word; returns what to tell the person.
+
+        None: the line is a message, as one that begins with a path is. A lone word behind a slash is taken for a
+        slip of the keyboard.
+        """
+        word, *rest = line.split(maxsplit=1)
+        if word == "/reset":
             self.turns = []
             return "The conversation is forgotten."
-        if name == "/system":
-            self.system = rest.strip() or None
+        if word == "/system":
+            self.system = rest[0] if rest else None
             return "The system prompt is set." if self.system else "There is no system prompt now."
-        return HELP if name == "/help" else f"{name} is no command: {HELP}"
+        if word == "/help":
+            return HELP
+        return f"{line} is no command: {HELP}" if re.fullmatch("/[a-z]+", line) else None
 
     def _fitted(self, turns: Dialog) -> Dialog:
         """The dialog without as many of its oldest turns as leave room for an answer."""
@@ -83,60 +87,76 @@ class Chat:
         return fit_dialog(dialog, max_seq_len - room, self.llm.tokenizer, self.llm.chat_format)
 
 
-def stream(chat: Chat, message: str) -> None:
-    """Prints one answer as it comes."""
-    console = Console(stderr=True)
-    show = chat.llm.rank == 0
-    waiting = console.status("Thinking ...") if show and console.is_terminal else nullcontext()
-    with Interrupt() as interrupt:
-        pieces = chat.answer(message)
-        with waiting:
-            first = next(pieces, "")
-        if show:
-            print(printable(first), end="", flush=True)
-        for piece in pieces:
-            if show:
-                print(printable(piece), end="", flush=True)
-            if interrupt.pressed:
-                pieces.close()
-        if show:
-            print()
-
-
-def lines(llm: Llama, console: Console) -> Iterator[str]:
-    """What the person types, until the end of the input; every rank gets the same lines."""
-    interactive = sys.stdin.isatty() and sys.stdout.isatty()
-    if interactive and llm.rank == 0:
-        with suppress(ImportError):  # Windows has none
-            import readline  # noqa: F401  (gives input() a history and an editable line)
-        console.print(f"{HELP}.", style="dim", highlight=False)
-    while True:
-        line = None
+def show(llm: Llama, pieces: Iterable[str]) -> None:
+    """Prints a text as it comes, on rank 0; the others take their part in making it."""
+    for piece in pieces:
         if llm.rank == 0:
-            try:
-                line = input("\n> " if interactive else "")
-            except EOFError:
-                pass
-            except KeyboardInterrupt:
-                console.print("\n/quit leaves.", style="dim", highlight=False)
-                line = ""
-        line = llm.share(line)
-        if line is None or line.strip() in ("/quit", "q", "Q"):
+            print(printable(piece), end="", flush=True)
+    if llm.rank == 0:
+        print(flush=True)
+
+
+def stream(chat: Chat, message: str) -> None:
+    """Prints one answer as it comes; Ctrl-C ends it."""
+
+    def pieces() -> Iterator[str]:
+        answer = chat.answer(message)
+        with waiting:
+            first = next(answer, "")
+        yield first
+        for piece in answer:
+            yield piece
+            if interrupt.pressed:
+                answer.close()
+
+    console = Console(stderr=True)
+    shown = chat.llm.rank == 0 and console.is_terminal
+    waiting = console.status("Thinking ...") if shown else nullcontext()
+    with Interrupt() as interrupt:
+        show(chat.llm, pieces())
+
+
+def messages(llm: Llama, history: Path | None = None) -> Iterator[str]:
+    """What the person says, until the end of the input; every rank gets the same.
+
+    On a terminal a message may have several lines; in a pipe each line is one.
+    """
+    said = iter(())
+    if llm.rank == 0:
+        said = iter(sys.stdin)
+        if has_terminal():
+            from llama.keyboard import HINT, typed
+
+            note(f"{HELP}. {HINT}.")
+            said = typed(history)
+    while True:
+        message = llm.share(next(said, None))
+        if message is None or message.strip() in ("/quit", "q", "Q"):
             return
-        if line.strip():
-            yield line.strip()
+        if message.strip():
+            yield message.strip()
 
 
-def run(chat: Chat) -> None:
+def with_piped(llm: Llama, message: str) -> str:
+    """The message, and below it what comes through a pipe besides; every rank gets the same."""
+    piped = piped_text() if llm.rank == 0 else ""
+    return llm.share(f"{message}\n\n{piped}" if piped.strip() else message)
+
+
+def has_terminal() -> bool:
+    """Whether a person can be shown a prompt, and type."""
+    return sys.stdin.isatty() and (sys.stdout.isatty() or sys.stderr.isatty())
+
+
+def run(chat: Chat, history: Path | None = None) -> None:
     """The whole conversation, until /quit or the end of the input."""
     console = Console(stderr=True)
-    for line in lines(chat.llm, console):
-        if line.startswith("/"):
-            told = chat.command(line)
-            if chat.llm.rank == 0:
-                console.print(told, style="dim", highlight=False)
-            continue
-        try:
-            stream(chat, line)
-        except DialogError as error:
-            console.print(str(error), style="red", highlight=False)
+    for message in messages(chat.llm, history):
+        told, style = chat.command(message), "dim"
+        if told is None:
+            try:
+                stream(chat, message)
+            except DialogError as error:
+                told, style = str(error), "red"
+        if told is not None and chat.llm.rank == 0:
+            console.print(printable(told), style=style, highlight=False, markup=False)

@@ -22,8 +22,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A file or folder imports only from rows above its own. Quoted in docs/architecture.md.
 ROWS = """
-files  device  progress  parallel  linear  kernels  request  sampling_params
-cache  rotary  quantization  vocabulary  blocks  sampling  options
+files  device  streams  progress  parallel  linear  kernels  request  sampling_params
+cache  rotary  quantization  vocabulary  blocks  sampling  options  keyboard
 attention  tokenizer  scheduler
 model  chat  answer
 checkpoint  runner  protocol

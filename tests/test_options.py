@@ -13,7 +13,7 @@ from llama.options import MODEL, SAMPLER, takes
 MODEL_FLAGS = ["tokenizer", "chat-format", "max-seq-len", "device", "dtype", "quantization", "kv-dtype"]
 SAMPLER_FLAGS = ["temperature", "top-p", "top-k", "repetition-penalty", "max-tokens", "stop", "seed"]
 FLAGS = {
-    "chat": ["system", *MODEL_FLAGS, *SAMPLER_FLAGS],
+    "chat": ["system", "history", *MODEL_FLAGS, *SAMPLER_FLAGS],
     "complete": ["prompt", "stream", "echo", *MODEL_FLAGS, *SAMPLER_FLAGS],
     "batch": ["model", *MODEL_FLAGS],
     "convert": ["to", "shards", "max-shard-size", "dtype", "input_dir", "output_dir", "model_size"],

@@ -2,6 +2,8 @@
 
 import io
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,14 +11,17 @@ from pathlib import Path
 
 import pytest
 from support.meta_files import save_meta, save_tokenizer
+from support.terminal import Terminal
 from support.tiny import tiny_args, tiny_weights
 
 from llama import __main__ as command_line
 from llama import terminal
-from llama.generation import Llama
+from llama.generation import Completion, Llama
 from llama.sampling import SamplingParams
 
 ROOT = Path(__file__).parent.parent
+LLAMA = [sys.executable, "-m", "llama"]
+READY = "\x1b[?2004h"  # the terminal is asked to mark pastes: keys are read from now on
 
 
 @pytest.fixture(scope="module")
@@ -155,10 +160,6 @@ def test_a_second_ctrl_c_ends_the_program():
             signal.raise_signal(signal.SIGINT)
 
 
-def test_control_characters_of_an_answer_do_not_reach_the_terminal():
-    assert terminal.printable("a\x1b[31mb\x07\n\tc\x9b") == "a[31mb\n\tc"
-
-
 def test_complete_prints_the_same_text_streamed_or_not(llama, checkpoint):
     options = ("--prompt", "quick fox", "--max-tokens", 12, "--seed", 3)
     status, whole, _ = llama("complete", checkpoint, *options)
@@ -198,27 +199,122 @@ def test_an_empty_directory_is_told_in_one_line(llama, tmp_path):
 
 
 def test_a_lone_argument_is_a_message_unless_it_names_a_model(checkpoint):
-    assert command_line.names_a_model(str(checkpoint))
-    assert command_line.names_a_model("missing.gguf")
-    assert command_line.names_a_model("models/missing")
-    assert not command_line.names_a_model("hello")
-    assert not command_line.names_a_model("either / or?")
+    for name in (checkpoint, "missing.gguf", "models/missing", "/no/such", "~/model", "org/name:Q4_K_M"):
+        assert command_line.names_a_model(str(name))
+    for message in (
+        "hello",
+        "either / or?",
+        "Explain how a boat sails against the wind. " * 20,
+        "x" * 300,
+        "请比较TCP/IP和UDP的区别",
+        "https://example.com/page",
+        "/home/x is what?",
+        "What is in\n/home/x?",
+    ):
+        assert not command_line.names_a_model(message)
+
+
+def test_the_rule_for_models_and_messages_stands_in_the_help(llama):
+    _, out, _ = llama("chat", "--help")
+    assert "is a MODEL if" in out
+
+
+@pytest.mark.parametrize("arguments", [["chat", ""], ["chat", " \n"], ["chat", "model", ""]])
+def test_an_empty_message_is_refused_in_words(llama, arguments):
+    status, out, err = llama(*arguments)
+    assert (status, out) == (2, "")
+    assert "the message is empty" in err
+
+
+def test_a_message_and_what_comes_through_a_pipe_are_one(llama, checkpoint, monkeypatch):
+    asked = []
+    monkeypatch.setattr(terminal, "stream", lambda chat, message: asked.append(message))
+    llama("chat", checkpoint, "Repeat this:", stdin="purple\nelephants\n")
+    llama("chat", checkpoint, "Repeat this:", stdin=" \n")
+    assert asked == ["Repeat this:\n\npurple\nelephants\n", "Repeat this:"]
+
+
+@pytest.mark.parametrize("line", ["/home/x is what?", "/etc/passwd", "/sys is what?", "/", "/2 or /3?"])
+def test_a_line_that_begins_with_a_path_is_a_message(line):
+    assert terminal.Chat(llm=None, params=None).command(line) is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["complete", "--prompt", "quick fox"],
+        ["complete", "--prompt", "quick fox", "--stream"],
+        ["chat", "quick fox"],
+    ],
+)
+def test_escape_codes_of_a_model_reach_no_terminal(llama, checkpoint, monkeypatch, arguments):
+    hostile = "a\x1b]0;title\x07b\x9b31m\n\tc"
+    monkeypatch.setattr(Llama, "stream_chat", lambda *_: iter([hostile]))
+    monkeypatch.setattr(Llama, "stream_text", lambda *_: iter([hostile]))
+    monkeypatch.setattr(Llama, "complete", lambda *_: [Completion(hostile, [], "stop")])
+    assert llama(arguments[0], checkpoint, *arguments[1:])[1] == "a]0;titleb31m\n\tc\n"
+
+
+def test_each_start_answers_anew_unless_a_seed_is_given(llama, checkpoint):
+    options = ("complete", checkpoint, "--prompt", "quick fox", "--max-tokens", 24, "--temperature", 2)
+    assert llama(*options)[1] != llama(*options)[1]
+    assert llama(*options, "--seed", 3)[1] == llama(*options, "--seed", 3)[1]
+
+
+def test_a_chat_in_a_terminal_shows_a_prompt_and_ends_on_a_line_of_its_own(checkpoint, tmp_path):
+    screen = Terminal(
+        [*LLAMA, "chat", str(checkpoint), "--max-tokens", "4", "--history", str(tmp_path / "h")]
+    )
+    screen.wait_for("--seed ")
+    screen.wait_for(READY)
+    screen.type("one\\\rtwo\r")
+    screen.wait_for(READY)
+    screen.type("\x04")
+    status, shown, _ = screen.end()
+    assert status == 0
+    assert re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", shown).endswith("\n")
+    assert "+one\n+two\n" in (tmp_path / "h").read_text()
+
+
+def test_a_chat_whose_output_goes_through_a_pipe_still_shows_its_prompt(checkpoint):
+    screen = Terminal(
+        [*LLAMA, "chat", str(checkpoint), "--max-tokens", "4", "--temperature", "0"], output_in_pipe=True
+    )
+    assert "--seed" not in screen.wait_for(READY)  # nothing to repeat where the likeliest token is taken
+    screen.type("hello\r")
+    screen.wait_for(READY)
+    screen.type("\x04")
+    status, _, output = screen.end()
+    assert status == 0
+    assert output.endswith("\n")
+    assert "hello" not in output
+
+
+def test_closed_streams_cost_no_answer(checkpoint):
+    options = ["--prompt", "quick fox", "--max-tokens", "4", "--seed", "3"]
+    command = shlex.join([*LLAMA, "complete", str(checkpoint), *options])
+    done = subprocess.run(f"{command} <&- 2>&-", shell=True, stdout=subprocess.PIPE, cwd=ROOT)
+    assert done.returncode == 0
+    assert done.stdout.endswith(b"\n")
+
+
+def test_what_an_encoding_lacks_is_replaced(checkpoint):
+    done = subprocess.run(
+        [*LLAMA, "complete", str(checkpoint), "--prompt", "😀 é", "--echo", "--max-tokens", "1"],
+        stdout=subprocess.PIPE,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0
+    assert done.stdout.startswith(b"? ?")
 
 
 def test_a_reader_that_leaves_early_gets_no_traceback(checkpoint):
-    command = [
-        sys.executable,
-        "-m",
-        "llama",
-        "complete",
-        str(checkpoint),
-        "--prompt",
-        "a",
-        "--max-tokens",
-        "100",
-    ]
     process = subprocess.Popen(
-        [*command, "--stream"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT
+        [*LLAMA, "complete", str(checkpoint), "--prompt", "a", "--max-tokens", "100", "--stream"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
     )
     process.stdout.close()
     assert b"Traceback" not in process.stderr.read()

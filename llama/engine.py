@@ -12,10 +12,11 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import count
 
-from llama.answer import POOLINGS, Choice, Completion, Event, FinishReason, Logprob, Pool, Query, StopText
+from llama.answer import POOLINGS, Completion, Event, FinishReason, Inbox, Logprob, Query
+from llama.choice import Choice, Pool, StopText, Turn
 from llama.request import Request, Slice, Step
 from llama.runner import Output, Pack, Runner, pick
 from llama.sampling import Sampled, sample
@@ -35,46 +36,6 @@ class EngineStats:
     num_preemptions: int
     num_prompt_tokens: int
     num_generated_tokens: int
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A choice whose next tokens a step decides: one behind the request's last token, and one behind each guess.
-
-    Without `rows` there is nothing to decide: its prompt is all that was asked about.
-    """
-
-    choice: Choice
-    guesses: Sequence[int]
-    rows: range  # of the step's logits
-    first: int  # its first row's place among all that are sampled
-
-    def num_right(self, sampled: Sampled) -> int:
-        """How many guesses are what was sampled in their place, up to the first that is not."""
-        right = [guess == sampled.tokens[self.first + i] for i, guess in enumerate(self.guesses)]
-        return [*right, False].index(False)
-
-
-@dataclass(eq=False)
-class Inbox:
-    """The events that one caller of `run` waits for."""
-
-    places: dict[int, int] = field(default_factory=dict)  # request id -> the query's number
-    num_open: dict[int, int] = field(default_factory=dict)  # request id -> choices that have not ended
-    events: list[Event] = field(default_factory=list)
-
-    def expect(self, request_id: int, place: int, num_choices: int) -> None:
-        self.places[request_id], self.num_open[request_id] = place, num_choices
-
-    def take(self) -> list[Event]:
-        """What has come since the last time, under the queries' numbers; requests that ended are forgotten."""
-        events, self.events = self.events, []
-        placed = [event.at(self.places[event.request_id]) for event in events]
-        for event in events:
-            self.num_open[event.request_id] -= event.completion is not None
-            if self.num_open[event.request_id] == 0:
-                del self.num_open[event.request_id], self.places[event.request_id]
-        return placed
 
 
 class Engine:
@@ -168,7 +129,9 @@ class Engine:
                     num_logits = [self._num_logits(part) for part in step.slices]
                     output = self.runner.run(Pack.of(step, num_logits, self.scheduler.block_size))
                     turns = self._turns(step, output, num_logits)
-                    sampled = self._sample(turns, output)
+                    rows = [row for turn in turns for row in turn.rows]
+                    samples = [row for turn in turns for row in turn.samples()]
+                    sampled = sample(pick(output.logits, rows), samples)
                     wrong = {t.choice.request: len(t.guesses) - t.num_right(sampled) for t in turns}
                     counts = [part.count - wrong.get(part.request, 0) for part in step.slices]
                     self.scheduler.advance(step, counts)
@@ -178,7 +141,7 @@ class Engine:
                         self._accept(turn, sampled)
             except BaseException as error:  # also Ctrl-C: nobody knows what of the step is in the cache
                 for choice in choices:
-                    self._end(choice, "error", error=f"the step failed: {error}")
+                    self._end(choice, "error", f"the step failed: {error}")
                 self.scheduler.cancel(step)
                 raise
             finally:
@@ -308,6 +271,7 @@ class Engine:
                 index=index,
                 params=params,
                 request=request,
+                num_words=self.tokenizer.n_words,
                 decoder=StreamDecoder(self.tokenizer),
                 stop_text=StopText(params.stop),
                 stop_ids=eos_ids | frozenset(params.stop_token_ids),
@@ -350,12 +314,6 @@ class Engine:
                 num_sampled += count
         return turns
 
-    def _sample(self, turns: Sequence[Turn], output: Output) -> Sampled:
-        """One token for each row of the turns, each as if the guesses before it were right."""
-        rows = [row for turn in turns for row in turn.rows]
-        samples = [turn.choice.sample_row(turn.guesses[:i]) for turn in turns for i in range(len(turn.rows))]
-        return sample(pick(output.logits, rows), samples)
-
     def _separate(self, choice: Choice) -> None:
         """Gives a choice a request of its own, which shares the blocks of the prompt that it had in common."""
         common = choice.request
@@ -370,61 +328,38 @@ class Engine:
 
     def _accept(self, turn: Turn, sampled: Sampled) -> None:
         """Adds what was sampled for a choice, up to its first wrong guess or its end."""
+        choice, request = turn.choice, turn.choice.request
         if not turn.rows:
-            self._end(turn.choice, "length")
-        for row in range(turn.first, turn.first + min(len(turn.rows), turn.num_right(sampled) + 1)):
-            if not self._accept_token(turn.choice, sampled, row):
-                return
+            self._end(choice, "length")
+            return
+        for row in range(turn.first, turn.first + turn.num_right(sampled) + 1):
+            if row in sampled.errors:
+                return self._end(choice, "error", str(sampled.errors[row]))
+            if not sampled.finite[row]:
+                where = f"position {len(request.tokens)} of request {choice.request_id}"
+                return self._end(choice, "error", f"the logits at {where} are not finite or all excluded")
+            token, logprob = sampled.tokens[row], None
+            if choice.params.logprobs is not None:
+                logprob = Logprob(token, sampled.logprobs[row], tuple(sampled.top[row]))
+            self.scheduler.append(request, token)
+            self._num_generated_tokens += 1
+            event = choice.accept(token, logprob)
+            self._events.append(event)
+            if event.completion is not None:
+                return self._close(choice)
 
-    def _accept_token(self, choice: Choice, sampled: Sampled, row: int) -> bool:
-        """Adds a sampled token to a choice; whether the choice goes on."""
-        if row in sampled.errors:
-            return self._end(choice, "error", error=str(sampled.errors[row]))
-        if not sampled.finite[row]:
-            place = f"position {len(choice.request.tokens)} of request {choice.request_id}"
-            return self._end(choice, "error", error=f"the logits at {place} are not finite or all excluded")
-        token = sampled.tokens[row]
-        logprob = None
-        if choice.params.logprobs is not None:
-            logprob = Logprob(token, sampled.logprobs[row], tuple(sampled.top[row]))
-        self.scheduler.append(choice.request, token)
-        choice.num_generated += 1
-        self._num_generated_tokens += 1
-        if token in choice.stop_ids:
-            return self._end(choice, "stop")
-        known = token < self.tokenizer.n_words  # a model's table may be padded beyond its vocabulary
-        text, stopped = choice.stop_text.push(choice.decoder.push(token) if known else "")
-        if stopped:
-            return self._end(choice, "stop", text, flush=False, token=token, logprob=logprob)
-        if len(choice.request.tokens) == choice.request.max_total_tokens:
-            return self._end(choice, "length", text, token=token, logprob=logprob)
-        self._events.append(choice.event(text, token, logprob))
-        return True
+    def _end(self, choice: Choice, finish_reason: FinishReason, error: str | None = None) -> None:
+        """Ends a choice, unless it has ended already."""
+        if choice in self._open.get(choice.request_id, ()):
+            self._events.append(choice.end(finish_reason, error))
+            self._close(choice)
 
-    def _end(
-        self,
-        choice: Choice,
-        finish_reason: FinishReason,
-        text: str = "",
-        flush: bool = True,
-        error: str | None = None,
-        token: int | None = None,
-        logprob: Logprob | None = None,
-    ) -> bool:
-        """The choice's last event; its blocks go back. Text that was held back is shown unless it was a stop.
-
-        Nothing where it has ended already. Returns False: it does not go on.
-        """
-        still_open = self._open.get(choice.request_id, [])
-        if choice not in still_open:
-            return False
+    def _close(self, choice: Choice) -> None:
+        """Gives back the blocks of a choice that has ended."""
+        still_open = self._open[choice.request_id]
         still_open.remove(choice)
         if not still_open:
             del self._open[choice.request_id]
         if choice.request in self._choices:
             del self._choices[choice.request]
             self.scheduler.finish(choice.request)
-        if flush:
-            text += choice.stop_text.flush(choice.decoder.flush())
-        self._events.append(choice.end(finish_reason, text, error, token=token, logprob=logprob))
-        return False

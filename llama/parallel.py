@@ -23,7 +23,7 @@ IDLE_TIMEOUT = timedelta(days=3650)  # waiting for the next request is not a fai
 STEP_CAPACITY = 4096  # integers that travel in a step's first broadcast; longer steps need a second one
 
 
-class Message(enum.IntEnum):
+class Signal(enum.IntEnum):
     """What rank 0 tells the others while it leads; the first integer of a message."""
 
     STEP = 0  # run this
@@ -105,14 +105,14 @@ class ModelParallel:
             return value
         return from_ints(self.broadcast_ints(to_ints(value)))
 
-    def send(self, message: Message, body: list[int]) -> None:
+    def send(self, signal: Signal, body: list[int]) -> None:
         """On rank 0: tells the others, who `receive`."""
-        self.broadcast_ints([message, *body])
+        self.broadcast_ints([signal, *body])
 
-    def receive(self) -> tuple[Message, list[int]]:
+    def receive(self) -> tuple[Signal, list[int]]:
         """On the other ranks: what rank 0 sent."""
-        message, *body = self.broadcast_ints()
-        return Message(message), body
+        signal, *body = self.broadcast_ints()
+        return Signal(signal), body
 
     def lead(
         self, rounds: Iterator[list[T]], run_step: Callable[[list[int]], object], kind: type[T]
@@ -130,28 +130,28 @@ class ModelParallel:
     def _lead(self, rounds: Iterator[list[T]]) -> Iterator[list[T]]:
         try:
             for items in rounds:
-                self.send(Message.ITEMS, to_ints([item.to_json() for item in items]))
+                self.send(Signal.ITEMS, to_ints([item.to_json() for item in items]))
                 yield items
         except GeneratorExit:
-            self.send(Message.END, [])
+            self.send(Signal.END, [])
             raise
         except BaseException as error:
-            self.send(Message.ERROR, to_ints([str(error), isinstance(error, ValueError)]))
+            self.send(Signal.ERROR, to_ints([str(error), isinstance(error, ValueError)]))
             raise
-        self.send(Message.END, [])
+        self.send(Signal.END, [])
 
     def _follow(self, run_step: Callable[[list[int]], object], kind: type[T]) -> Iterator[list[T]]:
         is_wanted = True
         while True:
-            message, body = self.receive()
-            if message is Message.STEP:
+            signal, body = self.receive()
+            if signal is Signal.STEP:
                 run_step(body)
-            elif message is Message.END:
+            elif signal is Signal.END:
                 return
-            elif message is Message.ERROR and is_wanted:
+            elif signal is Signal.ERROR and is_wanted:
                 text, is_value_error = from_ints(body)
                 raise (ValueError if is_value_error else RuntimeError)(text)
-            elif message is Message.ERROR:
+            elif signal is Signal.ERROR:
                 return
             elif is_wanted:
                 try:

@@ -16,7 +16,7 @@ from llama.attention import LayerCache, choose_backend, layer_caches
 from llama.cache import KVCache, Span
 from llama.device import free_memory, return_memory
 from llama.model import Transformer
-from llama.parallel import Message
+from llama.parallel import Signal
 from llama.scheduler import Step
 
 BLOCK_SIZE = 16  # tokens in a block of the cache
@@ -122,7 +122,7 @@ class Runner:
         Every rank runs it; rank 0 sends it to the others first.
         """
         if self.parallel.leads:
-            self.parallel.send(Message.STEP, pack.to_ints())
+            self.parallel.send(Signal.STEP, pack.to_ints())
         for source, target in pack.copies:
             self.cache.copy(source * self.block_size, target * self.block_size, self.block_size)
         tokens = torch.tensor(pack.tokens, device=self.device)

@@ -9,7 +9,8 @@ import torch
 from support import slow
 from support.tiny import ByteTokenizer, tiny_args, tiny_model, tiny_weights
 
-from llama.answer import Event, Query, StopText
+from llama.answer import Event, Query
+from llama.choice import StopText
 from llama.engine import Engine
 from llama.request import Slice, Step
 from llama.runner import BLOCK_SIZE, Pack, Runner

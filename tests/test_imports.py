@@ -26,7 +26,7 @@ files  device  streams  progress  parallel  linear  kernels  request  sampling_p
 cache  rotary  quantization  vocabulary  blocks  sampling  options  keyboard
 attention  tokenizer  scheduler
 model  chat  answer
-checkpoint  runner  protocol
+checkpoint  runner  protocol  choice
 engine
 building
 generation
@@ -46,7 +46,7 @@ SHARED_NAMES = {
     "perplexity": "the command, and what it calls",
     "verify": "the command, and what it calls",
     # to be told apart
-    **dict.fromkeys(["ALIGNMENT", "BLOCKS", "CHUNK", "DTYPES", "FLAGS", "KINDS", "Message", "Stored"]),
+    **dict.fromkeys(["ALIGNMENT", "BLOCKS", "CHUNK", "DTYPES", "FLAGS", "KINDS", "Stored"]),
     **dict.fromkeys(["deinterleave", "interleave", "open_gguf", "read_json"]),
 }
 MOST_LINES = 450

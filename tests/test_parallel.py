@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.meta_files import save_meta, save_tokenizer
-from support.ranks import torchrun
+from support.ranks import forked, torchrun
 from support.tiny import tiny_args, tiny_weights
 
 from llama import Llama, SamplingParams
@@ -44,10 +44,12 @@ def single(checkpoint) -> dict:
     }
 
 
-@pytest.mark.parametrize(("ranks", "shards"), [(2, 8), (4, 1)])
-def test_ranks_together_answer_as_one_and_all_get_the_answer(checkpoint, single, ranks, shards, tmp_path):
+@pytest.mark.parametrize(("ranks", "shards", "launch"), [(2, 8, torchrun), (4, 1, forked)])
+def test_ranks_together_answer_as_one_and_all_get_the_answer(
+    checkpoint, single, ranks, shards, launch, tmp_path
+):
     model, tokenizer = checkpoint / f"{shards}-shards", checkpoint / "tokenizer.model"
-    done = torchrun(ranks, "parallel_ranks.py", model, tokenizer, tmp_path)
+    done = launch(ranks, "parallel_ranks.py", model, tokenizer, tmp_path)
     assert done.returncode == 0, done.stderr
     answers = {int(file.stem): json.loads(file.read_text()) for file in tmp_path.iterdir()}
     assert sorted(answers) == list(range(ranks))
@@ -61,7 +63,7 @@ def test_ranks_together_answer_as_one_and_all_get_the_answer(checkpoint, single,
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_dies_ends_all_of_them_with_an_error(checkpoint, victim):
-    done = torchrun(2, "dying_rank.py", checkpoint / "1-shards", checkpoint / "tokenizer.model", victim)
+    done = forked(2, "dying_rank.py", checkpoint / "1-shards", checkpoint / "tokenizer.model", victim)
     assert done.returncode != 0
     assert "all ranks answered" not in done.stdout
 

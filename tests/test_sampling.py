@@ -127,42 +127,61 @@ def batches(draw):
     return torch.tensor(logits), rows, numbers
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(batches(), st.sampled_from([1, 2, 256]))
-def test_every_row_of_a_batch_gets_the_token_of_the_slow_twin(batch, leading):
-    logits, rows, numbers = batch
-    with drawing(*numbers), patch.object(sampling, "_LEADING", leading):
-        sampled = sample(logits, rows)
-    for i, token in enumerate(sampled.tokens):
-        assert (token if sampled.finite[i] else None) in twin_tokens(logits[i].numpy(), rows[i], numbers[i])
+def over(num_batches, check):
+    """Calls `check` with so many batches, always the same ones."""
+    settings(max_examples=num_batches, deadline=None, derandomize=True)(given(batches())(check))()
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(batches())
-def test_penalties_and_bias_equal_the_twin_to_the_bit(batch):
-    logits, rows, _ = batch
-    seen = {}
-    spied = [
-        replace(
-            r, params=replace(r.params, logits_processors=(lambda _, x, i=i: seen.setdefault(i, x.clone()),))
-        )
-        for i, r in enumerate(rows)
-    ]
-    sample(logits, spied)
-    for i, r in enumerate(rows):
-        assert seen[i].tolist() == twin_changed(logits[i].numpy(), r).tolist()
+FEW_AND_MANY = pytest.mark.parametrize("num_batches", [60, pytest.param(400, marks=pytest.mark.slow)])
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(batches())
-def test_a_batch_equals_its_rows_alone_and_any_amount_of_ranking(batch):
-    logits, rows, _ = batch
-    together = sample(logits, rows)
-    for i, r in enumerate(rows):
-        for leading in (1, 3):
-            with patch.object(sampling, "_LEADING", leading):
-                alone = sample(logits[i : i + 1], [r])
-            assert (alone.tokens, alone.finite) == ([together.tokens[i]], [together.finite[i]])
+@FEW_AND_MANY
+@pytest.mark.parametrize("leading", [1, 2, 256])
+def test_every_row_of_a_batch_gets_the_token_of_the_slow_twin(num_batches, leading):
+    def check(batch):
+        logits, rows, numbers = batch
+        with drawing(*numbers), patch.object(sampling, "_LEADING", leading):
+            sampled = sample(logits, rows)
+        for i, token in enumerate(sampled.tokens):
+            token = token if sampled.finite[i] else None
+            assert token in twin_tokens(logits[i].numpy(), rows[i], numbers[i])
+
+    over(num_batches // 2, check)
+
+
+@FEW_AND_MANY
+def test_penalties_and_bias_equal_the_twin_to_the_bit(num_batches):
+    def check(batch):
+        logits, rows, _ = batch
+        seen = {}
+        spied = [
+            replace(
+                r,
+                params=replace(
+                    r.params, logits_processors=(lambda _, x, i=i: seen.setdefault(i, x.clone()),)
+                ),
+            )
+            for i, r in enumerate(rows)
+        ]
+        sample(logits, spied)
+        for i, r in enumerate(rows):
+            assert seen[i].tolist() == twin_changed(logits[i].numpy(), r).tolist()
+
+    over(num_batches, check)
+
+
+@FEW_AND_MANY
+def test_a_batch_equals_its_rows_alone_and_any_amount_of_ranking(num_batches):
+    def check(batch):
+        logits, rows, _ = batch
+        together = sample(logits, rows)
+        for i, r in enumerate(rows):
+            for leading in (1, 3):
+                with patch.object(sampling, "_LEADING", leading):
+                    alone = sample(logits[i : i + 1], [r])
+                assert (alone.tokens, alone.finite) == ([together.tokens[i]], [together.finite[i]])
+
+    over(num_batches, check)
 
 
 # --------------------------------------------------------------------------------------------- a batch and its rows
@@ -339,7 +358,8 @@ def test_positions_choices_and_seeds_are_uncorrelated(other):
 )
 def test_twenty_thousand_draws_follow_the_exact_probabilities(given):
     logits = torch.tensor([[2.0, 1.0, -1.0, 0.5, 3.0, 0.0, 1.5, -2.0, 2.5, 0.25, 1.75, -0.5]])
-    rows = [row(tokens=[0, 4, 7], num_prompt_tokens=3, key=(11, 0, i), **given) for i in range(20000)]
+    one = row(tokens=[0, 4, 7], num_prompt_tokens=3, **given)
+    rows = [replace(one, key=(11, 0, i)) for i in range(20000)]
     counts = Counter(sample(logits.expand(20000, -1), rows).tokens)
     kept = twin_kept(twin_changed(logits[0].numpy(), rows[0]), rows[0].params)
     assert set(counts) == set(kept)

@@ -3,7 +3,7 @@
 import gguf
 import pytest
 import torch
-from support.ranks import torchrun
+from support.ranks import forked
 
 from llama import Llama, SamplingParams
 from llama.checkpoint import default_model, inspect
@@ -113,7 +113,7 @@ def test_logits_equal_those_of_transformers(llm, oracle):
 def test_three_ranks_answer_as_one(llm):
     tokens = llm.tokenizer.encode(PROMPTS[0], bos=False, eos=False)
     [alone] = llm.complete([tokens], SamplingParams(temperature=0.0, max_tokens=8))
-    done = torchrun(3, "smollm2_ranks.py", *tokens)
+    done = forked(3, "smollm2_ranks.py", *tokens)
     assert done.returncode == 0, done.stderr
     assert f"tokens {alone.tokens}" in done.stdout
 

@@ -128,7 +128,8 @@ def test_with_fixed_rows_a_rows_result_depends_on_no_other_row():
     linear = LowBitLinear.from_packed("sym_int5", packed, bias)
     linear.product, linear.fixed_rows = quantization.triton_product, 16
     together = linear(x)
-    assert torch.equal(together, torch.cat([linear(row[None]) for row in x]))
+    for place in (0, 7, 15, 16, 18):
+        assert torch.equal(together[place], linear(x[place, None])[0])
     check(together, x, linear.dequantize(), bias)
 
 
@@ -138,20 +139,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from llama.kernels import cuda
 
-form, dtype, M, N, C = *sys.argv[1:3], *map(int, sys.argv[3:])
-fixed = {"M": M, "N": N, "C": C, **cuda.constants(form)}
-types = {"x": f"*{dtype}", "packed": "*u8", "bias": "*fp32", "levels": "*fp32", "y": f"*{dtype}"}
-signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in cuda.linear_kernel.arg_names}
-compile(ASTSource(cuda.linear_kernel, signature, fixed), target=GPUTarget("cuda", 90, 32))
+for case in sys.argv[1:]:
+    form, dtype, M, N, C = case.split(",")
+    fixed = {"M": int(M), "N": int(N), "C": int(C), **cuda.constants(form)}
+    types = {"x": f"*{dtype}", "packed": "*u8", "bias": "*fp32", "levels": "*fp32", "y": f"*{dtype}"}
+    names = cuda.linear_kernel.arg_names
+    signature = {name: "constexpr" if name in fixed else types.get(name, "i32") for name in names}
+    compile(ASTSource(cuda.linear_kernel, signature, fixed), target=GPUTarget("cuda", 90, 32))
 """
 
 
-@pytest.mark.parametrize(
-    ("form", "dtype", "tile"),
-    [("asym_int5", "bf16", (1, 8, 16)), ("nf4", "bf16", (16, 32, 2)), ("q6_k", "fp32", (16, 32, 4))],
-)
-def test_the_kernel_compiles_also_where_there_is_no_gpu(form, dtype, tile, monkeypatch):
+def test_the_kernel_compiles_also_where_there_is_no_gpu(monkeypatch):
     """The interpreter takes more of Python than the compiler does."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    command = [sys.executable, "-c", COMPILE, form, dtype, *map(str, tile)]
-    subprocess.run(command, check=True, timeout=300)
+    cases = ("asym_int5,bf16,1,8,16", "nf4,bf16,16,32,2", "q6_k,fp32,16,32,4")  # format, type, M, N, C
+    subprocess.run([sys.executable, "-c", COMPILE, *cases], check=True, timeout=300)

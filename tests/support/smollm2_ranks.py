@@ -5,12 +5,14 @@ import sys
 from llama import Llama, SamplingParams
 
 
-def main(tokens: list[int]) -> None:
+def main(*tokens: str) -> None:
     llm = Llama.build(max_seq_len=256, device="cpu", dtype="fp32", quantization="none")
-    [completion] = llm.complete([tokens], SamplingParams(temperature=0.0, max_tokens=8))
+    [completion] = llm.complete(
+        [[int(token) for token in tokens]], SamplingParams(temperature=0.0, max_tokens=8)
+    )
     if llm.rank == 0:
         print(f"tokens {completion.tokens}")
 
 
 if __name__ == "__main__":
-    main([int(token) for token in sys.argv[1:]])
+    main(*sys.argv[1:])

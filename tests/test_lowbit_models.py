@@ -12,6 +12,7 @@ from support.tiny import tiny_args, tiny_weights
 
 from llama import Llama, SamplingParams
 from llama.checkpoint import convert, load_weights, open_checkpoint, packed_modules, save_low_bit, untied
+from llama.kernels import library
 from llama.model import Transformer
 from llama.parallel import ModelParallel
 from llama.quantization import FORMATS, LowBitError, LowBitLinear, replace_linears
@@ -55,6 +56,18 @@ def test_a_quantized_model_computes_with_its_dequantized_weights(source, format)
     assert error < 0.05  # activations are rounded to 8 bits
     if FORMATS[format].bits_per_weight < 6:
         assert error < (logits(build(source)) - expected).norm() / expected.norm()
+
+
+def test_a_model_in_a_format_without_a_compiled_kernel_computes_with_unpacked_weights(
+    source, monkeypatch, tmp_path
+):
+    monkeypatch.setattr(library, "formats", frozenset)
+    llm = build(source, quantization="sym_int4")
+    assert any(isinstance(module, LowBitLinear) for module in llm.model.modules())
+    llm.save_low_bit(tmp_path / "saved")
+    unpacked = build(tmp_path / "saved")
+    assert not any(isinstance(module, LowBitLinear) for module in unpacked.model.modules())
+    torch.testing.assert_close(logits(llm), logits(unpacked), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("format", ["sym_int4", "asym_int5", "q8_0"])

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama.kernels import lowbit
-from llama.kernels.layouts import NF4_LEVELS
+from llama.kernels.bits import halves, pack_bits, unpack_bits
+from llama.kernels.formats import NF4_LEVELS, NF4_MIDDLES, Field, Groups, LowBitFormat
 from llama.quantization import (
     FORMATS,
-    NF4_MIDDLES,
     LowBitError,
     LowBitLinear,
-    join,
+    has_kernels,
     resolve_format,
 )
 
@@ -38,6 +38,27 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+class Signs(LowBitFormat):
+    """One bit a weight, its sign, and the mean magnitude of eight."""
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        scale = x.abs().mean(-1, keepdim=True).half()
+        return self.join(scale=scale, codes=pack_bits((x > 0).to(torch.uint8)))
+
+    def unpack(self, blocks: torch.Tensor) -> Groups:
+        parts = self.cut(blocks)
+        return Groups(2 * unpack_bits(parts["codes"]).unsqueeze(1), halves(parts["scale"]).unsqueeze(-1))
+
+
+@pytest.fixture
+def signs(monkeypatch) -> LowBitFormat:
+    """A format that nothing was compiled for."""
+    fields = Field("scale", 2, 2), Field("codes", 1, 1)
+    form = Signs("signs", block=8, group=8, bits=1, offset=1, fields=fields)
+    monkeypatch.setitem(FORMATS, "signs", form)
+    return form
 
 
 def sample_blocks(block: int, count: int = 4096) -> torch.Tensor:
@@ -201,7 +222,7 @@ def test_what_is_dequantized_quantizes_to_nearly_itself(name):
     form = FORMATS[name]
     weight = torch.randn(6, 2 * max(form.block, 256), generator=torch.Generator().manual_seed(2))
     error = (form.dequantize(form.quantize(weight)) - weight).norm() / weight.norm()
-    assert error < {4: 0.1, 5: 0.05, 6: 0.025, 8: 0.01}[form.layout.bits]
+    assert error < {4: 0.1, 5: 0.05, 6: 0.025, 8: 0.01}[form.bits]
 
 
 @pytest.mark.parametrize("name", K_FORMATS)
@@ -209,7 +230,7 @@ def test_k_formats_keep_every_weight_within_a_step_of_its_group(name):
     form = FORMATS[name]
     x = sample_blocks(256)[:120]
     x[::3] += 1  # one-sided groups
-    group = form.layout.group
+    group = form.group
     wide = x.unflatten(-1, (-1, group)).abs().amax(dim=-1, keepdim=True)
     error = (form.dequantize(form.quantize(x)) - x).unflatten(-1, (-1, group)).abs()
     largest = wide.amax(dim=1, keepdim=True)  # six- or eight-bit scales are steps of the largest
@@ -350,20 +371,20 @@ def test_a_weight_has_one_layout_in_memory():
 def test_joined_linears_give_their_outputs_side_by_side(prepare):
     parts = [make_linear("asym_int4", rows, bias=True, seed=rows) for rows in (5, 16, 7)]
     x = torch.randn(4, parts[0].in_features, generator=torch.Generator().manual_seed(1))
-    joined = join(parts)
+    joined = LowBitLinear.join(parts)
     assert torch.equal(joined.plain(), torch.cat([part.plain() for part in parts]))
     if prepare:
         joined.prepare()
         parts = [part.prepare() for part in parts]
-        assert torch.equal(join(parts).plain(), joined.plain())
+        assert torch.equal(LowBitLinear.join(parts).plain(), joined.plain())
     torch.testing.assert_close(joined(x), torch.cat([part(x) for part in parts], dim=-1))
 
 
 def test_linears_that_differ_cannot_be_joined():
     with pytest.raises(LowBitError, match="must agree in format, input width"):
-        join([make_linear("sym_int4"), make_linear("nf4")])
+        LowBitLinear.join([make_linear("sym_int4"), make_linear("nf4")])
     with pytest.raises(LowBitError, match="must agree"):
-        join([make_linear("sym_int4"), make_linear("sym_int4", bias=True)])
+        LowBitLinear.join([make_linear("sym_int4"), make_linear("sym_int4", bias=True)])
 
 
 def test_a_packed_weight_of_an_impossible_shape_is_refused():
@@ -377,10 +398,32 @@ def test_a_low_bit_linear_prints_what_it_is():
     assert repr(make_linear("nf4")) == "LowBitLinear(nf4, in_features=192, out_features=21)"
 
 
+def test_a_new_format_is_a_class_and_a_row_and_works_without_a_kernel(signs):
+    weight = torch.tensor([[1.0, -1, 1, 1, -1, 1, -3, 3] * 3, [0.5] * 24])
+    linears = [LowBitLinear.from_weight("signs", part) for part in (weight, -weight)]
+    assert linears[0].dequantize()[0, :8].tolist() == [1.5, -1.5, 1.5, 1.5, -1.5, 1.5, -1.5, 1.5]
+    joint = LowBitLinear.join(linears).prepare()
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0))
+    expected = torch.cat([torch.nn.functional.linear(x, linear.dequantize()) for linear in linears], dim=-1)
+    torch.testing.assert_close(joint(x), expected)
+    assert not has_kernels("signs", "cpu")
+    assert not has_kernels("signs", "cuda")
+    assert resolve_format("signs") == "signs"
+
+
+def test_with_fixed_rows_a_format_without_a_kernel_gives_each_row_the_same_bits(signs):
+    linear = LowBitLinear.from_weight(
+        "signs", torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    )
+    x = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
+    linear.prepare(fixed_rows=4)
+    assert torch.equal(linear(x), torch.cat([linear(row[None]) for row in x]))
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(list(FORMATS)), st.integers(1, 40), st.integers(1, 3), st.integers(0, 2**31))
 def test_any_bytes_survive_the_kernel_layout(name, rows, blocks, seed):
-    layout = FORMATS[name].layout
+    layout = FORMATS[name]
     packed = torch.randint(
         0, 256, (rows, blocks * layout.block_bytes), generator=torch.Generator().manual_seed(seed)
     )

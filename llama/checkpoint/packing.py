@@ -40,9 +40,9 @@ def packed_modules(
 def keeps_blocks(weight: Weight, world_size: int = 1, device: torch.device | str = "cpu") -> bool:
     """Whether a weight stays as it is stored: a linear, in blocks that kernels serve and that every rank gets whole.
 
-    Where `device` has no kernels none does, because unpacking at every product is slower than unpacking once.
+    Where `device` has no kernels for them none does: unpacking at every product is slower than unpacking once.
     """
-    if not (has_kernels(device) and is_linear(weight.name) and weight.format in FORMATS):
+    if not (is_linear(weight.name) and weight.format in FORMATS and has_kernels(weight.format, device)):
         return False
     columns = weight.shape[1] // (world_size if split_dim(weight.name) == 1 else 1)
     return columns % FORMATS[weight.format].block == 0

@@ -1,7 +1,7 @@
 """The few operators that PyTorch lacks, each with its PyTorch twin.
 
-`lowbit`: products with packed low-bit weights. `attention`: rotating, storing, and single rows that look at their own
-keys and values. `elementwise`: norm, rotation and gate in one pass each. All are C++ in `csrc/`, which setup.py builds
-as an optional extension and `library` loads.
-`cuda`: the low-bit products on a GPU, in Triton; its twin is `Layout.dequantize` and PyTorch's product.
+`formats`: the low-bit formats, one class and one row each. `lowbit`: products with packed low-bit weights.
+`attention`: rotating, storing, and single rows that look at their own keys and values. `elementwise`: norm, rotation
+and gate in one pass each. They are C++ in `csrc/`, which setup.py builds as an optional extension and `library` loads.
+`cuda`: the low-bit products on a GPU, in Triton; its twin is `LowBitFormat.dequantize` and PyTorch's product.
 """

@@ -1,8 +1,8 @@
 """Products with a packed weight on a GPU, in Triton: `packed_linear`, which reads the published layout as it is.
 
-One kernel serves every format, q4_k and q6_k included. A row's code bytes are cut into chunks that share a scale, W
-bytes each; a byte holds one code (PARTS = 1) or two whose columns are SPAN apart (PARTS = 2), so the halves of a byte
-are multiplied with two pieces of x and never woven together. Codes become numbers in registers:
+One kernel serves every format whose class says so, q4_k and q6_k included. A row's code bytes are cut into chunks that
+share a scale, W bytes each; a byte holds one code (PARTS = 1) or two whose columns are SPAN apart (PARTS = 2), so the
+halves of a byte are multiplied with two pieces of x and never woven together. Codes become numbers in registers:
 
     one row     each thread keeps its own sums in float32 and they are added up once, at the end
     more rows   a tile of weights is rounded to x's dtype for the matrix units, which sum in float32
@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from llama.kernels.layouts import LAYOUTS, NF4_LEVELS
+from llama.kernels.formats import FORMATS
 
 PROGRAMS = 512  # to fill a large card: four for each of 132 multiprocessors
 
@@ -61,10 +61,10 @@ def linear_kernel(
     M: tl.constexpr,  # the tile: rows of x,
     N: tl.constexpr,  # rows of the weight,
     C: tl.constexpr,  # chunks of both
-    FORMAT: tl.constexpr,
     BITS: tl.constexpr,
     OFFSET: tl.constexpr,
     PARTS: tl.constexpr,
+    FLIP: tl.constexpr,  # 1 where the first of a byte's two codes is in its high bits
     W: tl.constexpr,
     SPAN: tl.constexpr,
     CHUNKS: tl.constexpr,  # of one block
@@ -76,6 +76,7 @@ def linear_kernel(
     MINIMUM: tl.constexpr,
     ZERO: tl.constexpr,
     STEPS: tl.constexpr,
+    STEP_BITS: tl.constexpr,  # of a group's scale where a block's scale is their unit, else 0
     SCALE_BYTES: tl.constexpr,
 ):
     split = tl.program_id(2)
@@ -118,12 +119,10 @@ def linear_kernel(
                 minimum = load_float(block + MINIMUM, there, 2, UNIT)
             if ZERO >= 0:
                 minimum = -scale * load_integer(block + ZERO, there, 1, 1).to(tl.float32)
-            if FORMAT == "q6_k":
+            if STEP_BITS == 8:
                 group = block + STEPS + at // 4 * 8 + at % 4 + 4 * part
                 scale *= load_integer(group, there, 1, 1).to(tl.int8).to(tl.float32)
-            if (
-                FORMAT == "q4_k"
-            ):  # six bits each: together for the first four groups, in two places for the others
+            if STEP_BITS == 6:  # together for the first four groups, in two places for the others
                 group = at * 2 + part
                 low = block + STEPS + group % 4
                 a = load_integer(low, there, 1, 1)
@@ -132,15 +131,15 @@ def linear_kernel(
                 scale *= tl.where(group < 4, a & 63, rest & 15 | a >> 6 << 4).to(tl.float32)
                 minimum *= -tl.where(group < 4, b & 63, rest >> 4 | b >> 6 << 4).to(tl.float32)
 
-            if FORMAT == "nf4":
-                weight = tl.load(levels + (raw >> 4 * (1 - part) & 15)) * scale[:, :, None]
+            if levels is not None:
+                weight = tl.load(levels + (raw >> 4 * (part ^ FLIP) & 15)) * scale[:, :, None]
             else:
                 # The code is put below the point of 1.0, which makes 1 + code / 2 ** BITS of it: exact, and cheaper
                 # than a conversion. The 1 and the offset are taken off together with adding the minimum.
                 if BITS == 8:
                     fraction = (raw ^ 128) << 15
                 else:
-                    fraction = (raw & 15 << 4 * part) << 23 - BITS - 4 * part
+                    fraction = (raw & 15 << 4 * (part ^ FLIP)) << 23 - BITS - 4 * (part ^ FLIP)
                 if BITS == 5:
                     plane = load_integer(block + HIGH + part * W // 8, there, W // 8, UNIT)
                     fraction |= (plane[:, :, None] >> w & 1) << 22
@@ -169,37 +168,49 @@ def linear_kernel(
 
 
 @cache
-def constants(format: str) -> dict[str, int | str]:
+def constants(format: str) -> dict[str, int]:
     """What the kernel is compiled for: a format's numbers, and where its fields begin in a block."""
-    layout = LAYOUTS[format]
-    ends = accumulate(field.size for field in layout.fields)
-    starts = {field.name: end - field.size for field, end in zip(layout.fields, ends, strict=True)}
-    parts = 1 if layout.bits == 8 else 2
-    width = min(layout.block // parts, layout.group)
-    scale = next(field for field in layout.fields if field.name in ("scale", "unit"))
-    even = all(field.size % 2 == 0 for field in layout.fields)
-    return {
-        **{"FORMAT": format, "BITS": layout.bits, "OFFSET": layout.offset, "UNIT": 2 if even else 1},
-        **{"PARTS": parts, "W": width, "SPAN": 64 if format == "q6_k" else width},
-        **{"CHUNKS": layout.block // parts // width, "BLOCK_BYTES": layout.block_bytes},
-        **{"CODES": starts["codes"], "HIGH": starts.get("high", -1), "STEPS": starts.get("scales", -1)},
-        **{"SCALE": starts[scale.name], "SCALE_BYTES": scale.size},
-        **{"MINIMUM": starts.get("minimum", starts.get("minimum_unit", -1)), "ZERO": starts.get("zero", -1)},
-    }
+    form = FORMATS[format]
+    ends = accumulate(field.size for field in form.fields)
+    starts = {field.name: end - field.size for field, end in zip(form.fields, ends, strict=True)}
+    parts = 1 if form.bits == 8 else 2
+    width = min(form.block // parts, form.group)
+    scale = next(field for field in form.fields if field.name in ("scale", "unit"))
+    return dict(
+        BITS=form.bits,
+        OFFSET=form.offset,
+        PARTS=parts,
+        FLIP=int(form.high_half_first),
+        W=width,
+        SPAN=width if parts == 1 else form.span,
+        CHUNKS=form.block // parts // width,
+        UNIT=2 if all(field.size % 2 == 0 for field in form.fields) else 1,
+        BLOCK_BYTES=form.block_bytes,
+        CODES=starts["codes"],
+        HIGH=starts.get("high", -1),
+        SCALE=starts[scale.name],
+        SCALE_BYTES=scale.size,
+        MINIMUM=starts.get("minimum", starts.get("minimum_unit", -1)),
+        ZERO=starts.get("zero", -1),
+        STEPS=starts.get("scales", -1),
+        STEP_BITS=form.step_bits,
+    )
 
 
 @cache
-def nf4_levels(device: torch.device) -> Tensor:
-    return torch.tensor(NF4_LEVELS, device=device)
+def levels_of(format: str, device: torch.device) -> Tensor | None:
+    """A format's table on `device`, float32; None where its codes are evenly spaced."""
+    levels = FORMATS[format].levels
+    return None if levels is None else torch.tensor(levels, device=device)
 
 
 def launch(x: Tensor, packed: Tensor, bias: Tensor | None, format: str) -> Tensor:
     """`packed_linear`'s implementation: chooses the tile, and how many parts the columns are split into."""
-    layout, fixed = LAYOUTS[format], constants(format)
+    form, fixed, levels = FORMATS[format], constants(format), levels_of(format, x.device)
     (outputs, row_bytes), columns = packed.shape, x.shape[-1]
     if x.dtype not in (torch.bfloat16, torch.float16, torch.float32):
         raise ValueError(f"packed_linear takes bfloat16, float16 or float32, not {x.dtype}")
-    if columns % layout.block or row_bytes != columns // layout.block * layout.block_bytes:
+    if columns % form.block or row_bytes != columns // form.block * form.block_bytes:
         raise ValueError(f"{row_bytes} bytes of {format} are not {columns} columns")
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"a bias of shape {tuple(bias.shape)} is not for {outputs} outputs")
@@ -210,23 +221,22 @@ def launch(x: Tensor, packed: Tensor, bias: Tensor | None, format: str) -> Tenso
     if packed.data_ptr() % 2:  # fields are loaded two bytes at a time; only a view could be askew
         packed = packed.clone()
 
-    chunks = row_bytes // layout.block_bytes * fixed["CHUNKS"]
+    chunks = row_bytes // form.block_bytes * fixed["CHUNKS"]
     if rows == 1:  # fewer scales (N * C) than threads: then Triton has each thread load those that it needs
         M, N, C, warps = 1, 8, 16, 8
     else:
         M = min(64 if x.dtype == torch.float32 else 128, max(16, triton.next_power_of_2(rows)))
         N, C, warps = max(32, M), 64 // fixed["W"], 8 if M == 128 else 4
-    stages = 1 if format == "nf4" else 2  # with more, the tiles that were loaded ahead do not fit small cards
+    stages = 2 if levels is None else 1  # with more, the tiles that were loaded ahead do not fit small cards
     grid = triton.cdiv(outputs, N), triton.cdiv(rows, M)
     steps = triton.cdiv(chunks, C)
     splits = max(1, min(PROGRAMS // (grid[0] * grid[1]), steps // 4))
     steps = triton.cdiv(steps, splits)
     y = x.new_empty((splits, rows, outputs), dtype=x.dtype if splits == 1 else torch.float32)
     linear_kernel[(*grid, splits)](
-        *(x.contiguous(), packed, bias, nf4_levels(x.device) if format == "nf4" else None, y),
-        *(rows, outputs, row_bytes // layout.block_bytes, steps),
-        **{"M": M, "N": N, "C": C, **fixed, "num_warps": warps, "num_stages": stages},
-    )
+        x.contiguous(), packed, bias, levels, y, rows, outputs, row_bytes // form.block_bytes, steps,
+        M=M, N=N, C=C, **fixed, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
     return (y[0] if splits == 1 else y.sum(0).to(x.dtype)).view(*x.shape[:-1], outputs)
 
 

@@ -37,6 +37,11 @@ def serves(x: torch.Tensor, multiple: int = UNIT) -> bool:
     )
 
 
+def formats() -> frozenset[str]:
+    """The low-bit formats that have compiled kernels; for the others PyTorch's operators do."""
+    return frozenset(torch.ops.llama.formats()) if AVAILABLE else frozenset()
+
+
 def instruction_sets() -> list[str]:
     """What this processor runs of what the kernels are written for, best first; empty where nothing was compiled."""
     if not AVAILABLE:

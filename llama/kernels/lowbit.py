@@ -14,11 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.kernels import library
-from llama.kernels.layouts import LAYOUTS, TILE, Field, Layout, pack_bits, unpack_bits
+from llama.kernels.bits import pack_bits, unpack_bits
+from llama.kernels.formats import FORMATS, Field, LowBitFormat
+
+TILE = 16  # rows that lie side by side in the kernel layout: the 32-bit lanes of a 512-bit register
+TILES_AT_ONCE = 64  # rows are rearranged 1024 at a time, so that temporaries stay small
 
 _lowbit_linear = library.operator("lowbit_linear")
-
-TILES_AT_ONCE = 64  # rows are rearranged 1024 at a time, so that temporaries stay small
 
 
 def variants() -> list[str]:
@@ -53,9 +55,9 @@ def lowbit_linear_twin(
     x: Tensor, packed: Tensor, bias: Tensor | None, format: str, outputs: int, variant: str = "scalar"
 ) -> Tensor:
     """What `lowbit_linear` means, in PyTorch operators and float32; slow."""
-    layout = LAYOUTS[format]
-    weight = layout.dequantize(deinterleave(packed, layout, outputs, x.shape[1]))
-    rounded = x.float() if variant == "tiles" else round_activations(x.float(), layout.rounded)
+    form = FORMATS[format]
+    weight = form.dequantize(deinterleave(packed, form, outputs, x.shape[1]))
+    rounded = x.float() if variant == "tiles" else round_activations(x.float(), form.rounded)
     return F.linear(rounded, weight, bias).to(x.dtype)
 
 
@@ -67,17 +69,17 @@ def round_activations(x: Tensor, group: int) -> Tensor:
     return (codes * torch.where(peak <= 1e-30, 0, peak / 127)).flatten(-2)
 
 
-def interleave(packed: Tensor, layout: Layout) -> Tensor:
+def interleave(packed: Tensor, form: LowBitFormat) -> Tensor:
     """The published layout, uint8 (rows, bytes) -> the kernel layout, uint8 flat."""
     tiles = -(-packed.shape[0] // TILE)
-    blocks = packed.shape[1] // layout.block_bytes
+    blocks = packed.shape[1] // form.block_bytes
     out = packed.new_empty(tiles * TILE * packed.shape[1])
     if library.AVAILABLE and out.device.type == "cpu":
         torch.ops.llama.ask_for_large_pages(out)
     for first in range(0, tiles, TILES_AT_ONCE):
         part = packed[first * TILE : (first + TILES_AT_ONCE) * TILE]
-        part = F.pad(part, (0, 0, 0, -part.shape[0] % TILE)).view(-1, TILE, blocks, layout.block_bytes)
-        for field, start, region in regions(layout, out, tiles, blocks):
+        part = F.pad(part, (0, 0, 0, -part.shape[0] % TILE)).view(-1, TILE, blocks, form.block_bytes)
+        for field, start, region in regions(form, out, tiles, blocks):
             source = part[..., start : start + field.size]
             if field.bit_planes:
                 source = to_planes(source)
@@ -86,12 +88,12 @@ def interleave(packed: Tensor, layout: Layout) -> Tensor:
     return out
 
 
-def deinterleave(interleaved: Tensor, layout: Layout, rows: int, columns: int) -> Tensor:
+def deinterleave(interleaved: Tensor, form: LowBitFormat, rows: int, columns: int) -> Tensor:
     """The inverse of `interleave`: uint8 flat -> uint8 (rows, bytes)."""
-    tiles, blocks = -(-rows // TILE), columns // layout.block
-    out = interleaved.new_empty((tiles, TILE, blocks, layout.block_bytes))
+    tiles, blocks = -(-rows // TILE), columns // form.block
+    out = interleaved.new_empty((tiles, TILE, blocks, form.block_bytes))
     for first in range(0, tiles, TILES_AT_ONCE):
-        for field, start, region in regions(layout, interleaved, tiles, blocks):
+        for field, start, region in regions(form, interleaved, tiles, blocks):
             source = region[first : first + TILES_AT_ONCE].permute(0, 3, 1, 2, 4).flatten(-2)
             if field.bit_planes:
                 source = from_planes(source)
@@ -99,15 +101,15 @@ def deinterleave(interleaved: Tensor, layout: Layout, rows: int, columns: int) -
     return out.view(tiles * TILE, -1)[:rows]
 
 
-def regions(layout: Layout, flat: Tensor, tiles: int, blocks: int) -> Iterator[tuple[Field, int, Tensor]]:
+def regions(form: LowBitFormat, flat: Tensor, tiles: int, blocks: int) -> Iterator[tuple[Field, int, Tensor]]:
     """Each field, where it starts in a published block, and its part of the kernel layout
     (tiles, blocks, units, TILE, bytes of a unit), a view."""
     starts, position = {}, 0
-    for field in layout.fields:
+    for field in form.fields:
         starts[field.name] = position
         position += field.size
     position = 0
-    for field in sorted(layout.fields, key=lambda field: -field.size):
+    for field in sorted(form.fields, key=lambda field: -field.size):
         size = tiles * blocks * TILE * field.size
         region = flat[position : position + size].view(
             tiles, blocks, field.size // field.unit, TILE, field.unit

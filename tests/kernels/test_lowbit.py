@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from llama.kernels import library, lowbit
-from llama.kernels.layouts import LAYOUTS, TILE
+from llama.kernels.lowbit import TILE
 from llama.quantization import FORMATS, LowBitLinear
 
 VARIANTS = ["avx512_vnni", "avx2", "scalar", "tiles"]
@@ -37,7 +37,7 @@ def problem(
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, columns, generator=generator).to(dtype)
     packed = form.quantize(torch.randn(outputs, columns, generator=generator))
-    return x, packed, lowbit.interleave(packed, form.layout), torch.randn(outputs, generator=generator)
+    return x, packed, lowbit.interleave(packed, form), torch.randn(outputs, generator=generator)
 
 
 def rounding_bound(x: torch.Tensor, weight: torch.Tensor, group: int) -> torch.Tensor:
@@ -55,7 +55,7 @@ def test_a_product_is_the_dequantized_weights_within_the_activations_rounding(na
     x, packed, interleaved, bias = problem(name, rows)
     weight = FORMATS[name].dequantize(packed)
     y = lowbit.lowbit_linear(x, interleaved, bias, name, 37, variant)
-    bound = rounding_bound(x, weight, LAYOUTS[name].rounded) + 2e-3
+    bound = rounding_bound(x, weight, FORMATS[name].rounded) + 2e-3
     error = (y - F.linear(x, weight, bias)).abs()
     assert (error <= (bound if variant != "tiles" else 2e-3)).all()
 
@@ -101,7 +101,7 @@ def test_several_threads_compute_what_one_does(variant):
     needs(variant)
     form = FORMATS["sym_int5"]
     packed = form.quantize(torch.randn(1100, 256, generator=torch.Generator().manual_seed(0)))
-    interleaved = lowbit.interleave(packed, form.layout)
+    interleaved = lowbit.interleave(packed, form)
     x = torch.randn(20, 256, generator=torch.Generator().manual_seed(1))
     one = lowbit.lowbit_linear(x, interleaved, None, "sym_int5", 1100, variant)
     torch.set_num_threads(2)
@@ -113,7 +113,7 @@ def test_several_threads_compute_what_one_does(variant):
 def test_extreme_codes_do_not_overflow(variant):
     needs(variant)
     for name, byte in product(FORMATS, (0x00, 0x80, 0xFF)):
-        layout = LAYOUTS[name]
+        layout = FORMATS[name]
         blocks = torch.full((TILE, layout.block_bytes), byte, dtype=torch.uint8)
         for field, start in (
             (field, sum(f.size for f in layout.fields[:i])) for i, field in enumerate(layout.fields)

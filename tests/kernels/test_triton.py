@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from llama import quantization
-from llama.kernels.layouts import LAYOUTS
 from llama.quantization import FORMATS, LowBitLinear
 
 pytest.importorskip("triton")
@@ -60,7 +59,7 @@ def test_columns_are_split_among_programs_and_no_part_is_lost(name, rows, monkey
 
 @pytest.mark.parametrize("name", ["sym_int8", "q5_1", "q6_k", "q4_k"])
 def test_any_bytes_mean_what_the_layout_says(name):
-    layout = LAYOUTS[name]
+    layout = FORMATS[name]
     packed = torch.randint(0, 256, (OUTPUTS, layout.block_bytes), generator=torch.Generator().manual_seed(0))
     packed = packed.to(torch.uint8)
     for field, end in (
@@ -108,8 +107,8 @@ def test_the_operator_keeps_torchs_rules():
 
 
 def test_a_linear_on_a_gpu_is_multiplied_by_triton():
-    assert quantization.fastest_product(torch.device("cuda")) is quantization.triton_product
-    assert quantization.has_kernels("cuda")
+    assert quantization.fastest_product(FORMATS["nf4"], torch.device("cuda")) is quantization.triton_product
+    assert quantization.has_kernels("nf4", "cuda")
     x, packed, bias = problem("nf4", 4)
     linear = LowBitLinear.from_packed("nf4", packed, bias)
     linear.product = quantization.triton_product
@@ -119,8 +118,10 @@ def test_a_linear_on_a_gpu_is_multiplied_by_triton():
 
 def test_without_triton_pytorchs_operators_do_its_work(monkeypatch):
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
-    assert quantization.fastest_product(torch.device("cuda")) is quantization.product_in_chunks
-    assert not quantization.has_kernels("cuda")
+    assert (
+        quantization.fastest_product(FORMATS["nf4"], torch.device("cuda")) is quantization.product_in_chunks
+    )
+    assert not quantization.has_kernels("nf4", "cuda")
 
 
 def test_with_fixed_rows_a_rows_result_depends_on_no_other_row():

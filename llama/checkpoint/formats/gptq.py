@@ -16,8 +16,8 @@ from torch import Tensor
 from ...files.errors import CheckpointError, shown
 from ...files.json import read_json
 from ...files.tensor_file import TensorFile
+from ...kernels.formats import FORMATS, row_chunks
 from ...model import ModelArgs
-from ...quantization import FORMATS, row_chunks
 from ..arrays import Array, Mapped
 from ..opened import Checkpoint
 from ..settings import Settings
@@ -158,7 +158,7 @@ class FourBitBlocks(Array):
             fields = codes.unflatten(0, (-1, BLOCKS.block)), scales[group, None], zeros[group, None]
             # each (blocks, values, out) -> (out * blocks, values)
             by_row = (field[..., rows].permute(2, 0, 1).flatten(0, 1) for field in fields)
-            out[:, part] = BLOCKS.layout.pack(*by_row).view(len(out), len(some), BLOCKS.block_bytes)
+            out[:, part] = BLOCKS.pack(*by_row).view(len(out), len(some), BLOCKS.block_bytes)
         return out.flatten(1)
 
 

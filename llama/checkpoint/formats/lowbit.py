@@ -1,7 +1,7 @@
 """Low-bit directories, both ways: Hugging Face's, with linears in blocks, whose format config.json names.
 
 Ours name it under `quantization`, BigDL-LLM 2.4's under `bigdl_transformers_low_bit`. A packed weight is uint8 in the
-published layout of its format (`llama/kernels/layouts.py`), (rows, bytes of a row); BigDL-LLM flattens it.
+published layout of its format (`llama/kernels/formats.py`), (rows, bytes of a row); BigDL-LLM flattens it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ...files.errors import CheckpointError
 from ...files.json import json_bytes
 from ...files.tensor_file import TensorFile
 from ...files.writing import Entry, Plan
+from ...kernels.formats import FORMATS, LowBitFormat
 from ...model import ModelArgs
-from ...quantization import FORMATS, Format
 from ..arrays import Array, Mapped, PackedArray
 from ..inventory import FROM_HF, TO_HF, deinterleave, expected_shapes, is_linear, is_rotary, module_of, rename
 from ..opened import Checkpoint
@@ -44,7 +44,7 @@ class LowBitMatrix(PackedArray):
     """A matrix in blocks of one of FORMATS; `read` dequantizes it to float32."""
 
     blocks: Array  # uint8 (rows, bytes of a row)
-    form: Format
+    form: LowBitFormat
 
     @property
     def format(self) -> str:
@@ -104,7 +104,7 @@ def _arrays(settings: Settings, args: ModelArgs, files: list[TensorFile]) -> Ite
         yield name, array, file
 
 
-def _format(settings: Settings) -> Format:
+def _format(settings: Settings) -> LowBitFormat:
     found = [name for key in KEYS if (name := settings.text(key)) is not None]
     for name in found:
         if name not in FORMATS:
@@ -146,7 +146,7 @@ def plan_lowbit(checkpoint: Checkpoint, tokenizer: TokenizerFiles | None, *, typ
     return plan
 
 
-def _packed_entry(entry: Entry, weight: Weight, form: Format, head_dim: int) -> Entry:
+def _packed_entry(entry: Entry, weight: Weight, form: LowBitFormat, head_dim: int) -> Entry:
     """The packed form of a linear's matrix that would be written."""
 
     def read() -> Tensor:

@@ -17,6 +17,7 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -49,12 +50,19 @@ bool has_amx_bfloat16() {
 #endif
 }
 
-const Kernel* find_kernel(const std::string& instructions, const std::string& format) {
+// None where the processor lacks the instructions.
+std::span<const NamedKernel> kernels_for(const std::string& instructions) {
 #if defined(__x86_64__)
-  if (instructions == "avx512_vnni" && has_avx512()) return avx512::find(format);
-  if (instructions == "avx2" && has_avx2()) return avx2::find(format);
+  if (instructions == "avx512_vnni" && has_avx512()) return avx512::kernels();
+  if (instructions == "avx2" && has_avx2()) return avx2::kernels();
 #endif
-  return instructions == "scalar" ? scalar::find(format) : nullptr;
+  return instructions == "scalar" ? scalar::kernels() : std::span<const NamedKernel>();
+}
+
+const Kernel* find_kernel(const std::string& instructions, const std::string& format) {
+  for (const auto& entry : kernels_for(instructions))
+    if (format == entry.format) return &entry.kernel;
+  return nullptr;
 }
 
 const std::string& best_instructions() {
@@ -224,12 +232,20 @@ void ask_for_large_pages(Tensor memory) {
 // 1: AVX-512 with VNNI, 2: AVX2. What the processor has; the scalar kernels run everywhere.
 int64_t instruction_sets() { return (has_avx512() ? 1 : 0) | (has_avx2() ? 2 : 0); }
 
+// The low-bit formats that lowbit_linear serves.
+std::vector<std::string> formats() {
+  std::vector<std::string> names;
+  for (const auto& entry : scalar::kernels()) names.push_back(entry.format);
+  return names;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(llama, m) {
   m.def("lowbit_linear(Tensor x, Tensor packed, Tensor? bias, str format, int outputs, str variant) -> Tensor");
   m.def("ask_for_large_pages(Tensor memory) -> ()");
   m.def("instruction_sets() -> int");
+  m.def("formats() -> str[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(llama, CPU, m) {
   m.impl("lowbit_linear", TORCH_BOX(&linear));
@@ -237,6 +253,7 @@ STABLE_TORCH_LIBRARY_IMPL(llama, CPU, m) {
 }
 STABLE_TORCH_LIBRARY_IMPL(llama, CompositeExplicitAutograd, m) {
   m.impl("instruction_sets", TORCH_BOX(&instruction_sets));
+  m.impl("formats", TORCH_BOX(&formats));
 }
 
 }  // namespace llama

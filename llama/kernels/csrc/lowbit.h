@@ -1,7 +1,7 @@
 // What the instruction-set files offer and what lowbit.cpp calls: plain pointers, no torch.
 #pragma once
 #include <cstdint>
-#include <string>
+#include <span>
 
 // A kernel is one function without small loops: its values live in registers.
 #define LLAMA_INLINE __attribute__((always_inline))
@@ -65,9 +65,14 @@ struct Kernel {
                               int64_t stride, uint16_t* out);
 };
 
-// nullptr for a format that is not known. avx512 and avx2 exist on x86-64 only.
-namespace avx512 { const Kernel* find(const std::string& format); }
-namespace avx2 { const Kernel* find(const std::string& format); }
-namespace scalar { const Kernel* find(const std::string& format); }
+struct NamedKernel {
+  const char* format;
+  Kernel kernel;
+};
+
+// One for each format, the same formats everywhere. avx512 and avx2 exist on x86-64 only.
+namespace avx512 { std::span<const NamedKernel> kernels(); }
+namespace avx2 { std::span<const NamedKernel> kernels(); }
+namespace scalar { std::span<const NamedKernel> kernels(); }
 
 }  // namespace llama

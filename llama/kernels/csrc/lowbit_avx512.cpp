@@ -132,7 +132,7 @@ struct Simd {
 #include "elementwise_kernels.h"
 
 }  // namespace
-const Kernel* find(const std::string& format) { return find_kernel(format); }
+std::span<const NamedKernel> kernels() { return lowbit_kernels(); }
 AttentionKernels attention() { return kAttention; }
 template <class T>
 ElementwiseKernels<T> elementwise() { return elementwise_kernels<T>(); }

@@ -1,6 +1,6 @@
 // The kernels, written once over `Simd` (16 lanes, one weight row each) and included by every instruction-set file
 // inside its own namespace. A weight operand is 64 bytes: for each of 16 rows the codes of 4 neighbouring columns.
-// llama/kernels/layouts.py describes the bytes; kernel layout: field after field, each [tile][block][unit][row].
+// llama/kernels/formats.py describes the bytes; kernel layout: field after field, each [tile][block][unit][row].
 
 template <int i>
 using Index = std::integral_constant<int, i>;
@@ -411,8 +411,8 @@ constexpr Kernel kernel() {
           Simd::max_rows, quantize<Format>, product<Format>, dequantize<Format, float>, dequantize<Format, uint16_t>};
 }
 
-const Kernel* find_kernel(const std::string& format) {
-  static const std::pair<const char*, Kernel> kernels[] = {
+std::span<const NamedKernel> lowbit_kernels() {
+  static const NamedKernel kernels[] = {
       {"sym_int4", kernel<Affine<64, 4, false>>()},    {"asym_int4", kernel<Affine<64, 4, true>>()},
       {"sym_int5", kernel<Affine<64, 5, false>>()},    {"asym_int5", kernel<Affine<64, 5, true>>()},
       {"sym_int8", kernel<Affine<64, 8, false, 4>>()}, {"nf4", kernel<NormalFloat4>()},
@@ -421,7 +421,5 @@ const Kernel* find_kernel(const std::string& format) {
       {"q8_0", kernel<Affine<32, 8, false>>()},        {"q4_k", kernel<Q4K>()},
       {"q6_k", kernel<Q6K>()},                         {"zero_int4", kernel<ZeroPoint4>()},
   };
-  for (const auto& entry : kernels)
-    if (format == entry.first) return &entry.second;
-  return nullptr;
+  return kernels;
 }

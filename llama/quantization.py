@@ -143,7 +143,7 @@ class LowBitLinear(nn.Module):
         if not self.prepared:
             self.product = fastest_product(self.format, self.weight.device)
             if self.prepared:
-                self.weight = lowbit.interleave(self.weight, self.format)
+                self.weight = lowbit.to_tiles(self.weight, self.format)
         if fixed_rows is not None and self.prepared:
             self.variant = library.instruction_sets()[0]
         return self
@@ -152,7 +152,7 @@ class LowBitLinear(nn.Module):
         """The weight in the published layout, uint8 (out_features, bytes): a copy if prepared, else itself."""
         if not self.prepared:
             return self.weight
-        return lowbit.deinterleave(self.weight, self.format, self.out_features, self.in_features)
+        return lowbit.from_tiles(self.weight, self.format, self.out_features, self.in_features)
 
     def dequantize(self) -> Tensor:
         """The weight as float32 (out_features, in_features)."""

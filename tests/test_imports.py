@@ -40,14 +40,13 @@ ROW = {name: number for number, line in enumerate(ROWS.strip().splitlines()) for
 # Public names that several modules define.
 SHARED_NAMES = {
     "FORMATS": "tables of one row a format: of chats, of checkpoints, of low bits",
-    "Format": "a row of such a table",
     "convert": "the command, and what it calls",
     "inspect": "the command, and what it calls",
     "perplexity": "the command, and what it calls",
     "verify": "the command, and what it calls",
     # to be told apart
-    **dict.fromkeys(["ALIGNMENT", "BLOCKS", "CHUNK", "DTYPES", "FLAGS", "KINDS", "Stored"]),
-    **dict.fromkeys(["deinterleave", "interleave", "open_gguf", "read_json"]),
+    **dict.fromkeys(["ALIGNMENT", "BLOCKS", "DTYPES", "FLAGS", "KINDS", "Stored"]),
+    **dict.fromkeys(["open_gguf", "read_json"]),
 }
 MOST_LINES = 450
 LONG = "This file is long because"  # what the docstring at the top of a longer file must explain

@@ -428,5 +428,5 @@ def test_any_bytes_survive_the_kernel_layout(name, rows, blocks, seed):
         0, 256, (rows, blocks * layout.block_bytes), generator=torch.Generator().manual_seed(seed)
     )
     packed = packed.to(torch.uint8)
-    restored = lowbit.deinterleave(lowbit.interleave(packed, layout), layout, rows, blocks * layout.block)
+    restored = lowbit.from_tiles(lowbit.to_tiles(packed, layout), layout, rows, blocks * layout.block)
     assert torch.equal(restored, packed)

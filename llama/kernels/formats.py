@@ -35,7 +35,9 @@ NF4_MIDDLES = (
     0.120255254, 0.20352125, 0.29201376, 0.38931254, 0.5016634, 0.6427869, 0.8614784,
 )  # fmt: skip  # between neighbouring levels, as BigDL-LLM rounds them to float32: they decide ties
 
-CHUNK = 1 << 20  # weights that are converted at a time: the temporaries stay small, and in the cache
+WEIGHTS_AT_ONCE = (
+    1 << 20
+)  # weights that are converted at a time: the temporaries stay small, and in the cache
 
 
 class LowBitError(ValueError):
@@ -178,8 +180,8 @@ class LowBitFormat:
 
 
 def row_chunks(num_rows: int, columns: int) -> Iterator[slice]:
-    """Slices of whole rows, about CHUNK weights each."""
-    step = max(1, CHUNK // max(columns, 1))
+    """Slices of whole rows, about WEIGHTS_AT_ONCE weights each."""
+    step = max(1, WEIGHTS_AT_ONCE // max(columns, 1))
     return (slice(start, start + step) for start in range(0, num_rows, step))
 
 

@@ -2,7 +2,7 @@
 
 The kernel layout is the published one with rows interleaved, 16 at a time, so that a register holds the same columns of
 16 rows: field after field, each ordered (tile, block, unit, row, bytes of the unit), largest field first, the last
-tile filled with zero rows. It has the same bytes as the published layout, and `deinterleave` restores that exactly.
+tile filled with zero rows. It has the same bytes as the published layout, and `from_tiles` restores that exactly.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def lowbit_linear(
 ) -> Tensor:
     """x @ weight.T + bias, on CPU, with the compiled kernels.
 
-    x: (..., columns) bfloat16 or float32. packed: uint8, flat, as `interleave` makes it. bias: float32 (outputs,).
+    x: (..., columns) bfloat16 or float32. packed: uint8, flat, as `to_tiles` makes it. bias: float32 (outputs,).
     Returns (..., outputs) in x's dtype. `variant`: one of `variants()`; "auto" is "tiles" for many rows on
     a processor with AMX, else the widest integer kernel, whose result for a row does not depend on the other rows.
     """
@@ -56,7 +56,7 @@ def lowbit_linear_twin(
 ) -> Tensor:
     """What `lowbit_linear` means, in PyTorch operators and float32; slow."""
     form = FORMATS[format]
-    weight = form.dequantize(deinterleave(packed, form, outputs, x.shape[1]))
+    weight = form.dequantize(from_tiles(packed, form, outputs, x.shape[1]))
     rounded = x.float() if variant == "tiles" else round_activations(x.float(), form.rounded)
     return F.linear(rounded, weight, bias).to(x.dtype)
 
@@ -69,7 +69,7 @@ def round_activations(x: Tensor, group: int) -> Tensor:
     return (codes * torch.where(peak <= 1e-30, 0, peak / 127)).flatten(-2)
 
 
-def interleave(packed: Tensor, form: LowBitFormat) -> Tensor:
+def to_tiles(packed: Tensor, form: LowBitFormat) -> Tensor:
     """The published layout, uint8 (rows, bytes) -> the kernel layout, uint8 flat."""
     tiles = -(-packed.shape[0] // TILE)
     blocks = packed.shape[1] // form.block_bytes
@@ -88,8 +88,8 @@ def interleave(packed: Tensor, form: LowBitFormat) -> Tensor:
     return out
 
 
-def deinterleave(interleaved: Tensor, form: LowBitFormat, rows: int, columns: int) -> Tensor:
-    """The inverse of `interleave`: uint8 flat -> uint8 (rows, bytes)."""
+def from_tiles(interleaved: Tensor, form: LowBitFormat, rows: int, columns: int) -> Tensor:
+    """The inverse of `to_tiles`: uint8 flat -> uint8 (rows, bytes)."""
     tiles, blocks = -(-rows // TILE), columns // form.block
     out = interleaved.new_empty((tiles, TILE, blocks, form.block_bytes))
     for first in range(0, tiles, TILES_AT_ONCE):

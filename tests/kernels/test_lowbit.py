@@ -37,7 +37,7 @@ def problem(
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, columns, generator=generator).to(dtype)
     packed = form.quantize(torch.randn(outputs, columns, generator=generator))
-    return x, packed, lowbit.interleave(packed, form), torch.randn(outputs, generator=generator)
+    return x, packed, lowbit.to_tiles(packed, form), torch.randn(outputs, generator=generator)
 
 
 def rounding_bound(x: torch.Tensor, weight: torch.Tensor, group: int) -> torch.Tensor:
@@ -101,7 +101,7 @@ def test_several_threads_compute_what_one_does(variant):
     needs(variant)
     form = FORMATS["sym_int5"]
     packed = form.quantize(torch.randn(1100, 256, generator=torch.Generator().manual_seed(0)))
-    interleaved = lowbit.interleave(packed, form)
+    interleaved = lowbit.to_tiles(packed, form)
     x = torch.randn(20, 256, generator=torch.Generator().manual_seed(1))
     one = lowbit.lowbit_linear(x, interleaved, None, "sym_int5", 1100, variant)
     torch.set_num_threads(2)
@@ -121,7 +121,7 @@ def test_extreme_codes_do_not_overflow(variant):
             if field.name in ("scale", "minimum", "unit", "minimum_unit"):
                 one = torch.ones(1, dtype=torch.float32 if field.size == 4 else torch.float16)
                 blocks[:, start : start + field.size] = one.view(torch.uint8)
-        interleaved = lowbit.interleave(blocks, layout)
+        interleaved = lowbit.to_tiles(blocks, layout)
         for value, rows in product((3.0, -3.0), (1, 16)):  # 16: decoded once for all
             x = torch.full((rows, layout.block), value)
             y = lowbit.lowbit_linear(x, interleaved, None, name, TILE, variant)

@@ -61,7 +61,7 @@ def load(
     if "output" in packed:
         checkpoint = untied(checkpoint)
     args = replace(checkpoint.args)
-    check_vocabulary(tokenizer, args)
+    surplus = check_vocabulary(tokenizer, args)
     args.max_seq_len = max_seq_len or args.max_seq_len
     args.max_batch_size = max_batch_size or args.max_batch_size
     with torch.device("meta"):
@@ -79,9 +79,12 @@ def load(
         )
     model.prepare(BLOCK_SIZE if deterministic else None)
     return_memory()
-    if checkpoint.unknown_keys and group.rank == 0:
-        unknown = ", ".join(checkpoint.unknown_keys)
-        print(f"{checkpoint.path}: settings that have no effect here: {unknown}", file=sys.stderr)
+    if group.rank == 0:
+        for warning in (*checkpoint.warnings, *surplus):
+            print(f"warning: {warning}", file=sys.stderr)
+        if checkpoint.unknown_keys:
+            unknown = ", ".join(checkpoint.unknown_keys)
+            print(f"{checkpoint.path}: settings that have no effect here: {unknown}", file=sys.stderr)
     return Loaded(model, tokenizer, checkpoint, quantization)
 
 
@@ -93,6 +96,7 @@ def make_engine(
     kv_cache_memory: int | None = None,
     kv_dtype: str = "auto",
     stop_ids: frozenset[int] = frozenset(),
+    can_generate: bool = True,
 ) -> Engine:
     """An engine whose cache takes `kv_cache_memory` bytes, or half of what is free where that is None."""
     dtype = choose_kv_dtype(kv_dtype, model.norm.weight.dtype)
@@ -104,6 +108,7 @@ def make_engine(
         max_seq_len=model.params.max_seq_len,
         seed=seed,
         stop_ids=tokenizer.stop_ids | stop_ids,
+        can_generate=can_generate,
     )
 
 
@@ -118,10 +123,14 @@ def tokenizer_file(checkpoint: Checkpoint, given: str | Path | None) -> Path:
     return checkpoint.tokenizer_path
 
 
-def check_vocabulary(tokenizer: Tokenizer, args: ModelArgs) -> None:
-    """A tokenizer may be smaller than the model's (padded) table, never larger."""
-    if tokenizer.n_words > args.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.n_words} tokens, but the model's vocabulary {args.vocab_size}: "
-            "they do not belong together; give the model's own tokenizer_path"
-        )
+def check_vocabulary(tokenizer: Tokenizer, args: ModelArgs) -> list[str]:
+    """Warns of a tokenizer that is larger than the model's table by tokens that text never becomes.
+
+    It may be smaller, since tables are padded. Raises ValueError where text can become what the model does not have.
+    """
+    if tokenizer.n_words <= args.vocab_size:
+        return []
+    sizes = f"the tokenizer has {tokenizer.n_words} tokens, but the model's vocabulary {args.vocab_size}"
+    if set(range(args.vocab_size, tokenizer.n_words)) <= set(tokenizer.special_tokens.values()):
+        return [f"{sizes}: prompts with the control tokens beyond it are refused"]
+    raise ValueError(f"{sizes}: they do not belong together; give the model's own tokenizer_path")

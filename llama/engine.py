@@ -39,7 +39,10 @@ class EngineStats:
 
 
 class Engine:
-    """Many requests on one model. `stop_ids` end an answer; `seed` is what unseeded requests draw from."""
+    """Many requests on one model. `stop_ids` end an answer; `seed` is what unseeded requests draw from.
+
+    With `can_generate` false there are only embeddings, because the model's logits mean nothing.
+    """
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class Engine:
         max_seq_len: int,
         seed: int,
         stop_ids: frozenset[int],
+        can_generate: bool = True,
     ):
         self.runner = runner
         self.scheduler = scheduler
@@ -57,6 +61,7 @@ class Engine:
         self.max_seq_len = max_seq_len
         self.seed = int(seed)
         self.stop_ids = stop_ids
+        self.can_generate = can_generate
         self._request_ids = count()
         self._sequence_ids = count()
         self._choices: dict[Request, list[Choice]] = {}  # several only until their common prompt is computed
@@ -195,6 +200,10 @@ class Engine:
         tokens = query.tokens
         if query.pooling not in (None, *POOLINGS):
             raise ValueError(f"pooling is {query.pooling!r}: give {' or '.join(POOLINGS)}")
+        if query.pooling is None and not self.can_generate:
+            raise ValueError(
+                "this model has no output layer: it embeds texts, and cannot generate or score any"
+            )
         if not tokens:
             raise ValueError("the prompt is empty: give at least one token")
         if len(tokens) > self.max_seq_len:

@@ -181,6 +181,7 @@ class Llama:
             kv_cache_memory=kv_cache_memory,
             kv_dtype=kv_dtype,
             stop_ids=frozenset(stop_ids),
+            can_generate=checkpoint is None or checkpoint.has_head,
         )
 
     @staticmethod

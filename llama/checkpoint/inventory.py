@@ -26,6 +26,8 @@ class Module:
     gguf: str
     split: int | None = None
     """The dimension along which ranks cut its matrix; None: every rank has all of it."""
+    bias: str | None = None
+    """The field of ModelArgs that says whether it has a bias; None: it never has."""
     is_rotary: bool = False
     """Whether its rows have a rotary order."""
 
@@ -35,18 +37,23 @@ class Module:
         return self.split is not None and self.name != "tok_embeddings"
 
 
+QKV, OUT, MLP = BIASES = ("attention_bias", "attention_output_bias", "mlp_bias")
 MODULES = (
     # the vocabulary is cut for embedding and output layer alike, so that tied weights stay one tensor
     Module("tok_embeddings", "model.embed_tokens", "token_embd", 0),
     Module("layers.N.attention_norm", "model.layers.N.input_layernorm", "blk.N.attn_norm"),
-    Module("layers.N.attention.wq", "model.layers.N.self_attn.q_proj", "blk.N.attn_q", 0, is_rotary=True),
-    Module("layers.N.attention.wk", "model.layers.N.self_attn.k_proj", "blk.N.attn_k", 0, is_rotary=True),
-    Module("layers.N.attention.wv", "model.layers.N.self_attn.v_proj", "blk.N.attn_v", 0),
-    Module("layers.N.attention.wo", "model.layers.N.self_attn.o_proj", "blk.N.attn_output", 1),
+    Module(
+        "layers.N.attention.wq", "model.layers.N.self_attn.q_proj", "blk.N.attn_q", 0, QKV, is_rotary=True
+    ),
+    Module(
+        "layers.N.attention.wk", "model.layers.N.self_attn.k_proj", "blk.N.attn_k", 0, QKV, is_rotary=True
+    ),
+    Module("layers.N.attention.wv", "model.layers.N.self_attn.v_proj", "blk.N.attn_v", 0, QKV),
+    Module("layers.N.attention.wo", "model.layers.N.self_attn.o_proj", "blk.N.attn_output", 1, OUT),
     Module("layers.N.ffn_norm", "model.layers.N.post_attention_layernorm", "blk.N.ffn_norm"),
-    Module("layers.N.feed_forward.w1", "model.layers.N.mlp.gate_proj", "blk.N.ffn_gate", 0),
-    Module("layers.N.feed_forward.w2", "model.layers.N.mlp.down_proj", "blk.N.ffn_down", 1),
-    Module("layers.N.feed_forward.w3", "model.layers.N.mlp.up_proj", "blk.N.ffn_up", 0),
+    Module("layers.N.feed_forward.w1", "model.layers.N.mlp.gate_proj", "blk.N.ffn_gate", 0, MLP),
+    Module("layers.N.feed_forward.w2", "model.layers.N.mlp.down_proj", "blk.N.ffn_down", 1, MLP),
+    Module("layers.N.feed_forward.w3", "model.layers.N.mlp.up_proj", "blk.N.ffn_up", 0, MLP),
     Module("norm", "model.norm", "output_norm"),
     Module("output", "lm_head", "output", 0),
 )

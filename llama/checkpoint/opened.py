@@ -12,6 +12,7 @@ import torch
 
 from ..files.errors import CheckpointError
 from ..model import ModelArgs
+from .inventory import BIASES, module_of
 from .settings import Settings
 from .weight import Weight
 
@@ -37,6 +38,10 @@ class Checkpoint:
     stop_ids: tuple[int, ...] = ()
     unknown_keys: tuple[str, ...] = ()
     """Settings that nothing here reads, for the loader to print."""
+    warnings: tuple[str, ...] = ()
+    """What was found and not used, one line each, for the loader to print."""
+    has_head: bool = True
+    """Whether there is an output layer; without one the model embeds, and cannot generate."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The parsed header as it was found: params.json, config.json or scalar GGUF metadata."""
 
@@ -65,13 +70,10 @@ def assemble(
         tied = is_tied(by_name)
     if tied:
         by_name.pop("output.weight", None)
-    args = replace(
-        args,
-        tie_word_embeddings=tied,
-        attention_bias="layers.0.attention.wq.bias" in by_name,
-        attention_output_bias="layers.0.attention.wo.bias" in by_name,
-        mlp_bias=args.mlp_bias or "layers.0.feed_forward.w1.bias" in by_name,
-    )
+    biases, without_effect = split_biases(weights)
+    for name in without_effect:
+        del by_name[name]
+    args = replace(args, tie_word_embeddings=tied, **{field: field in biases for field in BIASES})
     return Checkpoint(
         path,
         format,
@@ -104,6 +106,25 @@ def is_tied(weights: dict[str, Weight]) -> bool:
     return torch.equal(output.read(0, 0, few), embedding.read(0, 0, few)) and torch.equal(
         output.read(), embedding.read()
     )
+
+
+def split_biases(weights: Sequence[Weight]) -> tuple[set[str], list[str]]:
+    """The fields of ModelArgs that the stored biases set, and the names of those that only add zeros.
+
+    Some programs write biases for every layer of a model that has none.
+    """
+    used: set[str] = set()
+    zeros: list[tuple[str | None, str]] = []
+    for weight in weights:
+        module = module_of(weight.name)
+        field = module.bias if module else None
+        if not weight.name.endswith(".bias") or field in used:
+            continue
+        if not weight.read().any():
+            zeros.append((field, weight.name))
+        elif field is not None:
+            used.add(field)
+    return used, [name for field, name in zeros if field not in used]
 
 
 def dominant_dtype(weights: Iterable[Weight]) -> torch.dtype | None:

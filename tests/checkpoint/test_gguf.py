@@ -254,10 +254,20 @@ def test_the_vocabulary_inside_is_the_tokenizer(tmp_path):
     assert tokens.read() == byte_vocabulary(args.vocab_size).tokens
 
 
+def test_the_scaling_type_none_never_scales(model):
+    path = edit(
+        model,
+        **{"llama.rope.scaling.type": Value(STRING, "none"), "llama.rope.scaling.factor": Value(6, 4.0)},
+    )
+    assert open_checkpoint(path).args.rope_scaling is None
+
+
 def test_a_directory_stands_for_the_one_gguf_file_in_it(model):
     assert open_checkpoint(model.parent).args == open_checkpoint(model).args
     model.with_name("other.gguf").write_bytes(model.read_bytes())
-    with pytest.raises(CheckpointError, match=r"holds 2 GGUF files; name one of them, such as model\.gguf"):
+    with pytest.raises(
+        CheckpointError, match=r"holds 2 .* name one of them, such as model\.gguf; others: other"
+    ):
         open_checkpoint(model.parent)
 
 

@@ -15,9 +15,10 @@ from ..hub import resolve
 from ..opened import Checkpoint
 from .gguf import is_gguf, open_gguf, plan_gguf
 from .gptq import is_gptq, open_gptq
-from .huggingface import is_huggingface, open_huggingface, plan_huggingface, verify_index
+from .huggingface import is_huggingface, open_huggingface, plan_huggingface
 from .lowbit import is_lowbit, open_lowbit, plan_lowbit
 from .meta import is_meta, open_meta, plan_meta
+from .weight_files import verify_index
 
 
 def nothing(path: Path) -> Iterator[Finding]:

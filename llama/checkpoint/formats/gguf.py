@@ -140,8 +140,9 @@ def _all_files(path: Path) -> list[Path]:
     if path.is_dir():
         found = _files_in(path)
         if len(found) > 1:
+            first, *others = (file.name for file in found)
             raise CheckpointError(
-                f"{path}: holds {len(found)} GGUF files; name one of them, such as {found[0].name}"
+                f"{path}: holds {len(found)} GGUF files; name one of them, such as {first}; others: {', '.join(others)}"
             )
         path = found[0]
     match = _SPLIT_NAME.fullmatch(path.name)
@@ -222,7 +223,7 @@ def _refuse_other_mathematics(settings: Settings, file: GGUFFile) -> None:
 
 def _scaling(settings: Settings, args: ModelArgs, files: list[GGUFFile]) -> RopeScaling | None:
     """Linear scaling from the metadata; Llama 3's from the factors that llama.cpp stores as a tensor."""
-    kind = settings.text("llama.rope.scaling.type", "none")
+    kind = settings.text("llama.rope.scaling.type", "linear")
     factor = settings.number("llama.rope.scaling.factor", settings.number("llama.rope.scale_linear"))
     settings.ignore("llama.rope.scale_linear")
     original = settings.integer("llama.rope.scaling.original_context_length", 8192)
@@ -236,7 +237,7 @@ def _scaling(settings: Settings, args: ModelArgs, files: list[GGUFFile]) -> Rope
     if headers:
         stored = array_of(*headers[0]).read(0, 0, headers[0][1].shape[0]).float().flatten()
         return _llama3(stored, args, low, high, original, headers[0][0].path)
-    if factor is not None and factor != 1.0:
+    if kind == "linear" and factor is not None and factor != 1.0:
         return LinearScaling(factor)
     return None
 

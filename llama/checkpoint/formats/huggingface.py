@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...files.errors import CheckpointError, Finding, shown
+from ...files.errors import CheckpointError, shown
 from ...files.json import json_bytes, read_json
 from ...files.tensor_file import TensorFile, read_tensor_file
 from ...files.writing import Entry, Plan
@@ -29,6 +30,7 @@ from ..settings import (
 )
 from ..tokenizer_files import TokenizerFiles, find_tokenizer
 from ..weight import Weight
+from .weight_files import WeightFiles, find_weight_files, is_there
 
 Stored = tuple[str, Array, Path]
 """A matrix or vector as it is stored: its name there, the array, the file."""
@@ -40,18 +42,20 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
 }
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "LlamaModel", "MistralModel", "LLaMAForCausalLM")
+HEAD = "lm_head.weight"  # without it the embedding may be the output layer
 MAX_SHARD_SIZE = 5_000_000_000
 
+_WITHOUT_EFFECT = re.compile(  # tensors that the model does not use: buffers, scales of a cache in 8 bits
+    r"rotary_emb\.\w+$|self_attn\.(\w+\.)?\w+_(scale|zero_point)$|self_attn\.(masked_)?bias$"
+)
 _NO_EFFECT = (
     "_name_or_path", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range", "pretraining_tp",
     "attention_dropout", "hidden_dropout", "bos_token_id", "pad_token_id", "unk_token_id", "output_attentions",
     "output_hidden_states", "return_dict", "is_encoder_decoder", "is_llama_config", "rope_interleaved",
     "max_sequence_length", "tokenizer_class", "id2label", "label2id", "_attn_implementation", "max_window_layers",
     "chunk_size_feed_forward", "problem_type", "task_specific_params", "finetuning_task", "tokenizer_model_max_length",
-    "attention_bias", "quantization_config", "bigdl_lcmu_enabled",
+    "attention_bias", "mlp_bias", "quantization_config", "bigdl_lcmu_enabled",
 )  # fmt: skip
 _OTHER_MATHEMATICS = (
     "num_local_experts", "num_experts", "num_experts_per_tok", "qk_norm", "use_qk_norm", "attn_logit_softcapping",
@@ -63,8 +67,9 @@ _OTHER_MATHEMATICS = (
 
 
 def is_huggingface(path: Path) -> bool:
-    """Whether `path` is a Hugging Face directory."""
-    return path.is_dir() and (path / "config.json").is_file()
+    """Whether `path` is a Hugging Face directory; a config.json beside GGUF files alone does not make it one."""
+    has_config = path.is_dir() and (path / "config.json").is_file()
+    return has_config and (is_there(path) or not any(path.glob("*.gguf")))
 
 
 def config_settings(path: Path) -> Settings:
@@ -87,58 +92,27 @@ def plain_arrays(settings: Settings, args: ModelArgs, files: list[TensorFile]) -
 def open_huggingface(path: Path, decode: Decode = plain_arrays) -> Checkpoint:
     """Opens a Hugging Face directory of a llama- or mistral-shaped model."""
     settings = config_settings(path)
-    files = [read_tensor_file(file) for file in weight_files(path)]
+    found = find_weight_files(path)
+    files = [read_tensor_file(file) for file in found.files]
     args, stop_ids = _args(settings)
-    _validate_names(path, files)
+    _validate_names(found, files)
     weights = list(_weights(args, decode(settings, args, files)))
     defaults, more_stop_ids, _ = generation_config(path)
+    is_base = any(name.endswith("Model") for name in settings.values.get("architectures") or ())
+    has_head = args.tie_word_embeddings or not is_base or any(one.name == "output.weight" for one in weights)
     return assemble(
         path,
         "hf",
         args,
         weights,
         settings,
-        tied=args.tie_word_embeddings,
+        tied=args.tie_word_embeddings or not has_head,
         tokenizer_path=find_tokenizer(path, ("tokenizer.json", "tokenizer.model")),
         generation_defaults=defaults,
         stop_ids=tuple(dict.fromkeys(stop_ids + more_stop_ids)),
+        warnings=found.passed_over,
+        has_head=has_head,
     )
-
-
-def weight_files(path: Path) -> list[Path]:
-    """The files that hold the weights: those of the index where there is one, else the single one."""
-    for name in INDEXES:
-        if (path / name).is_file():
-            return [path / file for file in dict.fromkeys(weight_map(path / name).values())]
-    for name in SINGLE_FILES:
-        if (path / name).is_file():
-            return [path / name]
-    others = sorted(
-        file for file in path.glob("*.safetensors") if not file.name.startswith(("consolidated", "adapter"))
-    )
-    if not others:
-        raise CheckpointError(
-            f"{path}: config.json is there, but neither model.safetensors nor pytorch_model.bin is"
-        )
-    return others
-
-
-def weight_map(index: Path) -> dict[str, str]:
-    """Tensor name to file name from an index; a name that would leave the directory is refused."""
-    entries: Any = read_json(index).get("weight_map")
-    if not isinstance(entries, dict) or not entries:
-        raise CheckpointError(f"{index}: weight_map is missing or empty")
-    for tensor, file in entries.items():
-        if (
-            not isinstance(file, str)
-            or PurePath(file).name != file
-            or file in ("", ".", "..")
-            or "\\" in file
-        ):
-            raise CheckpointError(f"{index}: {tensor}: {shown(file)} is no plain file name")
-        if not (index.parent / file).is_file():
-            raise CheckpointError(f"{index}: {tensor}: its file {file} is missing")
-    return entries
 
 
 def _args(settings: Settings) -> tuple[ModelArgs, tuple[int, ...]]:
@@ -163,7 +137,6 @@ def _args(settings: Settings) -> tuple[ModelArgs, tuple[int, ...]]:
         rope_theta=rope.number("rope_theta", theta) if rope else theta,
         rope_scaling=next((one for one in found if one is not None), None),
         tie_word_embeddings=settings.boolean("tie_word_embeddings", False),
-        mlp_bias=settings.boolean("mlp_bias", False),
         sliding_window=_sliding_window(settings, defaults),
     )
     args.max_seq_len = int(context * _stretch(args))
@@ -202,11 +175,7 @@ def _stretch(args: ModelArgs) -> float:
     return args.rope_scaling.factor if isinstance(args.rope_scaling, LinearScaling) else 1.0
 
 
-def _index(path: Path) -> Path | None:
-    return next((path / name for name in INDEXES if (path / name).is_file()), None)
-
-
-def _validate_names(path: Path, files: list[TensorFile]) -> None:
+def _validate_names(found: WeightFiles, files: list[TensorFile]) -> None:
     """Raises CheckpointError for a tensor that occurs twice, and for one that the index lists and no file has."""
     seen: dict[str, Path] = {}
     for file in files:
@@ -214,21 +183,26 @@ def _validate_names(path: Path, files: list[TensorFile]) -> None:
             if name in seen:
                 raise CheckpointError(f"{file.path}: {name}: occurs in {seen[name].name} as well")
             seen[name] = file.path
-    index = _index(path)
-    for name, file_name in weight_map(index).items() if index else ():
-        if name not in seen:
-            raise CheckpointError(f"{path / file_name}: {name}: is missing, though {index.name} lists it")
+    for name, file_name in found.listed.items():
+        if name not in seen and name != HEAD and not _WITHOUT_EFFECT.search(name):
+            where = found.index.with_name(file_name)
+            raise CheckpointError(f"{where}: {name}: is missing, though {found.index.name} lists it")
+
+
+def canonical_name(stored_name: str) -> str:
+    """A stored name in Meta's words; models without a head are stored without "model." too."""
+    return rename(stored_name, FROM_HF) or rename(f"model.{stored_name}", FROM_HF) or stored_name
 
 
 def _weights(args: ModelArgs, stored: Iterable[Stored]) -> Iterator[Weight]:
     for stored_name, array, file in stored:
-        if stored_name.endswith("rotary_emb.inv_freq"):
+        if _WITHOUT_EFFECT.search(stored_name):
             continue
         if len(array.shape) not in (1, 2):
             raise CheckpointError(
                 f"{file}: {stored_name}: has shape {list(array.shape)}; 1 or 2 dimensions are expected"
             )
-        name = rename(stored_name, FROM_HF) or stored_name
+        name = canonical_name(stored_name)
         if is_rotary(name):
             if array.shape[0] % args.head_dim:
                 raise CheckpointError(
@@ -236,21 +210,6 @@ def _weights(args: ModelArgs, stored: Iterable[Stored]) -> Iterator[Weight]:
                 )
             array = array.reordered(args.head_dim, interleave)
         yield Weight(name, array, file)
-
-
-def verify_index(path: Path) -> Iterator[Finding]:
-    """Weight files that an index leaves out; what it lists and is missing fails on opening already."""
-    index = _index(path)
-    if index is None:
-        return
-    listed = {file.name for file in weight_files(path)}
-    stray = sorted(
-        file.name for file in path.glob(f"*{Path(next(iter(listed))).suffix}") if file.name not in listed
-    )
-    message = f"lists every tensor of {len(listed)} files" + (
-        f", but not {', '.join(stray)}" if stray else ""
-    )
-    yield Finding(not stray, index.name, message)
 
 
 def plan_huggingface(

@@ -21,7 +21,7 @@ from ...files.writing import Entry, Plan
 from ...kernels.formats import FORMATS, LowBitFormat
 from ...model import ModelArgs
 from ..arrays import Array, Mapped, PackedArray
-from ..inventory import FROM_HF, TO_HF, deinterleave, expected_shapes, is_linear, is_rotary, module_of, rename
+from ..inventory import TO_HF, deinterleave, expected_shapes, is_linear, is_rotary, module_of, rename
 from ..opened import Checkpoint
 from ..packing import untied
 from ..settings import Settings
@@ -29,6 +29,7 @@ from ..tokenizer_files import TokenizerFiles
 from ..weight import Weight
 from .huggingface import (
     Stored,
+    canonical_name,
     config_settings,
     is_huggingface,
     open_huggingface,
@@ -98,7 +99,7 @@ def _arrays(settings: Settings, args: ModelArgs, files: list[TensorFile]) -> Ite
     one_layer = expected_shapes(replace(args, n_layers=1, tie_word_embeddings=False))
     rows = {module_of(name): shape[0] for name, shape in one_layer if len(shape) == 2}
     for name, array, file in plain_arrays(settings, args, files):
-        module = module_of(rename(name, FROM_HF) or name)
+        module = module_of(canonical_name(name))
         if array.dtype == torch.uint8 and module in rows:
             array = LowBitMatrix(as_matrix(array, rows[module], f"{file}: {name}"), form)
         yield name, array, file

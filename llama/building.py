@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from llama import parallel
+from llama.chat import ChatFormat, choose_format
 from llama.checkpoint import (
     Checkpoint,
     default_model,
@@ -33,6 +36,7 @@ class Loaded:
 
     model: Transformer
     tokenizer: Tokenizer
+    chat_format: ChatFormat
     checkpoint: Checkpoint
     quantization: str | None  # the format that was asked for; None: as stored
 
@@ -48,6 +52,7 @@ def load(
     dtype: str | torch.dtype = "auto",
     quantization: str | None = None,
     deterministic: bool = False,
+    chat_format: str | None = None,
 ) -> Loaded:
     """Opens a checkpoint of any format and loads this rank's part of it; the options are those of `Llama.build`.
 
@@ -56,18 +61,17 @@ def load(
     checkpoint = open_checkpoint(default_model() if ckpt_dir is None else ckpt_dir)
     target = choose_device(device)
     group = parallel.start(model_parallel_size, target.type)
-    tokenizer = Tokenizer(tokenizer_file(checkpoint, tokenizer_path))
     packed = packed_modules(untied(checkpoint), quantization, group.size, target)
     if "output" in packed:
         checkpoint = untied(checkpoint)
     args = replace(checkpoint.args)
-    surplus = check_vocabulary(tokenizer, args)
     args.max_seq_len = max_seq_len or args.max_seq_len
     args.max_batch_size = max_batch_size or args.max_batch_size
     with torch.device("meta"):
         model = Transformer(args, group)
     replace_linears(model, packed)
-    with progress_bar("Loading", show=group.rank == 0) as advance:
+    with ThreadPoolExecutor(1) as beside, progress_bar("Loading", show=group.rank == 0) as advance:
+        reading = beside.submit(read_tokenizer, checkpoint, tokenizer_path, chat_format)
         load_weights(
             model,
             checkpoint,
@@ -75,9 +79,10 @@ def load(
             world_size=group.size,
             device=target,
             dtype=choose_dtype(dtype, checkpoint.dtype, target),
-            progress=advance,
+            progress=stopping(advance, reading),
         )
-    model.prepare(BLOCK_SIZE if deterministic else None)
+        model.prepare(BLOCK_SIZE if deterministic else None)
+        tokenizer, chosen, surplus = reading.result()
     return_memory()
     if group.rank == 0:
         for warning in (*checkpoint.warnings, *surplus):
@@ -85,7 +90,28 @@ def load(
         if checkpoint.unknown_keys:
             unknown = ", ".join(checkpoint.unknown_keys)
             print(f"{checkpoint.path}: settings that have no effect here: {unknown}", file=sys.stderr)
-    return Loaded(model, tokenizer, checkpoint, quantization)
+    return Loaded(model, tokenizer, chosen, checkpoint, quantization)
+
+
+def read_tokenizer(
+    checkpoint: Checkpoint, tokenizer_path: str | Path | None, chat_format: str | None
+) -> tuple[Tokenizer, ChatFormat, list[str]]:
+    """The tokenizer, the chat format, and what to warn of; a thread does it while weights are read."""
+    tokenizer = checkpoint.open_tokenizer(tokenizer_path)
+    warnings = check_vocabulary(tokenizer, checkpoint.args)
+    return tokenizer, choose_format(chat_format, tokenizer), warnings
+
+
+def stopping(progress: Callable[[int, int], None] | None, other: Future) -> Callable[[int, int], None]:
+    """`progress`, which also raises what `other` has raised by then."""
+
+    def report(done: int, total: int) -> None:
+        if progress:
+            progress(done, total)
+        if other.done():
+            other.result()
+
+    return report
 
 
 def make_engine(
@@ -110,17 +136,6 @@ def make_engine(
         stop_ids=tokenizer.stop_ids | stop_ids,
         can_generate=can_generate,
     )
-
-
-def tokenizer_file(checkpoint: Checkpoint, given: str | Path | None) -> Path:
-    """The tokenizer's file: the one given, else the one that was found with the checkpoint."""
-    if given is not None:
-        return Path(given)
-    if checkpoint.tokenizer_path is None:
-        raise FileNotFoundError(
-            f"no tokenizer in {checkpoint.path}, beside it or one directory above: give tokenizer_path"
-        )
-    return checkpoint.tokenizer_path
 
 
 def check_vocabulary(tokenizer: Tokenizer, args: ModelArgs) -> list[str]:

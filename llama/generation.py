@@ -21,6 +21,7 @@ from llama.chat import (
     E_SYS,
     SPECIAL_TAGS,
     UNSAFE_ERROR,
+    ChatFormat,
     Dialog,
     Message,
     Prompt,
@@ -133,6 +134,7 @@ class Llama:
             dtype=dtype,
             quantization=quantization,
             deterministic=deterministic,
+            chat_format=chat_format,
         )
         llm = Llama(
             loaded.model,
@@ -140,7 +142,7 @@ class Llama:
             seed=seed,
             kv_cache_memory=kv_cache_memory,
             kv_dtype=kv_dtype,
-            chat_format=chat_format,
+            chat_format=loaded.chat_format,
             defaults=loaded.checkpoint.generation_defaults,
             stop_ids=loaded.checkpoint.stop_ids,
             checkpoint=loaded.checkpoint,
@@ -158,7 +160,7 @@ class Llama:
         seed: int | None = 1,
         kv_cache_memory: int | None = None,
         kv_dtype: str = "auto",
-        chat_format: str | None = None,
+        chat_format: str | ChatFormat | None = None,
         defaults: dict[str, Any] | None = None,
         stop_ids: Sequence[int] = (),
         checkpoint: Checkpoint | None = None,

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 
 
 @contextmanager
 def progress_bar(title: str, show: bool) -> Iterator[Callable[[int, int], None] | None]:
     """A bar on a terminal's standard error; nothing in a pipe. Yields progress(bytes done, bytes in all)."""
+    if not (show and os.isatty(2)):
+        yield None
+        return
+    from rich.console import Console  # a third of this package's imports, for a person who is looking
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
     console = Console(stderr=True)
-    if not (show and console.is_terminal):
+    if not console.is_terminal:
         yield None
         return
     columns = (TextColumn(title), BarColumn(), DownloadColumn())

@@ -79,3 +79,8 @@ def with_system(dialog: Dialog, text: str) -> Dialog:
     """A new dialog that begins with this system message instead of its own; empty text: with none."""
     turns = split_system(dialog)[1]
     return [{"role": "system", "content": text}, *turns] if text else list(turns)
+
+
+def one_line(message: object) -> str:
+    """What a template or jinja2 says, in 200 characters at most."""
+    return " ".join(str(message).split())[:200]

@@ -18,7 +18,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-from llama.chat.prompt import DialogError
+from llama.chat.prompt import DialogError, one_line
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -156,8 +156,3 @@ def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, *
 def refuse(message: object) -> NoReturn:
     """Templates' raise_exception."""
     raise DialogError(f"the model's chat template refuses this dialog: {one_line(message)}")
-
-
-def one_line(message: object) -> str:
-    """What a template or jinja2 says, in 200 characters at most."""
-    return " ".join(str(message).split())[:200]

@@ -8,8 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llama.chat.formats import FORMATS, SPECIAL_TAGS, ChatFormat, ChatFormatError, Piece
-from llama.chat.prompt import DialogError, Prompt
-from llama.chat.sandbox import Sandbox, one_line
+from llama.chat.prompt import DialogError, Prompt, one_line
 from llama.tokenizer import Tokenizer
 
 
@@ -32,6 +31,8 @@ class JinjaFormat(ChatFormat):
 
     def __init__(self, tokenizer: Tokenizer, template: str, source: str = "the chat template") -> None:
         """`source` names the template in messages. Raises ChatFormatError if it cannot be compiled."""
+        from llama.chat.sandbox import Sandbox  # jinja2, for models that need it
+
         super().__init__(tokenizer)
         self.source = source
         if all(tag in template for tag in SPECIAL_TAGS):

@@ -150,9 +150,8 @@ def _tokenizer(checkpoint: Checkpoint) -> tuple[str | None, str | None]:
     if checkpoint.tokenizer_path is None:
         return None, None
     from ..chat import choose_format
-    from ..tokenizer import Tokenizer
 
-    tokenizer = Tokenizer(str(checkpoint.tokenizer_path))
+    tokenizer = checkpoint.open_tokenizer()
     has_template = tokenizer.chat_template is not None
     chat_format = "the model's own template" if has_template else choose_format(None, tokenizer).name
     return f"{tokenizer.kind}, {tokenizer.n_words} tokens", chat_format

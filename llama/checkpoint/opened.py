@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from ..files.errors import CheckpointError
+from ..files.gguf import GGUFFile
 from ..model import ModelArgs
+from ..tokenizer import Tokenizer
 from .inventory import BIASES, module_of
 from .settings import Settings
 from .weight import Weight
@@ -33,6 +35,8 @@ class Checkpoint:
     dtype: torch.dtype | None
     """The type that most stored bytes have; None where low-bit blocks dominate."""
     tokenizer_path: Path | None = None
+    header: GGUFFile | None = None
+    """The open file that holds the tokenizer beside the weights, for GGUF."""
     generation_defaults: dict[str, float] = field(default_factory=dict)
     """`temperature`, `top_p`, `top_k`, `min_p`, `repetition_penalty`, as far as the checkpoint gives them."""
     stop_ids: tuple[int, ...] = ()
@@ -44,6 +48,19 @@ class Checkpoint:
     """Whether there is an output layer; without one the model embeds, and cannot generate."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The parsed header as it was found: params.json, config.json or scalar GGUF metadata."""
+
+    def open_tokenizer(self, given: str | Path | None = None) -> Tokenizer:
+        """The tokenizer in the file `given`, else the one that was found with the checkpoint.
+
+        Raises FileNotFoundError where there is none, TokenizerError for a damaged one.
+        """
+        if given is not None:
+            return Tokenizer(given)
+        if self.tokenizer_path is None:
+            raise FileNotFoundError(
+                f"no tokenizer in {self.path}, beside it or one directory above: give tokenizer_path"
+            )
+        return Tokenizer(self.header or self.tokenizer_path)
 
 
 def assemble(

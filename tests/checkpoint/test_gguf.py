@@ -248,7 +248,8 @@ def test_sampling_defaults_and_stop_ids_are_read(model):
 def test_the_vocabulary_inside_is_the_tokenizer(tmp_path):
     args, weights = sample()
     path = write_gguf(tmp_path / "model.gguf", args, weights, vocabulary=True)
-    assert open_checkpoint(path).tokenizer_path == path
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.tokenizer_path == path
     tokens = GGUFFile(path).metadata["tokenizer.ggml.tokens"]
     assert tokens.length == args.vocab_size
     assert tokens.read() == byte_vocabulary(args.vocab_size).tokens
@@ -296,3 +297,30 @@ def test_a_tensor_in_two_parts_of_a_split_file_is_refused(tmp_path):
     write(tmp_path / "m-00002-of-00002.gguf", {}, [("output_norm.weight", torch.ones(64))])
     with pytest.raises(CheckpointError, match=r"norm\.weight: occurs twice"):
         open_checkpoint(model)
+
+
+def test_a_header_is_parsed_once_for_the_weights_and_the_tokenizer(tmp_path, monkeypatch):
+    args, weights = sample()
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", args, weights, vocabulary=True))
+    monkeypatch.setattr(GGUFFile, "__init__", None)
+    assert checkpoint.open_tokenizer().n_words == args.vocab_size
+
+
+def test_a_tokenizer_that_is_given_counts_more_than_the_one_inside(tmp_path):
+    args, weights = sample()
+    checkpoint = open_checkpoint(write_gguf(tmp_path / "model.gguf", args, weights, vocabulary=True))
+    other = write_gguf(tmp_path / "other.gguf", *sample(vocab_size=300), vocabulary=True)
+    assert checkpoint.open_tokenizer(other).n_words == 300
+
+
+def test_an_array_whose_strings_reach_beyond_the_file_is_refused(tmp_path):
+    path = tmp_path / "x.gguf"
+    strings = struct.pack("<Q", 1) + b"k" + struct.pack("<IIQ", 9, STRING, 3) + struct.pack("<Q", 2) + b"ab"
+    for rest in (
+        b"",
+        struct.pack("<Q", 2**64 - 1) + bytes(20),
+        struct.pack("<Q", 1) + b"c" + struct.pack("<Q", 9),
+    ):
+        path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + strings + rest)
+        with pytest.raises(CheckpointError, match="strings are announced, but"):
+            GGUFFile(path)

@@ -16,6 +16,7 @@ from ...files.gguf import BLOCKS, FLOAT32, KINDS, STRING, UINT32, GGUFFile, Tens
 from ...files.mapped import open_file
 from ...files.writing import Entry, Plan
 from ...model import ModelArgs
+from ...quantization import FORMATS
 from ...rotary import LinearScaling, Llama3Scaling, RopeScaling, rope_factors
 from ..arrays import Array, Mapped, PackedArray
 from ..inventory import FROM_GGUF, TO_GGUF, rename
@@ -93,7 +94,9 @@ class Blocks(PackedArray):
 
     def _dequantize(self, packed: Tensor) -> Tensor:
         """uint8 (rows, bytes) -> float32 (rows, columns)"""
-        import numpy
+        if self.format in FORMATS:
+            return FORMATS[self.format].dequantize(packed)
+        import numpy  # gguf knows the others, and takes longer to import than a small model to load
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
@@ -125,6 +128,7 @@ def open_gguf(path: Path) -> Checkpoint:
         settings,
         tied=True,
         tokenizer_path=first.path if first.length("tokenizer.ggml.tokens") else None,
+        header=first,
         generation_defaults=_generation_defaults(settings),
         stop_ids=_stop_ids(settings),
     )

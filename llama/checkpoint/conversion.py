@@ -16,7 +16,14 @@ from .opened import Checkpoint
 from .tokenizer_files import TokenizerFiles
 
 SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
-OURS = (".pth", ".json", ".safetensors", ".bin", ".model", ".chk", ".jinja", ".txt", ".md")
+BESIDE_WEIGHTS = {
+    ".json",
+    ".model",
+    ".chk",
+    ".jinja",
+    ".txt",
+    ".md",
+}  # what else a checkpoint's files end with
 MARGIN = 16 << 20  # bytes that must stay free besides the tensors: tokenizer, headers, file system
 
 
@@ -158,8 +165,9 @@ def _prepare(source: Path, destination: Path) -> list[str]:
             f"{destination}: is the source itself, inside it or around it; name another destination"
         )
     if destination.is_dir():
+        known = BESIDE_WEIGHTS.union(*(row.suffixes for row in FORMATS.values()))
         for path in sorted(destination.iterdir()):
-            if not path.is_file() or path.suffix not in OURS:
+            if not path.is_file() or path.suffix not in known:
                 raise CheckpointError(
                     f"{destination}: holds {path.name}, which is no checkpoint's; name another place"
                 )

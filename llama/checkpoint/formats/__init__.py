@@ -40,10 +40,12 @@ class Format:
     """What `plan` takes besides: "dtype", "shards", "max_shard_size", "type" (a low-bit format)."""
     verify: Callable[[Path], Iterator[Finding]] = nothing
     """What only this format's files can have wrong."""
+    suffixes: tuple[str, ...] = (".safetensors", ".bin")
+    """What the names of the weight files in its directory end with."""
 
 
 FORMATS = {
-    "meta": Format(is_meta, open_meta, plan_meta, write_torch_file, ("dtype", "shards")),
+    "meta": Format(is_meta, open_meta, plan_meta, write_torch_file, ("dtype", "shards"), suffixes=(".pth",)),
     "lowbit": Format(is_lowbit, open_lowbit, plan_lowbit, write_safetensors, ("type",), verify_index),
     "gptq": Format(is_gptq, open_gptq, verify=verify_index),
     "hf": Format(
@@ -54,7 +56,7 @@ FORMATS = {
         ("dtype", "shards", "max_shard_size"),
         verify_index,
     ),
-    "gguf": Format(is_gguf, open_gguf, plan_gguf, write_gguf, ("dtype",)),
+    "gguf": Format(is_gguf, open_gguf, plan_gguf, write_gguf, ("dtype",), suffixes=()),
 }
 
 

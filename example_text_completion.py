@@ -1,14 +1,14 @@
 """Continues four texts: torchrun --nproc_per_node 1 example_text_completion.py [--ckpt_dir DIR ...]"""
 
-import fire
-
 from llama import Llama
+from llama.checkpoint import DEFAULT_ABOUT
+from llama.program import run_script
 
 
 def main(
     ckpt_dir: str | None = None,
     tokenizer_path: str | None = None,
-    temperature: float = 0.6,
+    temperature: float | None = None,
     top_p: float = 0.9,
     max_seq_len: int = 128,
     max_gen_len: int = 64,
@@ -19,12 +19,16 @@ def main(
     Args:
         ckpt_dir: the model's directory or file; the embedded default model if it is left out.
         tokenizer_path: the tokenizer's file; found in the checkpoint or beside it if it is left out.
-        temperature: how freely to sample; 0 always takes the likeliest token.
+        temperature: how freely to sample; 0 always takes the likeliest token. 0.6 if it is left out,
+            or 0.2 for the default model, as its makers recommend.
         top_p: sample among the likeliest tokens that together reach this probability.
         max_seq_len: the most tokens that a prompt and its continuation may have together.
         max_gen_len: the most tokens of a continuation.
         max_batch_size: how many prompts are expected at once.
     """
+    if temperature is None:
+        temperature = 0.2 if ckpt_dir is None else 0.6
+
     generator = Llama.build(
         ckpt_dir=ckpt_dir,
         tokenizer_path=tokenizer_path,
@@ -58,6 +62,8 @@ def main(
 
     if generator.rank != 0:
         return
+    if ckpt_dir is None:
+        print(f"This is {DEFAULT_ABOUT}; --ckpt_dir DIR gives a better one.\n")
     for prompt, result in zip(prompts, results, strict=True):
         print(prompt)
         print(f"> {result['generation']}")
@@ -65,4 +71,4 @@ def main(
 
 
 if __name__ == "__main__":
-    fire.Fire(main)
+    run_script(main)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from llama.options import MODEL, SAMPLER, takes
-from llama.streams import note, repair, tell
+from llama.program import fail, running
+from llama.streams import note, tell
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs
     from llama.generation import Llama
@@ -246,10 +247,14 @@ def build_to_sample(
     model: str | None, load: dict[str, Any], sample: dict[str, Any]
 ) -> tuple[Llama, SamplingParams]:
     """The model, and how to sample from it: with a seed that is drawn at each start, if none was given, and told."""
+    from llama.checkpoint import DEFAULT_ABOUT, DEFAULT_SETTINGS
     from llama.sampling_params import SamplingParams
 
-    params = SamplingParams(**{"seed": secrets.randbelow(10**9)} | sample)
+    recommended = DEFAULT_SETTINGS if model is None else {}
+    params = SamplingParams(**recommended | {"seed": secrets.randbelow(10**9)} | sample)
     llm = build(model, load)
+    if model is None:
+        note(f"This is {DEFAULT_ABOUT}; give MODEL for a better one.")
     if "seed" not in sample and params.temperature != 0:
         note(f"--seed {params.seed} gives the same answers again")
     return llm, params
@@ -279,27 +284,16 @@ def names_a_model(argument: str) -> bool:
 
 def main() -> None:
     """Runs the command line and exits: 0, 2 for a wrong call, 1 for whatever else a person can cause."""
-    repair()
-    try:
-        app(standalone_mode=False)
-        sys.stdout.flush()
-    except USAGE_ERROR as error:
-        where = error.ctx.command_path if error.ctx else "llama"
-        fail(f"{error.format_message().rstrip('.')}; see '{where} --help'", 2)
-    except WrongCall as error:
-        fail(str(error), 2)
-    except BrokenPipeError:  # the reader of our output left, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except (KeyboardInterrupt, typer.Abort):
-        fail("stopped", 130)
-    except (ValueError, OSError, RuntimeError) as error:
-        fail(str(error), 1)
-
-
-def fail(message: str, status: int) -> None:
-    tell(f"llama: {' '.join(message.split())}")
-    sys.exit(status)
+    with running("llama"):
+        try:
+            app(standalone_mode=False)
+        except USAGE_ERROR as error:
+            where = error.ctx.command_path if error.ctx else "llama"
+            fail("llama", f"{error.format_message().rstrip('.')}; see '{where} --help'", 2)
+        except WrongCall as error:
+            fail("llama", str(error), 2)
+        except typer.Abort:
+            raise KeyboardInterrupt from None
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A file or folder imports only from rows above its own. Quoted in docs/architecture.md.
 ROWS = """
 files  device  streams  progress  parallel  linear  kernels  request  sampling_params
-cache  rotary  quantization  vocabulary  blocks  sampling  options  keyboard
+cache  rotary  quantization  vocabulary  blocks  sampling  options  keyboard  program
 attention  tokenizer  scheduler
 model  chat  answer
 checkpoint  runner  protocol  choice

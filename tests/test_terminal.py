@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from runpy import run_path
 
 import pytest
 from support.meta_files import save_meta, save_tokenizer
@@ -321,7 +322,10 @@ def test_a_reader_that_leaves_early_gets_no_traceback(checkpoint):
     process.wait()
 
 
-@pytest.mark.parametrize("script", ["example_chat_completion.py", "example_text_completion.py"])
+EXAMPLES = ["example_chat_completion.py", "example_text_completion.py"]
+
+
+@pytest.mark.parametrize("script", EXAMPLES)
 def test_the_examples_take_the_references_flags(checkpoint, script):
     flags = (
         f"--ckpt_dir {checkpoint} --tokenizer_path {checkpoint.parent / 'tokenizer.model'} --temperature 0"
@@ -337,3 +341,49 @@ def test_the_examples_take_the_references_flags(checkpoint, script):
     assert done.stdout.startswith("Loaded in ")
     assert done.stdout.count("\n==================================\n") == {"c": 6, "t": 4}[script[8]]
     assert "\n> " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        ("--ckpt_dirr x --max_gen_len 2", 2, "Could not consume arg: --ckpt_dirr"),
+        ("a b 0.3 0.9 10 10 10 10", 2, "Could not consume arg: 10"),
+        ("--ckpt_dir /no/such/model", 1, "example_chat_completion.py: /no/such/model: no such file"),
+    ],
+)
+def test_a_script_refuses_a_wrong_call_before_a_model_loads(monkeypatch, capsys, flags, status, message):
+    monkeypatch.setattr(sys, "argv", ["example_chat_completion.py", *flags.split()])
+    with pytest.raises(SystemExit) as exit:
+        run_path(ROOT / "example_chat_completion.py", run_name="__main__")
+    out, err = capsys.readouterr()
+    assert (exit.value.code, out) == (status, "")
+    assert message in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("script", EXAMPLES)
+@pytest.mark.parametrize(
+    ("model", "given", "expected"), [("m", {}, 0.6), (None, {}, 0.2), (None, {"temperature": 1.0}, 1.0)]
+)
+def test_an_example_takes_the_default_models_own_settings_and_says_what_it_is(
+    monkeypatch, capsys, script, model, given, expected
+):
+    asked = []
+
+    class Recorder:
+        rank = 0
+
+        def chat_completion(self, prompts, **options):
+            asked.append(options)
+            return [{"generation": {"role": "assistant", "content": "Hello."}}] * len(prompts)
+
+        def text_completion(self, prompts, **options):
+            asked.append(options)
+            return [{"generation": "Hello."}] * len(prompts)
+
+    monkeypatch.setattr(Llama, "build", lambda **_: Recorder())
+    run_path(ROOT / script)["main"](model, **given)
+    assert asked[0]["temperature"] == expected
+    assert asked[0]["top_p"] == 0.9
+    assert (asked[0]["max_gen_len"] == 64) == (model is None or "text" in script)
+    assert ("a small model" in capsys.readouterr().out) == (model is None)

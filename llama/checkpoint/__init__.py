@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..files.errors import CheckpointError, Finding
 from .conversion import convert, legacy_source, save_low_bit
 from .formats import open_checkpoint
-from .hub import default_model, resolve
+from .hub import DEFAULT_ABOUT, DEFAULT_SETTINGS, default_model, resolve
 from .inspection import Estimate, Inspection, Stored, estimate, inspect
 from .inventory import expected_shapes
 from .load import load_weights
@@ -15,6 +15,8 @@ from .verification import verify
 from .weight import Weight
 
 __all__ = [
+    "DEFAULT_ABOUT",
+    "DEFAULT_SETTINGS",
     "Checkpoint",
     "CheckpointError",
     "Estimate",

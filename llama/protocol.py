@@ -127,7 +127,7 @@ class CompletionRequest(SamplingBody):
 
 class EmbeddingRequest(Body):
     input: Prompts
-    encoding_format: Literal["float"] = "float"
+    encoding_format: Literal["float", "base64"] = "float"  # base64: of float32, little-endian
 
 
 B = TypeVar("B", bound=Body)

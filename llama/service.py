@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 import uuid
+from base64 import b64encode
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -131,9 +132,15 @@ def completion_response(
 def embedding_response(
     llm: Llama, body: EmbeddingRequest, queries: Sequence[Query], completions: Sequence[Completion]
 ) -> dict[str, Any]:
+    vectors = unit_vectors(completions).numpy().astype("<f4")
+    is_base64 = body.encoding_format == "base64"
     data = [
-        {"object": "embedding", "index": index, "embedding": vector}
-        for index, vector in enumerate(unit_vectors(completions).tolist())
+        {
+            "object": "embedding",
+            "index": index,
+            "embedding": b64encode(vector.tobytes()).decode() if is_base64 else vector.tolist(),
+        }
+        for index, vector in enumerate(vectors)
     ]
     counts = usage(queries, completions)
     del counts["completion_tokens"]

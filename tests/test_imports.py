@@ -155,7 +155,7 @@ def test_few_calls_lie_between_a_program_and_the_model(monkeypatch):
 
 def test_importing_llama_pulls_in_no_server_and_no_library_that_one_process_does_not_need():
     heavy = ["fairscale", "transformers", "fastapi", "uvicorn", "huggingface_hub", "fire", "triton", "gguf"]
-    heavy += ["rich", "jinja2", "sentencepiece", "tiktoken", "tokenizers"]
+    heavy += ["rich", "pydantic", "jinja2", "sentencepiece", "tiktoken", "tokenizers"]
     code = f"import llama, sys; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -1,5 +1,8 @@
 """What bodies of OpenAI's API mean, without a file or a network around them."""
 
+import base64
+
+import numpy as np
 import pytest
 from support.tiny import ByteTokenizer, tiny_args, tiny_model
 
@@ -103,6 +106,14 @@ def test_ids_of_a_padded_table_have_no_text(llm):
     logprobs = call.respond(llm, [completion])["choices"][0]["logprobs"]
     assert logprobs["tokens"] == [""]
     assert logprobs["top_logprobs"] == [{"": -1.0}]
+
+
+def test_embeddings_in_base64_are_the_same_numbers(llm):
+    """OpenAI's own client asks for base64 where its caller asks for nothing."""
+    plain = respond(llm, "/v1/embeddings", {"input": ["a", "b"]})["data"]
+    coded = respond(llm, "/v1/embeddings", {"input": ["a", "b"], "encoding_format": "base64"})["data"]
+    for number, text in zip(plain, coded, strict=True):
+        assert np.frombuffer(base64.b64decode(text["embedding"]), "<f4").tolist() == number["embedding"]
 
 
 def test_a_completion_that_failed_is_no_answer(llm):

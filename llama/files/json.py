@@ -33,8 +33,8 @@ def parse_json(data: bytes, path: Path, limit: int = MAX_JSON_BYTES) -> dict[str
 
 
 def json_bytes(value: dict[str, Any]) -> bytes:
-    """A JSON file's content, keys in the order given."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    """A JSON file's content, keys in the order given. Half a surrogate pair, which UTF-8 lacks, stays an escape."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

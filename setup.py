@@ -31,6 +31,7 @@ setup(
         "pydantic>=2.10",
         "typer>=0.15",
         "rich>=13",
+        "psutil>=6; sys_platform != 'linux'",  # free memory; Linux tells it in a file
         "prompt_toolkit>=3.0.36",
     ],
     extras_require={"hub": ["huggingface-hub>=1.0"]},

@@ -9,26 +9,45 @@ import sys
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SPELLINGS = DTYPES | {
+    str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()
+}  # torch's own too
+UNKNOWN_MEMORY = 4 << 30  # bytes, where the system does not tell what is free
 
 
 def choose_device(device: str) -> torch.device:
-    """ "auto" is the accelerator that torch finds, else the CPU; under torchrun each rank has its own."""
+    """ "auto" is the accelerator that torch finds, else the CPU; under torchrun each rank has its own.
+
+    Raises ValueError for a device that this machine or this torch does not have.
+    """
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    count = torch.accelerator.device_count() if accelerator else 0
+    names = ["auto", "cpu"] + ([accelerator.type] if accelerator else [])
     if device == "auto":
-        device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    place = torch.device(device)
-    if place.type == "cuda" and place.index is None:
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(place)
-    return place
+        device = accelerator.type if accelerator else "cpu"
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}: give {', '.join(names)}") from error
+    if chosen.type == "cuda" and chosen.index is None:
+        chosen = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    if chosen.type not in names:
+        raise ValueError(f"device is {device!r}, but this torch finds none here: give {' or '.join(names)}")
+    if chosen.type != "cpu" and (chosen.index or 0) >= count:
+        raise ValueError(f"device is {chosen}, but there are {count}, counted from 0")
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    return chosen
 
 
 def choose_dtype(dtype: str | torch.dtype, stored: torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The type to compute in; "auto" is as `stored`, on a CPU bfloat16 only where the processor computes in it."""
     if isinstance(dtype, torch.dtype):
         return dtype
-    if dtype in DTYPES:
-        return DTYPES[dtype]
+    if dtype in SPELLINGS:
+        return SPELLINGS[dtype]
     if dtype != "auto":
-        raise ValueError(f"dtype is {dtype!r}: give auto, {', '.join(DTYPES)} or a torch dtype")
+        raise ValueError(f"dtype is {dtype!r}: give auto, {', '.join(SPELLINGS)} or a torch dtype")
     if device.type != "cpu":
         return stored or torch.bfloat16
     if stored == torch.float32 or not torch.cpu.get_capabilities().get("avx512_bf16", False):
@@ -51,8 +70,14 @@ def free_memory(device: torch.device) -> int:
         with open("/proc/meminfo") as lines:
             fields = dict(line.split(":") for line in lines)
         return int(fields["MemAvailable"].split()[0]) * 1024
-    except FileNotFoundError:  # not Linux: what the machine has, half of which may well be in use
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except FileNotFoundError:  # not Linux
+        pass
+    try:
+        import psutil  # here, because it takes longer to import than Linux takes to answer
+
+        return psutil.virtual_memory().available
+    except (ImportError, AttributeError, OSError):  # a system that psutil does not know
+        return UNKNOWN_MEMORY
 
 
 def return_memory() -> None:

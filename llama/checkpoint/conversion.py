@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..device import DTYPES
+from ..device import DTYPES, SPELLINGS
 from ..files.errors import CheckpointError
 from ..files.staging import clean_leftovers, staged
 from .formats import FORMATS, open_checkpoint
@@ -147,9 +147,9 @@ def _max_shard_size(to: str, size: int | str) -> int:
 
 def _dtype(checkpoint: Checkpoint, dtype: torch.dtype | str | None) -> torch.dtype:
     if isinstance(dtype, str):
-        if dtype not in DTYPES:
+        if dtype not in SPELLINGS:
             raise ValueError(f"cannot write dtype {dtype!r}; {', '.join(DTYPES)} are possible")
-        return DTYPES[dtype]
+        return SPELLINGS[dtype]
     return dtype or checkpoint.dtype or torch.float32
 
 

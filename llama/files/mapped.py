@@ -7,9 +7,9 @@ import mmap
 import os
 import sys
 from collections.abc import Callable
+from io import BufferedReader
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from .errors import CheckpointError
 
 MADV_POPULATE_READ = 22  # linux/mman.h
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 class MappedFile:
@@ -52,16 +53,25 @@ class MappedFile:
         return flat.view(dtype).view(shape)
 
 
-def open_file(path: Path) -> BinaryIO:
-    """`open(path, "rb")`, for ordinary files only: others might never end, or never begin."""
+def open_file(path: Path) -> BufferedReader:
+    """`open(path, "rb")`, for ordinary files only: others might never end, or never begin.
+
+    Raises CheckpointError for a git-lfs pointer too, a few lines of text that stand for a file that was not fetched.
+    """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file")
     if not path.is_file():
         raise CheckpointError(f"{path}: is no ordinary file")
     try:
-        return open(path, "rb")
+        file = open(path, "rb")  # noqa: SIM115 - the caller closes it
     except PermissionError:
         raise CheckpointError(f"{path}: may not be read by this user") from None
+    if file.peek(len(LFS_POINTER)).startswith(LFS_POINTER):
+        file.close()
+        raise CheckpointError(
+            f"{path}: is a git-lfs pointer and not the file itself; fetch it with: git lfs install && git lfs pull"
+        )
+    return file
 
 
 def size_check(path: Path) -> Callable[[], None]:

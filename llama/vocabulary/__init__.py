@@ -14,6 +14,7 @@ from typing import Any
 
 from ..files.errors import CheckpointError
 from ..files.gguf import GGUFFile
+from ..files.mapped import open_file
 from .beside import TURN_ENDS
 from .gguf import open_gguf
 from .sentencepiece import open_sentencepiece
@@ -47,7 +48,7 @@ def open_vocabulary(source: Path | GGUFFile) -> tuple[str, Codec, Controls]:
     """The row of KINDS that a file is of, told by its content, and what it holds. Raises TokenizerError."""
     if isinstance(source, GGUFFile):
         return "gguf", *open_gguf(source)
-    with source.open("rb") as file:
+    with open_file(source) as file:
         head = file.read(256)
     for name, kind in KINDS.items():
         if kind.matches(head):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -199,10 +200,13 @@ def byte_vocabulary(size: int) -> Vocabulary:
     return Vocabulary("spm", tokens, [int(kind) for kind in types], scores, add_space_prefix=True)
 
 
-def write_sentencepiece(path: Path, size: int = 264) -> Path:
-    """A `tokenizer.model` of `size` tokens."""
+def write_sentencepiece(path: Path, size: int = 264, types: Mapping[int, TokenType] | None = None) -> Path:
+    """A `tokenizer.model` of `size` tokens, some of other types."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(write_proto(byte_vocabulary(size), {"unk": 0, "bos": 1, "eos": 2, "pad": -1}))
+    vocabulary = byte_vocabulary(size)
+    for id, kind in (types or {}).items():
+        vocabulary.types[id] = int(kind)
+    path.write_bytes(write_proto(vocabulary, {"unk": 0, "bos": 1, "eos": 2, "pad": -1}))
     return path
 
 

@@ -6,8 +6,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...files.errors import CheckpointError, Finding
+from ...files.errors import CheckpointError, Finding, shown
 from ...files.gguf import write_gguf
+from ...files.json import read_json
 from ...files.safetensors import write_safetensors
 from ...files.torch_zip import write_torch_file
 from ...files.writing import Plan, Writer
@@ -80,6 +81,11 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def _expectation(path: Path) -> str:
     if path.is_file():
         return "a file must be GGUF; for .pth, .bin and .safetensors give their directory"
+    adapter = path / "adapter_config.json"
+    if adapter.is_file():
+        base = read_json(adapter).get("base_model_name_or_path")
+        of = f" of {shown(base)}" if base else ""
+        return f"it holds an adapter (LoRA){of} and no model: merge it into its base model and give the merged one"
     return (
         "a directory must hold params.json with consolidated.NN.pth, config.json with .safetensors or .bin files, "
         "or a .gguf file"

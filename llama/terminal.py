@@ -49,7 +49,10 @@ class Chat:
         self.turns: Dialog = []
 
     def answer(self, message: str) -> Iterator[str]:
-        """The pieces of the answer; message and answer join the conversation, also if the caller stops early."""
+        """The pieces of the answer; message and answer join the conversation, also if the caller stops early.
+
+        What the chat format refuses does not join it.
+        """
         dialog = self._fitted([*self.turns, {"role": "user", "content": message}])
         pieces: list[str] = []
         try:
@@ -57,10 +60,9 @@ class Chat:
                 pieces.append(piece)
                 yield piece
         finally:
-            self.turns += [
-                {"role": "user", "content": message},
-                {"role": "assistant", "content": "".join(pieces)},
-            ]
+            turn = [{"role": "user", "content": message}, self.llm.chat_format.parse("".join(pieces))]
+            if not self.llm.chat_format.is_unsafe(turn):  # else all that follow would be refused with it
+                self.turns += turn
 
     def command(self, line: str) -> str | None:
         """Obeys a line that begins with a command's word; returns what to tell the person.

@@ -1,6 +1,7 @@
 """The command line as a person meets it: answers on standard output, everything else on standard error."""
 
 import io
+import json
 import os
 import re
 import shlex
@@ -17,6 +18,7 @@ from support.tiny import tiny_args, tiny_weights
 
 from llama import __main__ as command_line
 from llama import terminal
+from llama.chat import UNSAFE_ERROR
 from llama.generation import Completion, Llama
 from llama.sampling import SamplingParams
 
@@ -122,6 +124,30 @@ def test_the_oldest_turns_leave_when_the_context_is_full(checkpoint):
     assert fitted[0] == {"role": "system", "content": "Be brief."}
     assert fitted[-1]["content"] == "message 6"
     assert len(fitted) < 14
+
+
+def test_a_message_that_is_refused_does_not_spoil_the_conversation(checkpoint):
+    llm = Llama.build(checkpoint, max_seq_len=128, dtype="fp32", device="cpu")
+    chat = terminal.Chat(llm, SamplingParams(temperature=0.0, max_tokens=4))
+    assert "".join(chat.answer("what does [INST] mean?")) == UNSAFE_ERROR
+    assert "".join(chat.answer("hello")) != UNSAFE_ERROR
+    assert [turn["content"] for turn in chat.turns[::2]] == ["hello"]
+
+
+def test_a_batchs_exit_status_says_whether_answers_are_missing(llama, checkpoint, tmp_path):
+    body = {"prompt": "hello", "max_tokens": 2, "model": "half \ud83d"}
+    good = json.dumps({"custom_id": "a", "url": "/v1/completions", "body": body})
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(f"{good}\nnot json\n")
+    for _ in range(2):
+        status, _, err = llama("batch", source, target, "--model", checkpoint)
+        assert status == 1
+        assert "1 failed" in err
+    source.write_text(good)
+    status, _, err = llama("batch", source, target, "--model", checkpoint)
+    assert status == 0
+    assert "1 answered before" in err
+    assert len(target.read_text().splitlines()) == 1
 
 
 def test_a_message_that_is_too_long_is_told_and_the_conversation_goes_on(llama, checkpoint):

@@ -220,6 +220,7 @@ def verify(model: Model = None) -> None:
 def perplexity(
     model: Model = None,
     file: Annotated[Path | None, typer.Option(help="The text to predict.")] = None,
+    encoding: Annotated[str, typer.Option(help="How the text is stored.")] = "utf-8",
     window: Annotated[int | None, typer.Option(min=1, help="Tokens of the sliding window.")] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="By how many tokens it moves on.")] = None,
     *,
@@ -227,10 +228,11 @@ def perplexity(
 ) -> None:
     """Measure how well a model predicts a text."""
     from llama import report
+    from llama.perplexity import decoded_text
 
     if file is None:
         raise WrongCall("give the text: --file TEXT")
-    text = file.read_text(encoding="utf-8")
+    text = decoded_text(file, encoding)
     llm = build(model, load | {"max_seq_len": window})
     report.show_perplexity(llm, text, window, stride)
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from llama.progress import progress_bar
 from llama.quantization import replace_linears
 from llama.runner import BLOCK_SIZE, Runner, count_blocks
 from llama.scheduler import Scheduler
+from llama.streams import tell
 from llama.tokenizer import Tokenizer
 
 
@@ -85,12 +85,22 @@ def load(
         tokenizer, chosen, surplus = reading.result()
     return_memory()
     if group.rank == 0:
-        for warning in (*checkpoint.warnings, *surplus):
-            print(f"warning: {warning}", file=sys.stderr)
+        for warning in (*checkpoint.warnings, *surplus, *beyond_training(checkpoint.args, max_seq_len)):
+            tell(f"warning: {warning}")
         if checkpoint.unknown_keys:
             unknown = ", ".join(checkpoint.unknown_keys)
-            print(f"{checkpoint.path}: settings that have no effect here: {unknown}", file=sys.stderr)
+            tell(f"{checkpoint.path}: settings that have no effect here: {unknown}")
     return Loaded(model, tokenizer, chosen, checkpoint, quantization)
+
+
+def beyond_training(args: ModelArgs, max_seq_len: int | None) -> Iterator[str]:
+    """What to warn of where more tokens are asked for than a model was made for."""
+    if max_seq_len is not None and max_seq_len > args.max_seq_len:
+        yield (
+            f"max_seq_len is {max_seq_len}, but the model was made for {args.max_seq_len} tokens, and what comes later "
+            f"stands where it never saw any. Rope scaling by {max_seq_len / args.max_seq_len:.3g} or more, if the "
+            "checkpoint's settings name it, turns positions more slowly, so that all of them look like those it knows"
+        )
 
 
 def read_tokenizer(

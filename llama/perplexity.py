@@ -6,8 +6,11 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from llama.answer import Query
+from llama.files.errors import CheckpointError
+from llama.files.text import read_text
 from llama.generation import Llama
 from llama.sampling_params import SamplingParams
 
@@ -23,6 +26,15 @@ class Perplexity:
     @property
     def tokens_per_second(self) -> float:
         return self.num_tokens / self.seconds
+
+
+def decoded_text(path: Path, encoding: str = "utf-8") -> str:
+    """A file's text, without a byte order mark. Raises ValueError, in one line, where it is not in this encoding."""
+    try:
+        text = read_text(path, encoding)
+    except CheckpointError as error:
+        raise ValueError(f"{error}; give the text's own with --encoding, as latin-1 or gb18030") from error
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def perplexity(

@@ -7,8 +7,6 @@ import os
 import select
 import sys
 
-from rich.console import Console
-
 
 def printable(text: str) -> str:
     """Text that cannot move the cursor or colour the terminal: control characters but \\n and \\t are dropped."""
@@ -23,6 +21,8 @@ def tell(text: str) -> None:
 
 def note(text: str) -> None:
     """Prints a dim line on standard error, for a person who is looking there; nothing in a pipe."""
+    from rich.console import Console
+
     console = Console(stderr=True)
     if console.is_terminal:
         console.print(printable(text), style="dim", highlight=False, markup=False)

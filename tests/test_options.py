@@ -20,7 +20,7 @@ FLAGS = {
     "quantize": ["type"],
     "inspect": ["estimate", "max-seq-len", "max-batch-size", "ranks", "kv-dtype"],
     "verify": [],
-    "perplexity": ["file", "window", "stride", *MODEL_FLAGS],
+    "perplexity": ["file", "encoding", "window", "stride", *MODEL_FLAGS],
 }
 FLAGS["complete"].remove("chat-format")
 FLAGS["perplexity"].remove("chat-format")

@@ -5,7 +5,7 @@ from support import slow
 from support.tiny import ByteTokenizer, tiny_args, tiny_model, tiny_weights
 
 from llama import Llama
-from llama.perplexity import perplexity
+from llama.perplexity import decoded_text, perplexity
 
 ARGS = tiny_args()
 TEXT = "The perplexity of a text is what its tokens cost, on average, under a sliding window."
@@ -52,3 +52,21 @@ def test_progress_ends_at_all_tokens(llm):
 def test_a_text_or_window_that_cannot_be_measured_is_refused(llm, text, window, stride, message):
     with pytest.raises(ValueError, match=message):
         perplexity(llm, text, window, stride)
+
+
+def test_a_text_is_read_in_its_encoding_without_a_byte_order_mark(tmp_path):
+    file = tmp_path / "cafe.txt"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "latin-1"):
+        file.write_text("café\n", encoding=encoding)
+        assert decoded_text(file, encoding) == "café\n"
+    file.write_text("\ufeffcafé")
+    assert decoded_text(file) == "café"
+
+
+def test_a_text_in_another_encoding_is_refused_with_its_byte_and_the_flag(tmp_path):
+    file = tmp_path / "cafe.txt"
+    file.write_text("café", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"cafe\.txt: byte 3 is 0xe9, which is not utf-8: .* --encoding"):
+        decoded_text(file)
+    with pytest.raises(ValueError, match="klingon"):
+        decoded_text(file, "klingon")

@@ -336,6 +336,15 @@ def test_what_an_encoding_lacks_is_replaced(checkpoint):
     assert done.stdout.startswith(b"? ?")
 
 
+def test_a_context_beyond_the_models_own_is_warned_of(llama, checkpoint):
+    options = ("complete", checkpoint, "--prompt", "quick fox", "--max-tokens", 1, "--max-seq-len")
+    status, _, err = llama(*options, 8192)
+    assert status == 0
+    assert "max_seq_len is 8192, but the model was made for 4096 tokens" in err
+    assert "Rope scaling by 2 or more" in err
+    assert "made for" not in llama(*options, 4096)[2]
+
+
 def test_a_reader_that_leaves_early_gets_no_traceback(checkpoint):
     process = subprocess.Popen(
         [*LLAMA, "complete", str(checkpoint), "--prompt", "a", "--max-tokens", "100", "--stream"],

@@ -1,8 +1,8 @@
 """The chat formats: one way each to write a prompt as token ids.
 
-Nothing that a person types becomes a control token, in any format and in any role. A format yields pieces: an
+Nothing that a person types becomes a control token, in any format and in any role. A format yields segments: an
 int is a control token that the format itself places, a str is text, encoded as plain text however much it
-looks like a control token. Pieces of text that touch are encoded as one, so the text between two control
+looks like a control token. Texts that touch are encoded as one, so the text between two control
 tokens is split as if it stood alone; with sentencepiece each has its own leading space, as in Meta's code.
 """
 
@@ -16,7 +16,7 @@ from typing import ClassVar
 from llama.chat.prompt import Dialog, DialogError, Message, Prompt, split_system
 from llama.tokenizer import Tokenizer
 
-Piece = str | int  # text, to be encoded as plain text | the id of a control token
+Segment = str | int  # text, to be encoded as plain text | the id of a control token
 
 B_INST, E_INST = "[INST]", "[/INST]"
 B_SYS, E_SYS = "<<SYS>>\n", "\n<</SYS>>\n\n"
@@ -72,27 +72,27 @@ class ChatFormat(ABC):
         self.stop_ids = tokenizer.stop_ids | {self.control[end] for end in self.ends if end in self.control}
 
     @abstractmethod
-    def write(self, prompt: Prompt) -> Iterable[Piece]:
-        """The pieces of a prompt whose roles have been checked, up to where the assistant's answer begins."""
+    def write(self, prompt: Prompt) -> Iterable[Segment]:
+        """The segments of a prompt whose roles have been checked, up to where the assistant's answer begins."""
 
     def encode(self, prompt: Prompt | Dialog) -> list[int]:
         """The prompt's token ids. Raises DialogError."""
         tokens: list[int] = []
-        for kind, same in groupby(self._pieces(prompt), key=type):
+        for kind, same in groupby(self._segments(prompt), key=type):
             run = list(same)
             tokens += run if kind is int else self.tokenizer.encode("".join(run), bos=False, eos=False)
         return tokens
 
     def text(self, prompt: Prompt | Dialog) -> str:
         """The prompt for people to read, each control token as its string. Raises DialogError."""
-        pieces = self._pieces(prompt)
-        return "".join(p if isinstance(p, str) else self.names.get(p, f"<{p}>") for p in pieces)
+        segments = self._segments(prompt)
+        return "".join(p if isinstance(p, str) else self.names.get(p, f"<{p}>") for p in segments)
 
     def parse(self, text: str) -> Message:
         """What the model answered, as the dialog's next message."""
         return {"role": "assistant", "content": text}
 
-    def check_roles(self, messages: Sequence[Message]) -> None:
+    def validate_roles(self, messages: Sequence[Message]) -> None:
         """Raises DialogError for a role that the format does not have, or not there."""
         for number, message in enumerate(messages, 1):
             allowed = self.roles[1:] if number > 1 and self.system_first else self.roles
@@ -105,11 +105,11 @@ class ChatFormat(ABC):
         """Whether any content holds one of `tags`, which the reference answers with UNSAFE_ERROR."""
         return any(tag in message["content"] for message in Prompt.of(prompt).messages for tag in self.tags)
 
-    def _pieces(self, prompt: Prompt | Dialog) -> Iterable[Piece]:
+    def _segments(self, prompt: Prompt | Dialog) -> Iterable[Segment]:
         prompt = Prompt.of(prompt)
         if prompt.tools and not self.takes_tools:
             raise DialogError(f"chat format {self.name} has no place for tools: leave them out")
-        self.check_roles(prompt.messages)
+        self.validate_roles(prompt.messages)
         return self.write(prompt)
 
 
@@ -123,7 +123,7 @@ class Llama2Format(ChatFormat):
     needs_eos = True
     tags = SPECIAL_TAGS
 
-    def check_roles(self, messages: Sequence[Message]) -> None:
+    def validate_roles(self, messages: Sequence[Message]) -> None:
         """Raises DialogError in the reference's words."""
         turns = split_system(messages)[1]
         if any(turn["role"] != ("user", "assistant")[place % 2] for place, turn in enumerate(turns)):
@@ -134,7 +134,7 @@ class Llama2Format(ChatFormat):
         if messages[-1]["role"] != "user":
             raise DialogError(f"Last message must be from user, got {messages[-1]['role']}")
 
-    def write(self, prompt: Prompt) -> Iterator[Piece]:
+    def write(self, prompt: Prompt) -> Iterator[Segment]:
         system, turns = split_system(prompt.messages)
         contents = [turn["content"] for turn in turns]
         if system is not None:
@@ -158,7 +158,7 @@ class Llama3Format(ChatFormat):
     needs = ("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
     ends = ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 
-    def write(self, prompt: Prompt) -> Iterator[Piece]:
+    def write(self, prompt: Prompt) -> Iterator[Segment]:
         begin, start, end, eot = (self.control[token] for token in self.needs)
         yield begin
         for message in prompt.messages:
@@ -179,7 +179,7 @@ class ChatMLFormat(ChatFormat):
     needs = ("<|im_start|>", "<|im_end|>")
     ends = ("<|im_end|>",)
 
-    def write(self, prompt: Prompt) -> Iterator[Piece]:
+    def write(self, prompt: Prompt) -> Iterator[Segment]:
         start, end = (self.control[token] for token in self.needs)
         if self.bos != (start,):
             yield from self.bos
@@ -196,7 +196,7 @@ class AtomFormat(ChatFormat):
     stop = ("Human:",)
     LABELS: ClassVar[dict[str, str]] = {"system": "System", "user": "Human", "assistant": "Assistant"}
 
-    def write(self, prompt: Prompt) -> Iterator[Piece]:
+    def write(self, prompt: Prompt) -> Iterator[Segment]:
         for message in prompt.messages:
             yield from self.bos
             yield f"{self.LABELS[message['role']]}: {message['content'].strip()}\n"
@@ -217,7 +217,7 @@ class AlpacaFormat(ChatFormat):
         "Write a response that appropriately completes the request."
     )
 
-    def write(self, prompt: Prompt) -> Iterator[Piece]:
+    def write(self, prompt: Prompt) -> Iterator[Segment]:
         system, turns = split_system(prompt.messages)
         yield from self.bos
         yield f"{(self.PREAMBLE if system is None else system).strip()}\n\n"
@@ -241,7 +241,7 @@ class VicunaFormat(ChatFormat):
         "The assistant gives helpful, detailed, and polite answers to the user's questions."
     )
 
-    def write(self, prompt: Prompt) -> Iterator[Piece]:
+    def write(self, prompt: Prompt) -> Iterator[Segment]:
         system, turns = split_system(prompt.messages)
         yield from self.bos
         yield f"{(self.PREAMBLE if system is None else system).strip()} "

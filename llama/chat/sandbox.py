@@ -64,7 +64,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Every operator in `intercepted_binops`."""
         if operator == "%" and isinstance(left, str):
-            check_widths(left)
+            validate_widths(left)
         self._check(left, right)
         return self._pay(super().call_binop(context, operator, left, right))
 
@@ -75,7 +75,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         """What stands for `text.format`, if the attribute `value` is that."""
         if (safe_format := super().wrap_str_format(value)) is not None:
-            check_widths(value.__self__)
+            validate_widths(value.__self__)
         return safe_format
 
     def _metered(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -142,7 +142,7 @@ class GenerationBlock(Extension):
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
-def check_widths(form: str) -> None:
+def validate_widths(form: str) -> None:
     """Raises SecurityError for a format that could make a short value long."""
     if re.search(r"[*]|[0-9]{4}", form):
         raise SecurityError("a format may not have a width of more than three digits")

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from llama.chat.formats import FORMATS, SPECIAL_TAGS, ChatFormat, ChatFormatError, Piece
+from llama.chat.formats import FORMATS, SPECIAL_TAGS, ChatFormat, ChatFormatError, Segment
 from llama.chat.prompt import DialogError, Prompt, one_line
 from llama.tokenizer import Tokenizer
 
@@ -51,13 +51,13 @@ class JinjaFormat(ChatFormat):
         self._lock = threading.Lock()  # the sandbox accounts for one rendering at a time
         self._template = self._guarded(self._sandbox.from_string, template)
 
-    def write(self, prompt: Prompt) -> list[Piece]:
+    def write(self, prompt: Prompt) -> list[Segment]:
         hidden, marked = self._render(prompt, self._characters), self._render(prompt, [])
-        own, same = ([piece for piece in way if isinstance(piece, int)] for way in (hidden, marked))
-        pieces = marked if own == same else hidden
-        return pieces if tuple(pieces[:1]) == self.bos else [*self.bos, *pieces]
+        own, same = ([segment for segment in way if isinstance(segment, int)] for way in (hidden, marked))
+        segments = marked if own == same else hidden
+        return segments if tuple(segments[:1]) == self.bos else [*self.bos, *segments]
 
-    def _render(self, prompt: Prompt, characters: list[str]) -> list[Piece]:
+    def _render(self, prompt: Prompt, characters: list[str]) -> list[Segment]:
         """The rendered prompt, cut at its control tokens, with these characters of given text hidden."""
         given = [[m["content"] for m in prompt.messages], list(prompt.tools) or None, dict(prompt.options)]
         texts = list(_texts(given))

@@ -58,7 +58,7 @@ def parts(tokenizer, tokens):
 
 
 def joined(pieces):
-    """Pieces with touching texts put together and empty ones left out."""
+    """Segments with touching texts put together and empty ones left out."""
     found = []
     for piece in pieces:
         if isinstance(piece, str) and found and isinstance(found[-1], str):

@@ -23,8 +23,13 @@ from llama.quantization import (
 
 GGML = ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q6_k"]
 K_FORMATS = ["q4_k", "q6_k"]
-SIMPLE = [name for name in FORMATS if name not in K_FORMATS]  # quantized by a published formula
 BIGDL_TYPES = {"sym_int4": 2, "asym_int4": 3, "sym_int5": 6, "asym_int5": 7, "sym_int8": 8, "nf4": 10}
+SIMPLE = [
+    *BIGDL_TYPES,
+    "zero_int4",
+    *(name for name in GGML if name not in K_FORMATS),
+]  # by a published formula
+MOST_ERROR = {4: 0.1, 5: 0.05, 6: 0.025, 8: 0.01}  # of random weights, by the bits of a code
 BLOCK_BYTES = {
     **{"sym_int4": 34, "asym_int4": 36, "sym_int5": 42, "asym_int5": 44, "sym_int8": 68, "nf4": 34},
     **{"q4_0": 18, "q4_1": 20, "q5_0": 22, "q5_1": 24, "q8_0": 34, "q4_k": 144, "q6_k": 210},
@@ -222,7 +227,7 @@ def test_what_is_dequantized_quantizes_to_nearly_itself(name):
     form = FORMATS[name]
     weight = torch.randn(6, 2 * max(form.block, 256), generator=torch.Generator().manual_seed(2))
     error = (form.dequantize(form.quantize(weight)) - weight).norm() / weight.norm()
-    assert error < {4: 0.1, 5: 0.05, 6: 0.025, 8: 0.01}[form.bits]
+    assert error < MOST_ERROR[form.bits]
 
 
 @pytest.mark.parametrize("name", K_FORMATS)

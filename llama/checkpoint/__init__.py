@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from ..files.errors import CheckpointError, Finding
 from .conversion import convert, legacy_source, save_low_bit
+from .default import DEFAULT_ABOUT, DEFAULT_SETTINGS, default_model
 from .formats import open_checkpoint
-from .hub import DEFAULT_ABOUT, DEFAULT_SETTINGS, default_model, resolve
+from .hub import resolve
 from .inspection import Estimate, Inspection, Stored, estimate, inspect
 from .inventory import expected_shapes
 from .load import load_weights

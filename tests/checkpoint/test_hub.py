@@ -126,6 +126,70 @@ def test_only_settings_and_one_kind_of_weights_are_fetched(hub):
     assert not [request for request in hub.requests if "evil" in request or "original" in request]
 
 
+def test_only_one_set_of_weights_is_fetched(hub):
+    args, weights = sample()
+    write_hf(hub.folder, args, weights, 2)
+    write_hf(hub.folder, args, weights, 2, binary=True)
+    for name in ("consolidated.safetensors", "params.json", "training_args.bin", "q.gguf"):
+        (hub.folder / name).write_text("x")
+    names = {file.name for file in hub.fetch().iterdir()}
+    shards = {f"model-0000{number}-of-00002.safetensors" for number in (1, 2)}
+    assert names == shards | {"model.safetensors.index.json", "config.json", "params.json"}
+
+
+def quantizations(hub):
+    args, weights = sample()
+    for name in ("a.Q4_K_M.gguf", "a.Q4_K_S.gguf", "a.Q8_0.gguf"):
+        write_gguf(hub.folder / name, args, weights)
+    (hub.folder / "config.json").write_text('{"model_type": "llama"}')
+    return weights
+
+
+@pytest.mark.parametrize("name", ["org/name:Q8_0", "org/name:q8_0", "org/name/a.Q8_0.gguf"])
+def test_one_of_several_gguf_files_is_named_and_fetched_alone(hub, name):
+    weights = quantizations(hub)
+    path = hub.fetch(name)
+    assert [file.name for file in path.parent.iterdir()] == ["a.Q8_0.gguf"]
+    assert_equal(state(path), weights)
+    hub.close()
+    assert hub.fetch(name) == hub.fetch() == path  # nothing else is in the cache
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("org/name", "3 GGUF files fit; name one, as org/name:Q4_K_M or .*: a.Q4_K_M, a.Q4_K_S, a.Q8_0"),
+        ("org/name:Q4_K", "no such file there, but 3 GGUF files; name one"),
+        ("org/name/b.gguf", "no such file there, but 3 GGUF files; name one"),
+    ],
+)
+def test_a_name_that_fits_none_or_several_gguf_files_lists_them_and_fetches_none(hub, name, message):
+    quantizations(hub)
+    with pytest.raises(CheckpointError, match=message):
+        hub.fetch(name)
+    assert not [request for request in hub.requests if "gguf" in request]
+
+
+def test_files_in_folders_are_found_and_a_split_one_is_fetched_whole(hub):
+    args, weights = sample()
+    write_gguf(hub.folder / "Q8_0" / "a-Q8_0-00001-of-00002.gguf", args, weights)
+    (hub.folder / "Q8_0" / "a-Q8_0-00002-of-00002.gguf").write_bytes(b"x")
+    write_gguf(hub.folder / "BF16" / "a-BF16.gguf", args, weights)
+    path = hub.fetch("org/name:Q8_0")
+    assert path.name == "a-Q8_0-00001-of-00002.gguf"
+    assert len(list(path.parent.iterdir())) == 2
+    assert_equal(state(hub.fetch("org/name/BF16/a-BF16.gguf")), weights)
+
+
+def test_a_folder_of_a_repository_can_be_named(hub):
+    args, weights = sample()
+    write_meta(hub.folder / "original", args, weights)
+    write_hf(hub.folder, args, {name: weight + 1 for name, weight in weights.items()})
+    path = hub.fetch("org/name:original")
+    assert_equal(state(path), weights)
+    assert not (path.parent / "model.safetensors").exists()
+
+
 def test_a_download_is_used_again_without_the_network(hub):
     args, weights = sample()
     write_hf(hub.folder, args, weights)

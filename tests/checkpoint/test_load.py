@@ -19,7 +19,7 @@ from support.tiny import tiny_model
 from torch import nn
 
 from llama.checkpoint import CheckpointError, default_model, expected_shapes, load_weights, open_checkpoint
-from llama.checkpoint.hub import INSTALL_DEFAULT
+from llama.checkpoint.default import INSTALL_DEFAULT
 from llama.model import ModelArgs, Transformer
 from llama.parallel import ModelParallel
 

@@ -29,6 +29,10 @@ from llama.files.staging import staged
 from llama.generation import Llama
 from llama.service import Call
 
+LINE_ENDS = {
+    ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"
+}  # which some readers split lines at
+
 
 @dataclass(eq=False)
 class Line:
@@ -76,10 +80,10 @@ class Fingerprints:
 class Batch:
     """A model answering one file into another. The source "-" is standard input."""
 
-    def __init__(self, llm: Llama, source: Path, target: Path):
+    def __init__(self, llm: Llama, source: str | Path, target: str | Path):
         self.llm = llm
-        self.source = source
-        self.target = target
+        self.source = Path(source)
+        self.target = Path(target)
         self.counts = Counts()
         self._waiting: dict[int, Line] = {}  # by the place of each of its queries
 
@@ -190,7 +194,8 @@ class Batch:
             "response": body and {"status_code": 200, "request_id": request_id, "body": body},
             "error": error and {"code": "invalid_request", "message": error},
         }
-        out.write(json.dumps(entry, ensure_ascii=False, allow_nan=False) + "\n")
+        text = json.dumps(entry, ensure_ascii=False, allow_nan=False)
+        out.write(text.translate(LINE_ENDS) + "\n")
         out.flush()
         if error is None:
             self.counts.answered += 1

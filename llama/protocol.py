@@ -21,6 +21,7 @@ from pydantic import (
 
 from llama.sampling_params import SAMPLING_FIELDS, SamplingParams
 
+MOST_ANSWERS = 128  # OpenAI's limit of `n`
 Prompts = str | list[int] | list[str] | list[list[int]]
 
 
@@ -74,6 +75,8 @@ class SamplingBody(create_model("SamplingFields", __base__=Body, **_SAMPLING), A
     def params(self) -> SamplingParams:
         """Raises ValueError for what SamplingParams refuses."""
         fields = {name: getattr(self, name) for name in _SAMPLING if getattr(self, name) is not None}
+        if fields.get("n", 1) > MOST_ANSWERS:
+            raise ValueError(f"n is {fields['n']}: at most {MOST_ANSWERS} answers are given to a prompt")
         if "logit_bias" in fields:
             fields["logit_bias"] = {_token_id(token): bias for token, bias in fields["logit_bias"].items()}
         return SamplingParams(**(fields | self.own_params()))

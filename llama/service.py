@@ -8,6 +8,7 @@ Whoever takes requests, from a file or over a network, opens a call, has its que
 
 from __future__ import annotations
 
+import reprlib
 import time
 import uuid
 from base64 import b64encode
@@ -45,7 +46,7 @@ class Call:
         """Raises ValueError, in one line, for what can never be answered."""
         endpoint = ENDPOINTS.get(url) if isinstance(url, str) else None
         if endpoint is None:
-            raise ValueError(f"url is {url!r}: give {', '.join(ENDPOINTS)}")
+            raise ValueError(f"url is {reprlib.repr(url)}: give {', '.join(ENDPOINTS)}")
         parsed = parse(endpoint.body, body)
         queries = endpoint.prepare(llm, parsed)
         for query in queries:
@@ -66,7 +67,7 @@ class Call:
 
 
 def chat_queries(llm: Llama, body: ChatRequest) -> list[Query]:
-    dialog = [message.model_dump(include={"role", "content"}) for message in body.messages]
+    dialog = [{"role": message.role, "content": message.content} for message in body.messages]
     return [llm.chat_query(dialog, body.params().resolve(llm.defaults))]
 
 

@@ -189,6 +189,13 @@ def test_a_line_that_is_not_utf_8_fails_alone(llm, tmp_path):
     ("odd", "message"),
     [
         (line("odd", ["/v1/completions"], prompt="x"), "url is ['/v1/completions']"),
+        (
+            json.dumps({"custom_id": "odd", "url": "DEEP"}).replace('"DEEP"', "[" * 400 + "]" * 400),
+            "url is [[[[",
+        ),
+        (line("odd", prompt="x", n=10**12), "n is 1000000000000: at most 128 answers are given to a prompt"),
+        (line("odd", prompt=[[]]), "the prompt is empty"),
+        (json.dumps({"custom_id": "odd", "url": "/v1/completions"}), "body: "),
         ("[" * 100_000, "line 2 is not JSON: maximum recursion depth exceeded"),
         (line("odd", prompt=[]), "prompt is empty: give a text, token ids, or a list of either"),
         (line("odd", "/v1/embeddings").replace('"max_tokens": 4', '"input": []'), "input is empty"),
@@ -213,6 +220,12 @@ def test_an_odd_line_fails_alone(llm, tmp_path, odd, message):
     assert (counts.answered, counts.failed) == (2, 1)
     answers = {a["line"]: a for a in map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())}
     assert message in answers[2]["error"]["message"]
+
+
+def test_an_answer_is_one_line_whatever_is_in_it(llm, tmp_path):
+    odd = "a\x85b\u2028c\u2029d\x1ce"
+    answers = run(llm, tmp_path, [line("odd", prompt="x", model=odd), TEXT])
+    assert answers["odd"]["response"]["body"]["model"] == odd
 
 
 def test_half_a_surrogate_pair_costs_nothing(llm, tmp_path):

@@ -43,6 +43,8 @@ def show_inspection(found: Inspection) -> None:
         )
     if found.unknown_keys:
         facts["unknown keys"] = ", ".join(found.unknown_keys)
+    if found.warnings:
+        facts["warnings"] = "; ".join(found.warnings)
     width = max(map(len, facts))
     for name, value in facts.items():
         print(printable(f"{name:{width}}  {value}"))

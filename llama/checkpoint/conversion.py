@@ -120,7 +120,7 @@ def _write(
     needed = plan.nbytes + sum(map(len, plan.small_files.values())) + MARGIN
     with staged(destination, needed, plan.is_directory) as staging:
         plan.write(staging, row.write, count)
-    return plan.warnings + ([] if tokenizer is None else tokenizer.warnings)
+    return [*checkpoint.warnings, *plan.warnings] + ([] if tokenizer is None else tokenizer.warnings)
 
 
 def _takers(option: str) -> list[str]:

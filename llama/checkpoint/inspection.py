@@ -50,6 +50,7 @@ class Inspection:
     chat_format: str | None
     """Whose chat format will be used where none is asked for."""
     unknown_keys: tuple[str, ...]
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,7 @@ def inspect(path: str | Path, world_size: int = 1) -> Inspection:
         tokenizer=tokenizer,
         chat_format=chat_format,
         unknown_keys=checkpoint.unknown_keys,
+        warnings=checkpoint.warnings,
     )
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..files.errors import CheckpointError
 from ..linear import LoadsItself
-from ..model import check_divides
+from ..model import Embedding, check_divides
 from .inventory import is_held, split_dim
 from .opened import Checkpoint
 from .weight import Weight
@@ -45,9 +45,9 @@ def load_weights(
     check_divides(checkpoint.args, world_size)
     weights = match(model, checkpoint, rank, world_size)
     total, done = sum(weight.nbytes for weight in weights), 0
-    place = torch.device(device)
+    target = torch.device(device)
     with ThreadPoolExecutor(NUM_READERS) as readers:  # most of loading is the kernel's work on new pages
-        filled = readers.map(lambda part: fill(model, part, place, dtype), split(weights, rank, world_size))
+        filled = readers.map(lambda part: fill(model, part, target, dtype), split(weights, rank, world_size))
         for weight, _ in zip(weights, filled, strict=True):
             done += weight.nbytes
             if progress:
@@ -78,8 +78,8 @@ def fill(model: nn.Module, part: Weight, device: torch.device, dtype: torch.dtyp
     if isinstance(module, LoadsItself):
         module.load_weight(attribute, part, device, dtype)
         return
-    if dtype is not None and part.dtype.itemsize < dtype.itemsize and getattr(module, "as_stored", False):
-        dtype = part.dtype
+    if dtype is not None and isinstance(module, Embedding) and module.as_stored:
+        dtype = min(dtype, part.dtype, key=lambda one: one.itemsize)
     tensor = part.mapped()
     if tensor is None or (dtype is not None and tensor.dtype != dtype):
         tensor = torch.empty(part.shape, dtype=dtype or part.dtype)

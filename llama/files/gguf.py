@@ -234,7 +234,7 @@ class _Cursor:
         return LazyArray(self.file, kind, length, start, self.offset)
 
 
-KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
+TYPE_NUMBERS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}
 """ggml's numbers of the types that are written."""
 ALIGNMENT = 32
 
@@ -282,7 +282,7 @@ def write_gguf(
     offset = 0
     for entry in entries:
         dims = struct.pack(f"<I{len(entry.shape)}Q", len(entry.shape), *reversed(entry.shape))
-        parts.append(_string(entry.name) + dims + struct.pack("<IQ", KINDS[entry.dtype], offset))
+        parts.append(_string(entry.name) + dims + struct.pack("<IQ", TYPE_NUMBERS[entry.dtype], offset))
         offset += _padded(entry.nbytes, ALIGNMENT)
     header = b"".join(parts)
     with open(path, "wb") as file:

@@ -21,7 +21,7 @@ from .mapped import MappedFile
 from .writing import Entry, Progress
 
 MAX_HEADER_BYTES = 32 << 20  # the format allows 100 MB; real headers have far less than one
-DTYPES = {
+STORED_TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -58,7 +58,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], Callable[[], None]]
             f"{path}: the tensors end at byte {start + end}, but the file has {mapped.size}; truncated or damaged"
         )
     tensors = {
-        name: mapped.tensor(name, start + first, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        name: mapped.tensor(name, start + first, STORED_TYPES[entry["dtype"]], tuple(entry["shape"]))
         for (first, _), name, entry in spans
     }
     return tensors, mapped.check
@@ -81,14 +81,14 @@ def _header(mapped: MappedFile) -> tuple[int, dict[str, Any]]:
 def _span(path: Path, name: str, entry: Any, size: int) -> tuple[int, int]:
     """Where a tensor's bytes lie within the data, once its dtype, shape and offsets agree with each other."""
     dtype = entry.get("dtype") if isinstance(entry, dict) else None
-    if not isinstance(dtype, str) or dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in STORED_TYPES:
         raise CheckpointError(
-            f"{path}: {name}: dtype {shown(dtype)} is not supported; {', '.join(DTYPES)} are"
+            f"{path}: {name}: dtype {shown(dtype)} is not supported; {', '.join(STORED_TYPES)} are"
         )
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or len(shape) > 8:
         raise CheckpointError(f"{path}: {name}: its shape or data_offsets are no lists of sizes")
-    nbytes = prod(shape) * DTYPES[dtype].itemsize
+    nbytes = prod(shape) * STORED_TYPES[dtype].itemsize
     first, last = offsets
     if last - first != nbytes:
         raise CheckpointError(f"{path}: {name}: takes {last - first} bytes, but {shape} needs {nbytes}")
@@ -110,7 +110,7 @@ def write_safetensors(
 
     `{"format": "pt"}` says that PyTorch's names and row-major order are meant.
     """
-    names = {dtype: name for name, dtype in DTYPES.items()}
+    names = {dtype: name for name, dtype in STORED_TYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for entry in entries:

@@ -145,7 +145,7 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [""])[0][:200] or type(error).__name__
 
 
-ALIGNMENT = 64  # of the tensors in the file, so that mapped memory suits every kernel
+MEMBER_ALIGNMENT = 64  # of the tensors in the file, so that mapped memory suits every kernel
 
 
 class _Reference:
@@ -213,10 +213,10 @@ def write_torch_file(
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> zipfile.ZipInfo:
-    """A zip member whose bytes will start at a multiple of ALIGNMENT: its header's extra field is the padding."""
+    """A zip member whose bytes will start at a multiple of MEMBER_ALIGNMENT: an extra field is the padding."""
     member = zipfile.ZipInfo(f"archive/{name}")
     zip64 = 20 if name.startswith("data/") else 0  # the extra field that force_zip64 adds
     start = archive.fp.tell() + 30 + len(member.filename) + zip64 + 4
-    padding = -start % ALIGNMENT
+    padding = -start % MEMBER_ALIGNMENT
     member.extra = b"FB" + padding.to_bytes(2, "little") + b"Z" * padding
     return member

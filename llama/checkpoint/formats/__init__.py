@@ -14,7 +14,7 @@ from ...files.torch_zip import write_torch_file
 from ...files.writing import Plan, Writer
 from ..hub import resolve
 from ..opened import Checkpoint
-from .gguf import is_gguf, open_gguf, plan_gguf
+from .gguf import is_gguf, open_gguf_model, plan_gguf
 from .gptq import is_gptq, open_gptq
 from .huggingface import is_huggingface, open_huggingface, plan_huggingface
 from .lowbit import is_lowbit, open_lowbit, plan_lowbit
@@ -57,7 +57,7 @@ FORMATS = {
         ("dtype", "shards", "max_shard_size"),
         verify_index,
     ),
-    "gguf": Format(is_gguf, open_gguf, plan_gguf, write_gguf, ("dtype",), suffixes=()),
+    "gguf": Format(is_gguf, open_gguf_model, plan_gguf, write_gguf, ("dtype",), suffixes=()),
 }
 
 

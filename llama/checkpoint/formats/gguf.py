@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...files.errors import CheckpointError
-from ...files.gguf import BLOCKS, FLOAT32, KINDS, STRING, UINT32, GGUFFile, TensorHeader, Value
+from ...files.gguf import BLOCKS, FLOAT32, STRING, TYPE_NUMBERS, UINT32, GGUFFile, TensorHeader, Value
 from ...files.mapped import open_file
 from ...files.writing import Entry, Plan
 from ...model import ModelArgs
@@ -112,7 +112,7 @@ def is_gguf(path: Path) -> bool:
         return file.read(4) == b"GGUF"
 
 
-def open_gguf(path: Path) -> Checkpoint:
+def open_gguf_model(path: Path) -> Checkpoint:
     """Opens a GGUF file; for a directory, or one file of a split one, all of its files."""
     files = [GGUFFile(file) for file in _all_files(path)]
     first = files[0]
@@ -283,7 +283,7 @@ def _stop_ids(settings: Settings) -> tuple[int, ...]:
 
 def plan_gguf(checkpoint: Checkpoint, tokenizer: TokenizerFiles | None, *, dtype: torch.dtype) -> Plan:
     """One GGUF file; vectors (norms, biases) are float32, as llama.cpp wants them."""
-    if dtype not in KINDS:
+    if dtype not in TYPE_NUMBERS:
         raise CheckpointError(
             f"GGUF is written in fp32, fp16 or bf16, not {str(dtype).removeprefix('torch.')}"
         )

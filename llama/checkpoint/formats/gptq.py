@@ -21,12 +21,12 @@ from ...model import ModelArgs
 from ..arrays import Array, Mapped
 from ..opened import Checkpoint
 from ..settings import Settings
-from .huggingface import Stored, config_settings, is_huggingface, open_huggingface
+from .huggingface import StoredArray, config_settings, is_huggingface, open_huggingface
 from .lowbit import LowBitMatrix
 
 SECTION, BESIDE = "quantization_config", "quantize_config.json"  # in config.json, or a file of its own
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
-BLOCKS = FORMATS["zero_int4"]
+ZERO_INT4 = FORMATS["zero_int4"]
 AWQ_PLACES = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])  # where outputs 0 to 7 lie among the eight of an int32
 
 
@@ -81,7 +81,7 @@ class FourBitMatrix(Array):
         It is not so where inputs were reordered by their importance ("act order"), or groups are smaller than blocks.
         """
         groups = self.groups()
-        if not torch.equal(groups, groups[:: BLOCKS.block].repeat_interleave(BLOCKS.block)):
+        if not torch.equal(groups, groups[:: ZERO_INT4.block].repeat_interleave(ZERO_INT4.block)):
             return False
         if self.scales.dtype == torch.float16:
             return True
@@ -139,7 +139,7 @@ class FourBitBlocks(Array):
     @property
     def shape(self) -> tuple[int, ...]:
         outputs, inputs = self.matrix.shape
-        return outputs, BLOCKS.packed_columns(inputs)
+        return outputs, ZERO_INT4.packed_columns(inputs)
 
     @property
     def nbytes(self) -> int:
@@ -147,18 +147,18 @@ class FourBitBlocks(Array):
 
     def read(self, dim: int, start: int, stop: int) -> Tensor:
         rows, columns = (slice(start, stop) if dim == axis else slice(0, self.shape[axis]) for axis in (0, 1))
-        blocks = range(columns.start // BLOCKS.block_bytes, columns.stop // BLOCKS.block_bytes)
-        groups = self.matrix.groups()[:: BLOCKS.block]
+        blocks = range(columns.start // ZERO_INT4.block_bytes, columns.stop // ZERO_INT4.block_bytes)
+        groups = self.matrix.groups()[:: ZERO_INT4.block]
         scales, zeros = self.matrix.scales.read(0, 0, self.matrix.scales.shape[0]), self.matrix.zeros()
-        out = torch.empty((rows.stop - rows.start, len(blocks), BLOCKS.block_bytes), dtype=torch.uint8)
-        for part in row_chunks(len(blocks), BLOCKS.block * self.shape[0]):
+        out = torch.empty((rows.stop - rows.start, len(blocks), ZERO_INT4.block_bytes), dtype=torch.uint8)
+        for part in row_chunks(len(blocks), ZERO_INT4.block * self.shape[0]):
             some = blocks[part]
-            codes = self.matrix.integers(some.start * BLOCKS.block, some.stop * BLOCKS.block)
+            codes = self.matrix.integers(some.start * ZERO_INT4.block, some.stop * ZERO_INT4.block)
             group = groups[some.start : some.stop]
-            fields = codes.unflatten(0, (-1, BLOCKS.block)), scales[group, None], zeros[group, None]
+            fields = codes.unflatten(0, (-1, ZERO_INT4.block)), scales[group, None], zeros[group, None]
             # each (blocks, values, out) -> (out * blocks, values)
             by_row = (field[..., rows].permute(2, 0, 1).flatten(0, 1) for field in fields)
-            out[:, part] = BLOCKS.pack(*by_row).view(len(out), len(some), BLOCKS.block_bytes)
+            out[:, part] = ZERO_INT4.pack(*by_row).view(len(out), len(some), ZERO_INT4.block_bytes)
         return out.flatten(1)
 
 
@@ -188,7 +188,7 @@ def open_gptq(path: Path) -> Checkpoint:
     return open_huggingface(path, _arrays)
 
 
-def _arrays(settings: Settings, args: ModelArgs, files: list[TensorFile]) -> Iterator[Stored]:
+def _arrays(settings: Settings, args: ModelArgs, files: list[TensorFile]) -> Iterator[StoredArray]:
     """Every stored array; the parts of a four-bit matrix become one `....weight`.
 
     Of a matrix's parts the small ones are read, to see whether it fits into blocks. Raises CheckpointError for a method
@@ -208,7 +208,7 @@ def _arrays(settings: Settings, args: ModelArgs, files: list[TensorFile]) -> Ite
             places[module] = file.path
     for module, parts in matrices.items():
         matrix = _matrix(places[module], module, parts, method)
-        packed = FourBitPacked(FourBitBlocks(matrix), BLOCKS) if matrix.fits_blocks() else matrix
+        packed = FourBitPacked(FourBitBlocks(matrix), ZERO_INT4) if matrix.fits_blocks() else matrix
         yield f"{module}.weight", packed, places[module]
 
 

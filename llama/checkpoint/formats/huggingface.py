@@ -32,9 +32,9 @@ from ..tokenizer_files import TokenizerFiles, find_tokenizer
 from ..weight import Weight
 from .weight_files import WeightFiles, find_weight_files, is_there
 
-Stored = tuple[str, Array, Path]
+StoredArray = tuple[str, Array, Path]
 """A matrix or vector as it is stored: its name there, the array, the file."""
-Decode = Callable[[Settings, ModelArgs, list[TensorFile]], Iterator[Stored]]
+Decode = Callable[[Settings, ModelArgs, list[TensorFile]], Iterator[StoredArray]]
 """How the tensors of the files are to be understood, for a config and a model's shape."""
 
 DEFAULTS: dict[str, dict[str, int]] = {
@@ -77,7 +77,7 @@ def config_settings(path: Path) -> Settings:
     return Settings(read_json(path / "config.json"), path / "config.json")
 
 
-def plain_arrays(settings: Settings, args: ModelArgs, files: list[TensorFile]) -> Iterator[Stored]:
+def plain_arrays(settings: Settings, args: ModelArgs, files: list[TensorFile]) -> Iterator[StoredArray]:
     """Numbers as they are."""
     for file in files:
         for name, tensor in file.tensors.items():
@@ -194,7 +194,7 @@ def canonical_name(stored_name: str) -> str:
     return rename(stored_name, FROM_HF) or rename(f"model.{stored_name}", FROM_HF) or stored_name
 
 
-def _weights(args: ModelArgs, stored: Iterable[Stored]) -> Iterator[Weight]:
+def _weights(args: ModelArgs, stored: Iterable[StoredArray]) -> Iterator[Weight]:
     for stored_name, array, file in stored:
         if _WITHOUT_EFFECT.search(stored_name):
             continue

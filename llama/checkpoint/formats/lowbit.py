@@ -28,7 +28,7 @@ from ..settings import Settings
 from ..tokenizer_files import TokenizerFiles
 from ..weight import Weight
 from .huggingface import (
-    Stored,
+    StoredArray,
     canonical_name,
     config_settings,
     is_huggingface,
@@ -93,7 +93,7 @@ def open_lowbit(path: Path) -> Checkpoint:
     return open_huggingface(path, _arrays)
 
 
-def _arrays(settings: Settings, args: ModelArgs, files: list[TensorFile]) -> Iterator[Stored]:
+def _arrays(settings: Settings, args: ModelArgs, files: list[TensorFile]) -> Iterator[StoredArray]:
     """Bytes of a matrix as blocks of the format that config.json names."""
     form = _format(settings)
     one_layer = expected_shapes(replace(args, n_layers=1, tie_word_embeddings=False))

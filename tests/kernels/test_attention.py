@@ -27,7 +27,8 @@ def problem(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, int8: 
     generator = torch.Generator().manual_seed(heads)
     qkv = torch.randn(tokens, heads + 2 * kv_heads, head_dim, generator=generator).to(dtype)
     rotary = angles([5, 880, 40, 3, *range(4, tokens)], head_dim)
-    slots = torch.tensor([7, 899, 0, 450, *range(100, 96 + tokens)])
+    others = [slot for slot in range(100, 897) if slot != 450]  # no slot twice: threads would race for it
+    slots = torch.tensor([7, 899, 0, 450, *others[: tokens - 4]])
     step = (qkv, rotary.cos, rotary.sin, slots)
     size = (kv_heads, 900, head_dim)
     if not int8:

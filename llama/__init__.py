@@ -1,16 +1,44 @@
 """A native-PyTorch engine for Llama models: any device, any checkpoint, any number of ranks."""
 
+import importlib
 import os
+from typing import TYPE_CHECKING
 
 # Between two parallel loops torch's threads (GNU OpenMP) wait for each other by spinning. Beside another busy process
 # that burns the very time slices the slower thread is waiting for: answers came ten times later. Sleeping costs nothing
 # that could be measured. Read when torch is first imported; a value that the user has set stays.
 os.environ.setdefault("GOMP_SPINCOUNT", "100")
 
-from llama.chat import Dialog
-from llama.generation import Llama
-from llama.model import ModelArgs, Transformer
-from llama.sampling_params import SamplingParams
-from llama.tokenizer import Tokenizer
+# A name is imported when it is first asked for: a command that shows its help or refuses a call needs no torch.
+if TYPE_CHECKING:
+    from llama.chat import Dialog
+    from llama.generation import Llama
+    from llama.model import ModelArgs, Transformer
+    from llama.sampling_params import SamplingParams
+    from llama.tokenizer import Tokenizer
 
 __all__ = ["Dialog", "Llama", "ModelArgs", "SamplingParams", "Tokenizer", "Transformer"]
+_MODULES = {
+    "Dialog": "chat",
+    "Llama": "generation",
+    "ModelArgs": "model",
+    "SamplingParams": "sampling_params",
+    "Tokenizer": "tokenizer",
+    "Transformer": "model",
+}
+
+
+def __getattr__(name: str) -> object:
+    """A public name, or a module of the package, as if it had been imported here."""
+    module = f"llama.{_MODULES.get(name, name)}"
+    try:
+        found = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        raise AttributeError(f"module 'llama' has no attribute {name!r}") from None
+    return getattr(found, name) if name in _MODULES else found
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

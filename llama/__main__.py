@@ -29,6 +29,7 @@ app = typer.Typer(
 )
 
 MODEL_HELP = "A checkpoint; the embedded default if left out."
+NAME = re.compile(r"[\w.-]+(/[\w.-]+)+(:[\w.-]+)?", re.ASCII)  # org/name, org/name:type, org/name/file
 Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)]
 
 USAGE_ERROR = typer.BadParameter.__base__  # click's, or that of the click inside typer, as the version has it
@@ -67,7 +68,12 @@ def chat(
         model, message = None, model
     if message is not None and not message.strip():
         raise WrongCall("the message is empty: give a text, or leave it out to talk")
-    llm, params = build_to_sample(model, load, sample)
+    try:
+        llm, params = build_to_sample(model, load, sample)
+    except FileNotFoundError as error:
+        if message is not None or not NAME.fullmatch(model or ""):
+            raise
+        raise FileNotFoundError(f"{error}; if it is a message: echo {model} | llama chat") from None
     conversation = terminal.Chat(llm, params, DEFAULT_SYSTEM_PROMPT if system == "default" else system)
     if message is None:
         terminal.run(conversation, history)
@@ -91,11 +97,10 @@ def complete(
     """Continue a text."""
     from llama import terminal
 
-    if prompt is None:
-        if sys.stdin.isatty():
-            raise WrongCall("nothing to continue: give --prompt TEXT, or the text on standard input")
-        prompt = sys.stdin.read()
+    if prompt is None and sys.stdin.isatty():
+        raise WrongCall("nothing to continue: give --prompt TEXT, or the text on standard input")
     llm, params = build_to_sample(model, load, sample | {"echo": echo})
+    prompt = llm.share(sys.stdin.read() if prompt is None and llm.rank == 0 else prompt)
     terminal.show(
         llm, llm.stream_text(prompt, params) if stream else [llm.complete([prompt], params)[0].text]
     )
@@ -280,8 +285,7 @@ def names_a_model(argument: str) -> bool:
     if re.search(r"\s", argument):
         return False
     is_path = re.match(r"~|\.{0,2}/|[A-Za-z]:\\", argument) or argument.endswith(".gguf")
-    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)+(:[\w.-]+)?", argument, re.ASCII)
-    return bool(is_path or is_name)
+    return bool(is_path or NAME.fullmatch(argument))
 
 
 def main() -> None:

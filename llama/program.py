@@ -24,6 +24,8 @@ def running(name: str) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except KeyboardInterrupt:
+        if sys.stderr.isatty():
+            tell("")  # a terminal shows ^C where the output stood
         fail(name, "stopped", 130)
     except (ValueError, OSError, RuntimeError) as error:
         fail(name, str(error), 1)

@@ -8,9 +8,12 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
+else:
+    Tensor = Any  # the commands show their options without torch
 
 LogitsProcessor = Callable[[list[int], Tensor], Tensor]  # tokens so far, logits (vocab,) -> logits (vocab,)
 

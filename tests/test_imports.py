@@ -152,12 +152,21 @@ def test_few_calls_lie_between_a_program_and_the_model(monkeypatch):
     assert len(stacks) == 2
 
 
+def loaded(code: str, names: list[str]) -> list[str]:
+    """Which of these modules are there after the code has run in a fresh process."""
+    code += f"; import sys; print(*[name for name in {names} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
 def test_importing_llama_pulls_in_no_server_and_no_library_that_one_process_does_not_need():
     heavy = ["fairscale", "transformers", "fastapi", "uvicorn", "huggingface_hub", "fire", "triton", "gguf"]
     heavy += ["rich", "pydantic", "jinja2", "sentencepiece", "tiktoken", "tokenizers"]
-    code = f"import llama, sys; print([m for m in {heavy} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert loaded("from llama import Llama", heavy) == []
+
+
+def test_a_command_shows_its_help_without_torch():
+    assert loaded("import llama.__main__", ["torch", "rich", "numpy", "prompt_toolkit"]) == []
 
 
 def test_every_path_that_the_documentation_names_exists():

@@ -17,8 +17,9 @@ from support.terminal import Terminal
 from support.tiny import tiny_args, tiny_weights
 
 from llama import __main__ as command_line
-from llama import terminal
+from llama import report, terminal
 from llama.chat import UNSAFE_ERROR
+from llama.checkpoint import Finding
 from llama.generation import Completion, Llama
 from llama.sampling import SamplingParams
 
@@ -241,6 +242,17 @@ def test_a_lone_argument_is_a_message_unless_it_names_a_model(checkpoint):
         assert not command_line.names_a_model(message)
 
 
+def test_a_message_that_reads_like_a_name_is_told_another_way_in(llama, monkeypatch):
+    def missing(model, load):
+        raise FileNotFoundError(f"{model}: no such directory")
+
+    monkeypatch.setattr(command_line, "build", missing)
+    hint = "if it is a message: echo TCP/IP | llama chat"
+    assert hint in llama("chat", "TCP/IP")[2]
+    assert "if it is a message" not in llama("chat", "TCP/IP", "hello")[2]
+    assert "if it is a message" not in llama("chat", "/no/such/model")[2]
+
+
 def test_the_rule_for_models_and_messages_stands_in_the_help(llama):
     _, out, _ = llama("chat", "--help")
     assert "is a MODEL if" in out
@@ -251,6 +263,12 @@ def test_an_empty_message_is_refused_in_words(llama, arguments):
     status, out, err = llama(*arguments)
     assert (status, out) == (2, "")
     assert "the message is empty" in err
+
+
+def test_what_a_file_says_of_itself_cannot_move_the_cursor(capsys):
+    found = Finding(False, "tok_embeddings\x1b[2J", "not there\x9b1A")
+    report.show_findings([found])
+    assert capsys.readouterr().out == "BAD  tok_embeddings[2J: not there1A\n"
 
 
 def test_a_message_and_what_comes_through_a_pipe_are_one(llama, checkpoint, monkeypatch):

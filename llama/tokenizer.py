@@ -13,6 +13,7 @@ rules hold for all kinds:
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,10 +79,26 @@ class Tokenizer:
         for name, asked, id in (("bos", bos, self.bos_id), ("eos", eos, self.eos_id)):
             if asked and id == -1:
                 raise ValueError(f"{self._path} has no {name.upper()} token: encode with {name}=False")
-        text = s.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        tokens = self.codec.encode(text)
-        assert self._special_ids.isdisjoint(tokens), "text became a control token"
-        return [self.bos_id] * bool(bos) + tokens + [self.eos_id] * bool(eos)
+        return [self.bos_id] * bool(bos) + self.encode_pieces([s]) + [self.eos_id] * bool(eos)
+
+    def encode_pieces(self, pieces: Iterable[str | int]) -> list[int]:
+        """The ids of a prompt that is made of ordinary text and, by their ids, control tokens.
+
+        Text is encoded as it would be in the prompt's string: whether it gets a space in front, and whether a control
+        token takes the white space beside it along, is as the vocabulary says. Texts that touch are encoded as one.
+        """
+        runs: list[str | int] = []
+        for piece in pieces:
+            if isinstance(piece, int) or not (runs and isinstance(runs[-1], str)):
+                runs.append(piece)
+            else:
+                runs[-1] += piece
+        placed = [piece for piece in runs if isinstance(piece, int)]
+        if not self._special_ids.issuperset(placed):
+            raise ValueError("only control tokens are placed by their ids")
+        tokens = self.codec.encode([run if isinstance(run, int) else _characters(run) for run in runs])
+        assert [id for id in tokens if id in self._special_ids] == placed, "text became a control token"
+        return tokens
 
     def decode(self, t: list[int] | int) -> str:
         """The text of ids (or of one id). Raises ValueError for an id outside the vocabulary."""
@@ -127,6 +144,11 @@ class StreamDecoder:
     def flush(self) -> str:
         """The text that was held back: U+FFFD for the bytes of a character that was never finished."""
         return self._stream.flush()
+
+
+def _characters(text: str) -> str:
+    """The text with U+FFFD for each half of a surrogate pair, which is no character."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _check_id(id: int, n_words: int) -> None:

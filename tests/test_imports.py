@@ -44,8 +44,6 @@ SHARED_NAMES = {
     "inspect": "the command, and what it calls",
     "perplexity": "the command, and what it calls",
     "verify": "the command, and what it calls",
-    # to be told apart
-    **dict.fromkeys(["FLAGS", "KINDS", "read_json"]),
 }
 MOST_LINES = 450
 LONG = "This file is long because"  # what the docstring at the top of a longer file must explain

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby
 from typing import ClassVar
 
 from llama.chat.prompt import Dialog, DialogError, Message, Prompt, split_system
@@ -77,11 +76,7 @@ class ChatFormat(ABC):
 
     def encode(self, prompt: Prompt | Dialog) -> list[int]:
         """The prompt's token ids. Raises DialogError."""
-        tokens: list[int] = []
-        for kind, same in groupby(self._segments(prompt), key=type):
-            run = list(same)
-            tokens += run if kind is int else self.tokenizer.encode("".join(run), bos=False, eos=False)
-        return tokens
+        return self.tokenizer.encode_pieces(self._segments(prompt))
 
     def text(self, prompt: Prompt | Dialog) -> str:
         """The prompt for people to read, each control token as its string. Raises DialogError."""

@@ -1,6 +1,6 @@
 """Vocabularies: one file for each kind, which reads, runs and writes it. Files are not trusted.
 
-A new kind is a module with an `open_...` that gives a `Codec` and `Controls`, and a row in KINDS.
+A new kind is a module with a `from_...` that gives a `Codec` and `Controls`, and a row in KINDS.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from ..files.errors import CheckpointError
 from ..files.gguf import GGUFFile
 from ..files.mapped import open_file
 from .beside import TURN_ENDS
-from .gguf import open_gguf
-from .sentencepiece import open_sentencepiece
-from .tiktoken import open_tiktoken
-from .tokenizer_json import open_tokenizer_json
+from .gguf import from_gguf
+from .sentencepiece import from_sentencepiece
+from .tiktoken import from_tiktoken
+from .tokenizer_json import from_tokenizer_json
 from .vocabulary import Codec, Controls, Stream, TokenizerError, TokenType, Vocabulary
 
 __all__ = [
@@ -37,17 +37,17 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "gguf": Kind(re.compile(rb"GGUF").match, open_gguf),
-    "tokenizer.json": Kind(re.compile(rb"\s*\{").match, open_tokenizer_json),
-    "tiktoken": Kind(re.compile(rb"[A-Za-z0-9+/]+=* \d+\s").match, open_tiktoken),
-    "sentencepiece": Kind(re.compile(rb"\n.\n", re.DOTALL).match, open_sentencepiece),
+    "gguf": Kind(re.compile(rb"GGUF").match, from_gguf),
+    "tokenizer.json": Kind(re.compile(rb"\s*\{").match, from_tokenizer_json),
+    "tiktoken": Kind(re.compile(rb"[A-Za-z0-9+/]+=* \d+\s").match, from_tiktoken),
+    "sentencepiece": Kind(re.compile(rb"\n.\n", re.DOTALL).match, from_sentencepiece),
 }
 
 
 def open_vocabulary(source: Path | GGUFFile) -> tuple[str, Codec, Controls]:
     """The row of KINDS that a file is of, told by its content, and what it holds. Raises TokenizerError."""
     if isinstance(source, GGUFFile):
-        return "gguf", *open_gguf(source)
+        return "gguf", *from_gguf(source)
     with open_file(source) as file:
         head = file.read(256)
     for name, kind in KINDS.items():

@@ -14,38 +14,42 @@ from .sentencepiece import SentencePiece, write_proto
 from .tokenizer_json import Tokenizers, byte_level_json
 from .vocabulary import Codec, Controls, TokenizerError, TokenType, Vocabulary
 
-KINDS = {"spm": "llama", "bpe": "gpt2"}
+MODELS = {"spm": "llama", "bpe": "gpt2"}
 """What `tokenizer.ggml.model` says of a vocabulary, by its kind here."""
 
 
-def open_gguf(source: Path | GGUFFile) -> tuple[Codec, Controls]:
+def from_gguf(source: Path | GGUFFile) -> tuple[Codec, Controls]:
     """The vocabulary of a file, opened already or not."""
     file = source if isinstance(source, GGUFFile) else GGUFFile(source)
     vocabulary = read_vocabulary(file)
     ids = {name: token_id(file, name) for name in ("unknown", "bos", "eos", "padding", "eot", "eom")}
-    codec, add_bos = _pieces(vocabulary, ids) if vocabulary.kind == "spm" else _byte_level(vocabulary)
+    template = file.metadata.get("tokenizer.chat_template")
+    make = _pieces if vocabulary.kind == "spm" else _byte_level
+    codec, add_bos = make(vocabulary, ids, template)
     return codec, Controls(
         *(ids["bos"], ids["eos"], ids["padding"]),
         add_bos=bool(file.metadata.get("tokenizer.ggml.add_bos_token", add_bos)),
         ends=(ids["eot"], ids["eom"]),
-        chat_template=file.metadata.get("tokenizer.chat_template"),
+        chat_template=template,
     )
 
 
-def _pieces(vocabulary: Vocabulary, ids: dict[str, int]) -> tuple[Codec, bool]:
+def _pieces(vocabulary: Vocabulary, ids: dict[str, int], template: str | None) -> tuple[Codec, bool]:
     """The codec, and whether BOS goes in front in a file that does not say."""
     unknown = next(iter(vocabulary.of_type(TokenType.UNKNOWN).values()))
     roles = {"unk": unknown, "bos": ids["bos"], "eos": ids["eos"], "pad": ids["padding"]}
-    return SentencePiece(write_proto(vocabulary, roles), vocabulary), True
+    return SentencePiece(write_proto(vocabulary, roles), vocabulary, template), True
 
 
-def _byte_level(vocabulary: Vocabulary) -> tuple[Codec, bool]:
+def _byte_level(vocabulary: Vocabulary, ids: dict[str, int], template: str | None) -> tuple[Codec, bool]:
     """The codec, and whether BOS goes in front in a file that does not say."""
     rule = PRE_TOKENIZERS.get(vocabulary.pre)
     if rule is None:
         known = ", ".join(PRE_TOKENIZERS)
         raise TokenizerError(f"the pre-tokenizer {vocabulary.pre!r} is not known; known are {known}")
-    return Tokenizers(byte_level_json(vocabulary, rule), rule.cut_long_runs), rule.add_bos
+    return Tokenizers(
+        byte_level_json(vocabulary, rule), vocabulary, template, rule.cut_long_runs
+    ), rule.add_bos
 
 
 # --- reading ------------------------------------------------------------------------------------------------------
@@ -54,9 +58,9 @@ def _byte_level(vocabulary: Vocabulary) -> tuple[Codec, bool]:
 def read_vocabulary(file: GGUFFile) -> Vocabulary:
     """What `metadata` writes and what llama.cpp's converters write. Raises TokenizerError."""
     model = file.metadata.get("tokenizer.ggml.model")
-    if model not in KINDS.values():
+    if model not in MODELS.values():
         raise TokenizerError(f'tokenizer.ggml.model is {model!r}; "llama" and "gpt2" are known')
-    is_spm = model == KINDS["spm"]
+    is_spm = model == MODELS["spm"]
     tokens = [token or f"[EMPTY_{id}]" for id, token in enumerate(_array(file, "tokens", STRING))]
     types = _array(file, "token_type", INT32, UINT32) or [int(TokenType.NORMAL)] * len(tokens)
     scores = _array(file, "scores", FLOAT32) or [0.0] * len(tokens)
@@ -80,7 +84,7 @@ def token_id(file: GGUFFile, name: str) -> int:
 
     As in llama.cpp, an id outside the vocabulary is none, and a sentencepiece vocabulary has three by default.
     """
-    is_spm = file.metadata["tokenizer.ggml.model"] == KINDS["spm"]
+    is_spm = file.metadata["tokenizer.ggml.model"] == MODELS["spm"]
     default = {"unknown": 0, "bos": 1, "eos": 2}.get(name, -1) if is_spm else -1
     id = file.metadata.get(f"tokenizer.ggml.{name}_token_id", default)
     return id if isinstance(id, int) and 0 <= id < file.length("tokenizer.ggml.tokens") else -1
@@ -119,7 +123,7 @@ def metadata(vocabulary: Vocabulary, controls: Controls) -> dict[str, Any]:
     """The `tokenizer.*` metadata that keeps these: key -> string, bool, id, or list of one type."""
     ids = {"bos": controls.bos_id, "eos": controls.eos_id, "padding": controls.pad_id}
     fields = {
-        "tokenizer.ggml.model": KINDS[vocabulary.kind],
+        "tokenizer.ggml.model": MODELS[vocabulary.kind],
         "tokenizer.ggml.pre": vocabulary.pre,
         "tokenizer.ggml.tokens": vocabulary.tokens,
         "tokenizer.ggml.token_type": [int(type) for type in vocabulary.types],

@@ -6,46 +6,78 @@ Field numbers: sentencepiece's sentencepiece_model.proto (ModelProto).
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .beside import with_config
+from .added import Piece
+from .beside import read_beside
 from .pieces import PieceStream, piece_bytes
-from .vocabulary import Codec, Controls, TokenizerError, TokenType, Vocabulary
+from .vocabulary import Codec, Controls, TokenizerError, TokenType, Vocabulary, needed_cutter
 
 BPE = 2
 """The type of model that Meta's files are; sentencepiece has others, with no place in GGUF's "llama"."""
 
 
-def open_sentencepiece(path: Path) -> tuple[Codec, Controls]:
+def from_sentencepiece(path: Path) -> tuple[Codec, Controls]:
     """The model in a file, with what the files beside it say."""
-    codec = SentencePiece(path.read_bytes())
+    proto, beside = path.read_bytes(), read_beside(path.parent)
+    codec = SentencePiece(
+        proto, read_proto(proto).with_added(beside.added), beside.chat_template, beside.prefix
+    )
     model = codec.sp_model
     controls = Controls(model.bos_id(), model.eos_id(), model.pad_id(), add_bos=True)
-    return codec, with_config(controls, path.parent, codec.special_tokens)
+    return codec, beside.controls(controls, codec.special_tokens)
 
 
 class SentencePiece:
-    """A sentencepiece model. `sp_model` is the model as it is; encoding needs a copy if it would find added tokens."""
+    """A sentencepiece model. `sp_model` is the model as it is; encoding needs a copy if it would find markup."""
 
-    def __init__(self, proto: bytes, vocabulary: Vocabulary | None = None) -> None:
-        """`vocabulary`: what the proto says, where that is known already."""
+    def __init__(
+        self,
+        proto: bytes,
+        vocabulary: Vocabulary,
+        chat_template: str | None = None,
+        prefix: str | None = None,
+    ) -> None:
+        """`vocabulary`: what the proto holds, and what was added to it.
+
+        `prefix`: where transformers puts a space in front, of texts that do not begin with one: of each ("always"), of
+        the one that begins a prompt ("first"), or of none ("never"). None: of every text, where the model does that.
+        """
         from sentencepiece import SentencePieceProcessor
 
         self.sp_model = SentencePieceProcessor(model_proto=proto)
-        self._vocabulary = vocabulary or read_proto(proto)
+        self._vocabulary = vocabulary
         self._is_bpe = trainer_type(proto) == BPE
         self._unknown: str = self.sp_model.decode([self.sp_model.unk_id()])
-        self.n_words = len(self._vocabulary.tokens)
-        self.special_tokens = self._vocabulary.special_tokens()
-        added = {id for id in self.special_tokens.values() if self._vocabulary.types[id] != TokenType.CONTROL}
-        self._encoder = (
-            SentencePieceProcessor(model_proto=with_control_pieces(proto, added)) if added else self.sp_model
-        )
+        self.n_words = len(vocabulary.tokens)
+        self.special_tokens = vocabulary.special_tokens(chat_template)
+        held = self.sp_model.vocab_size()
+        hidden = {id for id in self.special_tokens.values() if id < held and not self.sp_model.is_control(id)}
+        hiding = with_control_pieces(proto, hidden) if hidden else proto
+        self._encode = SentencePieceProcessor(model_proto=hiding).encode if hidden else self.sp_model.encode
+        self._prefix = prefix
+        if prefix is not None:  # of a field that stands twice the parts count that come last
+            bare = hiding + _field(3, _field(3, False))
+            self._encode_bare = SentencePieceProcessor(model_proto=bare).encode
+        self._cutter = needed_cutter(vocabulary, self.special_tokens)
 
-    def encode(self, text: str) -> list[int]:
-        return self._encoder.encode(text)
+    def encode(self, pieces: Sequence[Piece]) -> list[int]:
+        ids: list[int] = []
+        for number, piece in enumerate(self._cutter.cut(pieces) if self._cutter else pieces):
+            if isinstance(piece, int):
+                ids.append(piece)
+            elif self._prefix is None or self._is_spaced(piece, number):
+                ids += self._encode(piece)
+            else:
+                ids += self._encode_bare(piece)
+        return ids
+
+    def _is_spaced(self, text: str, number: int) -> bool:
+        """Whether transformers puts a space in front of this piece of a prompt."""
+        place = self._prefix == "always" or (self._prefix == "first" and number == 0)
+        return place and not text.startswith((" ", "▁"))
 
     def token_bytes(self, id: int) -> bytes:
         type = self._vocabulary.types[id]

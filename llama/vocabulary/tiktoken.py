@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from .beside import with_config
+from .added import AddedToken, Piece
+from .beside import read_beside
 from .byte_level import BYTE_OF_CHAR, CHAR_OF_BYTE, LLAMA3_PATTERN, ByteStream
-from .vocabulary import Codec, Controls, TokenizerError, TokenType, Vocabulary
+from .vocabulary import Codec, Controls, TokenizerError, TokenType, Vocabulary, needed_cutter
 
 NUM_SPECIAL = 256
 SPECIAL = (
@@ -27,7 +29,7 @@ MAX_CHARS = 400_000  # tiktoken panics far above this (Meta's file keeps both li
 MAX_RUN = 25_000  # of white space, or of anything else: tiktoken grows slow on longer ones
 
 
-def open_tiktoken(path: Path) -> tuple[Codec, Controls]:
+def from_tiktoken(path: Path) -> tuple[Codec, Controls]:
     """The ranks in a file, with what the files beside it say."""
     lines = (line.split() for line in path.read_bytes().splitlines() if line)
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
@@ -35,10 +37,11 @@ def open_tiktoken(path: Path) -> tuple[Codec, Controls]:
     has_bytes = all(bytes([byte]) in ranks for byte in range(256))
     if list(ranks.values()) != list(range(len(ranks))) or not has_bytes:
         raise TokenizerError("the ranks are not 0, 1, 2, ... once each, or a single byte has none")
-    codec = Tiktoken(ranks)
+    beside = read_beside(path.parent)
+    codec = Tiktoken(ranks, beside.added, beside.chat_template)
     names = ("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>")
-    controls = Controls(*(codec.special_tokens[name] for name in names), add_bos=True)
-    return codec, with_config(controls, path.parent, codec.special_tokens)
+    controls = Controls(*(codec.special_tokens.get(name, -1) for name in names), add_bos=True)
+    return codec, beside.controls(controls, codec.special_tokens)
 
 
 class Tiktoken:
@@ -46,34 +49,45 @@ class Tiktoken:
 
     sp_model = None
 
-    def __init__(self, ranks: dict[bytes, int]) -> None:
+    def __init__(
+        self, ranks: dict[bytes, int], added: Sequence[AddedToken] = (), chat_template: str | None = None
+    ) -> None:
         import tiktoken
 
         self._ranks = ranks
-        self.n_words = len(ranks) + len(SPECIAL)
-        self.special_tokens = {token: id for id, token in enumerate(SPECIAL, len(ranks))}
+        control = [AddedToken(token, id, special=True) for id, token in enumerate(SPECIAL, len(ranks))]
+        tokens = ["".join(CHAR_OF_BYTE[byte] for byte in token) for token in ranks]
+        base = Vocabulary("bpe", tokens, [int(TokenType.NORMAL)] * len(tokens), pre="llama-bpe")
+        self._vocabulary = base.with_added([*control, *added])
+        self.n_words = len(self._vocabulary.tokens)
+        self.special_tokens = self._vocabulary.special_tokens(chat_template)
         self._model = tiktoken.Encoding(
             "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
         )
+        self._cutter = needed_cutter(self._vocabulary, self.special_tokens)
 
-    def encode(self, text: str) -> list[int]:
-        return [id for part in cut_long_runs(text) for id in self._model.encode_ordinary(part)]
+    def encode(self, pieces: Sequence[Piece]) -> list[int]:
+        ids: list[int] = []
+        for piece in self._cutter.cut(pieces) if self._cutter else pieces:
+            if isinstance(piece, int):
+                ids.append(piece)
+            else:
+                ids += [id for part in cut_long_runs(piece) for id in self._model.encode_ordinary(part)]
+        return ids
 
     def token_bytes(self, id: int) -> bytes:
-        return self._model.decode_single_token_bytes(id) if id < len(self._ranks) else b""
+        if id < len(self._ranks):
+            return self._model.decode_single_token_bytes(id)
+        shown = self._vocabulary.types[id] == TokenType.USER_DEFINED
+        return self._vocabulary.tokens[id].encode() if shown else b""
 
     def stream(self) -> ByteStream:
         return ByteStream(self.token_bytes)
 
     def vocabulary(self) -> Vocabulary:
-        tokens = {token: "".join(CHAR_OF_BYTE[byte] for byte in token) for token in self._ranks}
-        return Vocabulary(
-            kind="bpe",
-            tokens=[*tokens.values(), *self.special_tokens],
-            types=[int(TokenType.NORMAL)] * len(tokens) + [int(TokenType.CONTROL)] * len(self.special_tokens),
-            merges=[f"{tokens[left]} {tokens[right]}" for left, right in self._merges()],
-            pre="llama-bpe",
-        )
+        names = dict(zip(self._ranks, self._vocabulary.tokens, strict=False))
+        merges = [f"{names[left]} {names[right]}" for left, right in self._merges()]
+        return replace(self._vocabulary, merges=merges)
 
     def _merges(self) -> Iterator[tuple[bytes, bytes]]:
         """tiktoken joins any two neighbours that make a token, the lowest rank first: so every split is a merge."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .beside import STARTS, TURN_ENDS, first_known, read_json, with_config
+from .added import AddedToken, Matching, Names, Piece
+from .beside import STARTS, TURN_ENDS, first_known, read_beside, read_object
 from .byte_level import BYTE_OF_CHAR, GPT2_PATTERN, PRE_TOKENIZERS, ByteStream, PreTokenizer
 from .pieces import PieceStream, merges, piece_bytes
 from .tiktoken import cut_long_runs
-from .vocabulary import Codec, Controls, TokenizerError, TokenType, Vocabulary
+from .vocabulary import MAX_TOKENS, Codec, Controls, TokenizerError, TokenType, Vocabulary
 
 if TYPE_CHECKING:
     import tokenizers
@@ -23,39 +24,63 @@ PIECE_ENCODERS = {"Replace", "Prepend", "Metaspace"}
 """How sentencepiece-like files turn spaces into "▁"."""
 
 
-def open_tokenizer_json(path: Path) -> tuple[Codec, Controls]:
+def from_tokenizer_json(path: Path) -> tuple[Codec, Controls]:
     """The tokenizer in a file, with what the files beside it say."""
-    spec = read_json(path)
+    spec = read_object(path)
     if not isinstance(spec.get("model"), dict) or "vocab" not in spec["model"]:
         raise TokenizerError("JSON, but no tokenizer.json: it has no model with a vocabulary")
-    source = TokenizerJson(spec)
-    codec = Tokenizers(source)
+    beside = read_beside(path.parent)
+    source = TokenizerJson(spec, prefix=beside.prefix)
+    codec = Tokenizers(source, source.vocabulary.with_added(beside.added), beside.chat_template)
     first = source.first_token()
     bos_id = first_known((first, *STARTS), codec.special_tokens)
     controls = Controls(bos_id, first_known(TURN_ENDS, codec.special_tokens), add_bos=first is not None)
-    return codec, with_config(controls, path.parent, codec.special_tokens)
+    return codec, beside.controls(controls, codec.special_tokens)
 
 
 class Tokenizers:
-    """A tokenizer.json, run by the tokenizers library with all special tokens taken out of it.
+    """A tokenizer.json, run by the tokenizers library, with every special token under a name that nobody can type.
 
     Only encoding is the library's; decoding is done here, because it has to stream.
     """
 
     sp_model = None
 
-    def __init__(self, source: TokenizerJson, cuts_long_runs: bool = False) -> None:
-        self._source = source
-        self._tokens, self._types = source.vocabulary.tokens, source.vocabulary.types
-        self._cut: Callable[[str], Iterable[str]] = cut_long_runs if cuts_long_runs else lambda text: (text,)
+    def __init__(
+        self,
+        source: TokenizerJson,
+        vocabulary: Vocabulary,
+        chat_template: str | None = None,
+        cuts_long_runs: bool = False,
+    ) -> None:
+        """`vocabulary`: that of `source`, and what was added to it elsewhere."""
+        self._source, self._vocabulary = source, vocabulary
+        self._tokens, self._types = vocabulary.tokens, vocabulary.types
+        self._cuts_long_runs = cuts_long_runs
         self.n_words = len(self._tokens)
-        self.special_tokens = source.vocabulary.special_tokens()
-        self._model = source.without(self.special_tokens)
+        self.special_tokens = vocabulary.special_tokens(chat_template)
+        self._names = Names(self.special_tokens)
+        self._model, self._ids = source.library(vocabulary, self.special_tokens, self._names)
 
-    def encode(self, text: str) -> list[int]:
-        return [
-            id for part in self._cut(text) for id in self._model.encode(part, add_special_tokens=False).ids
-        ]
+    def encode(self, pieces: Sequence[Piece]) -> list[int]:
+        placed = [piece for piece in pieces if isinstance(piece, int)]
+        if self._cuts_long_runs:  # of a byte-level vocabulary, whose texts do not act on each other
+            return [id for piece in pieces for id in self._encode_alone(piece)]
+        ids = self._encode(self._names.join(pieces))
+        if placed and placed != [id for id in ids if id in self._names.by_id]:
+            # A token that is found only as a word of its own, say, and was placed beside one.
+            return [id for piece in pieces for id in self._encode_alone(piece)]
+        return ids
+
+    def _encode_alone(self, piece: Piece) -> list[int]:
+        if isinstance(piece, int):
+            return [piece]
+        parts = cut_long_runs(piece) if self._cuts_long_runs else (piece,)
+        return [id for part in parts for id in self._encode(part)]
+
+    def _encode(self, text: str) -> list[int]:
+        ids = self._model.encode(text, add_special_tokens=False).ids
+        return [self._ids.get(id, id) for id in ids] if self._ids else ids
 
     def token_bytes(self, id: int) -> bytes:
         token, type = self._tokens[id], self._types[id]
@@ -73,20 +98,25 @@ class Tokenizers:
     def stream(self) -> ByteStream | PieceStream:
         if self._source.is_byte_level:
             return ByteStream(self.token_bytes)
-        return PieceStream(self._source.vocabulary, unknown="")
+        return PieceStream(self._vocabulary, unknown="")
 
     def vocabulary(self) -> Vocabulary:
-        return self._source.full_vocabulary()
+        return self._source.full(self._vocabulary)
 
 
 class TokenizerJson:
     """A tokenizer.json, as the dict `spec`.
 
     `is_byte_level` says which of the two it is; `vocabulary` holds its tokens, and is without merges and scores until
-    `full_vocabulary` derives them. Raises TokenizerError, or what Python raises for a dict that is no tokenizer.json.
+    `full` derives them. Raises TokenizerError, or what Python raises for a dict that is no tokenizer.json.
     """
 
-    def __init__(self, spec: dict[str, Any], vocabulary: Vocabulary | None = None) -> None:
+    def __init__(
+        self, spec: dict[str, Any], vocabulary: Vocabulary | None = None, prefix: str | None = None
+    ) -> None:
+        """`prefix`: where sentencepiece-like text gets a space in front, "first", "always" or "never", whatever the
+        file says; None: as the file says.
+        """
         self.spec = spec
         model, decoders = spec["model"], _steps(spec.get("decoder"), "decoders")
         if isinstance(model["vocab"], dict) and "merges" not in model:
@@ -97,6 +127,9 @@ class TokenizerJson:
             raise TokenizerError(
                 f"the decoder {names} is not known; byte-level and sentencepiece-like ones are"
             )
+        if prefix is not None and not self.is_byte_level:
+            self.spec = spec | _llama_steps(prefix)
+            decoders = _steps(self.spec["decoder"], "decoders")
         # A decoder that takes a space away in front belongs to an encoder that puts one there.
         strips = any(
             step["type"] == "Strip" or (step["type"] == "Metaspace" and step.get("prepend_scheme") != "never")
@@ -106,66 +139,63 @@ class TokenizerJson:
 
     def _read_tokens(self, add_space_prefix: bool) -> Vocabulary:
         """Tokens and types by id. Ids that nothing uses become tokens of type UNUSED."""
-        model, added = self.spec["model"], self.spec.get("added_tokens") or []
+        model = self.spec["model"]
         vocab = model["vocab"]
         known = vocab if isinstance(vocab, dict) else {piece: id for id, (piece, _) in enumerate(vocab)}
-        ids = [*known.values(), *(token["id"] for token in added)]
-        if not all(type(id) is int and 0 <= id < 2**22 for id in ids):
-            raise TokenizerError("a token's id is not a number from 0 to 4194303")
-        tokens = [f"[PAD{id}]" for id in range(max(ids, default=-1) + 1)]
+        if not all(type(id) is int and 0 <= id < MAX_TOKENS for id in known.values()):
+            raise TokenizerError(f"a token's id is not a number from 0 to {MAX_TOKENS - 1}")
+        tokens = [f"[PAD{id}]" for id in range(max(known.values(), default=-1) + 1)]
         types = [int(TokenType.UNUSED)] * len(tokens)
         for token, id in known.items():
             is_byte = not self.is_byte_level and re.fullmatch("<0x[0-9A-F]{2}>", token)
             tokens[id], types[id] = token, int(TokenType.BYTE if is_byte else TokenType.NORMAL)
-        for token in added:
-            tokens[token["id"]] = token["content"]
-            types[token["id"]] = int(TokenType.CONTROL if token["special"] else TokenType.USER_DEFINED)
         unknown = known.get(model.get("unk_token")) if isinstance(vocab, dict) else model.get("unk_id")
         if unknown is not None and not self.is_byte_level:
             types[unknown] = int(TokenType.UNKNOWN)
-        return Vocabulary(
-            "bpe" if self.is_byte_level else "spm", tokens, types, add_space_prefix=add_space_prefix
-        )
+        kind = "bpe" if self.is_byte_level else "spm"
+        base = Vocabulary(kind, tokens, types, add_space_prefix=add_space_prefix)
+        added = self.spec.get("added_tokens") or []
+        return base.with_added(AddedToken.from_json(token, token["id"]) for token in added)
 
-    def without(self, special: dict[str, int]) -> tokenizers.Tokenizer:
-        """A tokenizer that encodes text as the file says and has no way to make one of these tokens of it.
+    def library(
+        self, vocabulary: Vocabulary, special: dict[str, int], names: Names
+    ) -> tuple[tokenizers.Tokenizer, dict[int, int]]:
+        """A tokenizer that encodes text as the file says and knows special tokens by `names` alone.
 
-        They (and the unknown one, by its name) are not in its vocabulary, merges and added tokens. It has no BOS, EOS,
-        truncation or padding of its own.
+        By their own names they (and the unknown one) are not in its vocabulary, merges and added tokens. It has no BOS,
+        EOS, truncation or padding of its own. Also gives our id for each of its ids that is another.
         """
-        from tokenizers import AddedToken, Tokenizer, models
+        from tokenizers import Tokenizer, models
 
-        hidden = special | self.vocabulary.of_type(TokenType.UNKNOWN)
+        words = {
+            token: id
+            for token, id in vocabulary.of_type(TokenType.USER_DEFINED).items()
+            if token not in special
+        }
+        hidden = special | vocabulary.of_type(TokenType.UNKNOWN)
         model = self.spec["model"]
-        added = [token for token in self.spec.get("added_tokens") or [] if token["content"] not in hidden]
         # The pipeline is the library's to parse; the model would take twice as long by way of JSON.
         steps = {name: self.spec.get(name) for name in ("normalizer", "pre_tokenizer")}
         empty = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}
         tokenizer = Tokenizer.from_str(json.dumps(empty | steps))
         if isinstance(model["vocab"], dict):
+            # A token that is added takes its id from the model's vocabulary, if it is there.
             vocab = {token: id for token, id in model["vocab"].items() if token not in special}
-            # An added token takes its id from the model's vocabulary, if it is there, and else the next free one.
-            vocab |= {token["content"]: token["id"] for token in added}
+            vocab |= words | {name: id for id, name in names.by_id.items()}
             pairs = [
                 (left, right)
                 for left, right in _pairs(model["merges"])
-                if left not in hidden and right not in hidden and left + right not in hidden
+                if not (left in hidden or right in hidden or left + right in hidden)
             ]
             options = {name: model[name] for name in BPE_OPTIONS if model.get(name) is not None}
             if self.is_byte_level:
                 options.pop("unk_token", None)  # GPT-2's is also its end of text
             tokenizer.model = models.BPE(vocab, pairs, **options)
-            tokenizer.add_tokens(
-                [AddedToken(token["content"], **{flag: token[flag] for flag in FLAGS}) for token in added]
-            )
-        else:  # Unigram: an id is a place in a list, so the piece stays, under a name that nobody can type
-            ids = set(hidden.values())
-            rows = [
-                (secrets.token_hex(16) if id in ids else piece, score)
-                for id, (piece, score) in enumerate(model["vocab"])
-            ]
+        else:  # Unigram: an id is a place in a list, so what nobody may type stays under another name
+            shown = {id: secrets.token_hex(16) for id in hidden.values()} | names.by_id
+            rows = [(shown.get(id, piece), score) for id, (piece, score) in enumerate(model["vocab"])]
             tokenizer.model = models.Unigram(rows, model.get("unk_id"), bool(model.get("byte_fallback")))
-        return tokenizer
+        return tokenizer, names.add_to(tokenizer, words, vocabulary.matching)
 
     def first_token(self) -> str | None:
         """The token that the file's own post-processor puts in front of a text, if any."""
@@ -174,10 +204,10 @@ class TokenizerJson:
                 return step["single"][0]["SpecialToken"]["id"]
         return None
 
-    def full_vocabulary(self) -> Vocabulary:
-        """The vocabulary with what GGUF needs to tokenize alike. Raises TokenizerError where it could not."""
-        if self.vocabulary.merges:
-            return self.vocabulary
+    def full(self, vocabulary: Vocabulary) -> Vocabulary:
+        """`vocabulary` with what GGUF needs to tokenize alike. Raises TokenizerError where it could not."""
+        if vocabulary.merges:
+            return vocabulary
         normalizers = {step["type"] for step in _steps(self.spec.get("normalizer"), "normalizers")}
         splitters = {step["type"] for step in _steps(self.spec.get("pre_tokenizer"), "pretokenizers")}
         known = normalizers <= {"NFC"} if self.is_byte_level else (normalizers | splitters) <= PIECE_ENCODERS
@@ -187,12 +217,12 @@ class TokenizerJson:
             )
         pairs = list(_pairs(self.spec["model"]["merges"]))
         if self.is_byte_level:
-            return replace(self.vocabulary, merges=[" ".join(pair) for pair in pairs], pre=self._find_pre())
+            return replace(vocabulary, merges=[" ".join(pair) for pair in pairs], pre=self._find_pre())
         order: dict[str, int] = {}  # a piece is as good as the first merge that makes it
         for pair in pairs:
             order.setdefault("".join(pair), len(order))
-        scores = [-float(order.get(token, len(order))) for token in self.vocabulary.tokens]
-        return replace(self.vocabulary, scores=scores)
+        scores = [-float(order.get(token, len(order))) for token in vocabulary.tokens]
+        return replace(vocabulary, scores=scores)
 
     def _find_pre(self) -> str:
         """The name of the rule in `PRE_TOKENIZERS` that cuts words as this file does."""
@@ -213,7 +243,6 @@ class TokenizerJson:
         raise TokenizerError("GGUF cannot say how it tokenizes: it cuts words by a rule that has no name")
 
 
-FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 BPE_OPTIONS = (
     "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
     "ignore_merges",
@@ -227,6 +256,18 @@ def _steps(node: dict[str, Any] | None, children: str) -> list[dict[str, Any]]:
     if node["type"] != "Sequence":
         return [node]
     return [step for child in node[children] for step in _steps(child, children)]
+
+
+def _llama_steps(prefix: str) -> dict[str, Any]:
+    """The steps of transformers' own class for Llama, which it runs instead of the file's."""
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix != "never" else []
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": prefix, "split": False}
+    return {"normalizer": None, "pre_tokenizer": metaspace, "decoder": _piece_decoder(*strip)}
+
+
+def _piece_decoder(*last: dict[str, Any]) -> dict[str, Any]:
+    back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    return {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *last]}
 
 
 def _is_piece_step(step: dict[str, Any]) -> bool:
@@ -289,7 +330,6 @@ def _pieces_spec(vocabulary: Vocabulary) -> dict[str, Any]:
     prepend = [{"type": "Prepend", "prepend": "▁"}] if vocabulary.add_space_prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if vocabulary.add_space_prefix else []
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     return {
         "version": "1.0",
         "truncation": None,
@@ -300,10 +340,7 @@ def _pieces_spec(vocabulary: Vocabulary) -> dict[str, Any]:
         "normalizer": {"type": "Sequence", "normalizers": [*prepend, spaces]},
         "pre_tokenizer": None,
         "post_processor": None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
-        },
+        "decoder": _piece_decoder(*strip),
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -320,9 +357,11 @@ def _pieces_spec(vocabulary: Vocabulary) -> dict[str, Any]:
 
 
 def _added_tokens(vocabulary: Vocabulary, *types: TokenType) -> list[dict[str, Any]]:
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     return [
-        {"id": id, "content": token, **flags, "special": vocabulary.types[id] != TokenType.USER_DEFINED}
+        {
+            **{"id": id, "content": token, "special": vocabulary.types[id] != TokenType.USER_DEFINED},
+            **vocabulary.matching.get(id, Matching())._asdict(),
+        }
         for token, id in vocabulary.of_type(*types).items()
     ]
 

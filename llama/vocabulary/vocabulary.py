@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Protocol
 
+from .added import MARKUP, AddedToken, Cutter, Matching, Piece, written_by
+
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
+
+MAX_TOKENS = 1 << 22
 
 
 class TokenizerError(ValueError):
@@ -46,6 +50,9 @@ class Vocabulary:
     add_space_prefix: bool = False
     remove_extra_whitespaces: bool = False
     charsmap: bytes = b""  # sentencepiece's compiled normalisation; empty in Meta's files
+    matching: Mapping[int, Matching] = field(
+        default_factory=dict
+    )  # of added tokens that are found in a special way
 
     def of_type(self, *types: TokenType) -> dict[str, int]:
         """Tokens of these types and their ids, by id."""
@@ -59,15 +66,39 @@ class Vocabulary:
             ids.setdefault(type, []).append(id)
         return ids
 
-    def special_tokens(self) -> dict[str, int]:
-        """Every token that text must not become: control tokens, and added ones.
+    def special_tokens(self, chat_template: str | None = None) -> dict[str, int]:
+        """Every token that text must not become: control tokens, and added ones that mark up dialogs.
 
-        An added token that is white space or a single character controls nothing (some vocabularies add runs of
-        spaces), and stays text.
+        An added token that is not special is markup where the template writes it or the chat formats here do; any other
+        is a word like those of the vocabulary, which text becomes.
         """
-        added = self.of_type(TokenType.USER_DEFINED)
-        markup = {token: id for token, id in added.items() if len(token.strip("▁ \t\r\n")) > 1}
+        written = written_by(chat_template or "")
+        markup = {
+            token: id
+            for token, id in self.of_type(TokenType.USER_DEFINED).items()
+            if token in MARKUP
+            or (token in written and not token.replace("▁", "").isspace() and token.strip("▁"))
+        }
         return self.of_type(TokenType.CONTROL) | markup
+
+    def with_added(self, added: Iterable[AddedToken]) -> Vocabulary:
+        """The vocabulary with these tokens in it. One that has the id of another takes its place."""
+        tokens, types, scores = [*self.tokens], [*self.types], [*self.scores]
+        matching = dict(self.matching)
+        ids = {token: id for id, token in enumerate(tokens)}
+        for token in added:
+            id = ids.get(token.content, len(tokens) if token.id is None else token.id)
+            if not 0 <= id < MAX_TOKENS:
+                raise TokenizerError(f"a token's id is not a number from 0 to {MAX_TOKENS - 1}")
+            for free in range(len(tokens), id + 1):
+                tokens.append(f"[PAD{free}]")
+                types.append(int(TokenType.UNUSED))
+                scores += [0.0] * bool(scores)
+            tokens[id], ids[token.content] = token.content, id
+            if types[id] != TokenType.UNKNOWN:
+                types[id] = int(TokenType.CONTROL if token.special else TokenType.USER_DEFINED)
+            matching[id] = token.matching or matching.get(id, Matching())
+        return replace(self, tokens=tokens, types=types, scores=scores, matching=matching)
 
 
 @dataclass(frozen=True)
@@ -97,8 +128,8 @@ class Codec(Protocol):
     special_tokens: dict[str, int]
     sp_model: SentencePieceProcessor | None
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of ordinary text."""
+    def encode(self, pieces: Sequence[Piece]) -> list[int]:
+        """The ids of ordinary text, with the control tokens that are placed in it; no two texts touch."""
         ...
 
     def token_bytes(self, id: int) -> bytes:
@@ -112,3 +143,13 @@ class Codec(Protocol):
     def vocabulary(self) -> Vocabulary:
         """All that another file needs to tokenize alike. Raises TokenizerError where GGUF has no means to say it."""
         ...
+
+
+def needed_cutter(vocabulary: Vocabulary, special_tokens: Mapping[str, int]) -> Cutter | None:
+    """What cuts text at the tokens that were added from outside; None where none act on text."""
+    added = vocabulary.of_type(TokenType.USER_DEFINED)
+    words = {
+        token: id for token, id in added.items() if id in vocabulary.matching and token not in special_tokens
+    }
+    acts = any(any(vocabulary.matching.get(id, ())) for id in special_tokens.values())
+    return Cutter(special_tokens, words, vocabulary.matching) if words or acts else None

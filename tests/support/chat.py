@@ -30,6 +30,9 @@ class ByteTokenizer:
     def encode(self, s, bos, eos):
         return [self.bos_id] * bos + list(s.encode()) + [self.eos_id] * eos
 
+    def encode_pieces(self, pieces):
+        return [id for piece in pieces for id in ([piece] if isinstance(piece, int) else piece.encode())]
+
     def decode(self, ids):
         return bytes(token for token in ids if token < 256).decode()
 

@@ -1,6 +1,7 @@
 """Tiny random models and a byte tokenizer: nothing here needs weights or a vocabulary."""
 
 import codecs
+from collections.abc import Iterable
 
 import torch
 
@@ -37,6 +38,9 @@ class ByteTokenizer:
 
     def encode(self, s: str, bos: bool, eos: bool) -> list[int]:
         return [self.bos_id] * bos + list(s.encode()) + [self.eos_id] * eos
+
+    def encode_pieces(self, pieces: Iterable[str | int]) -> list[int]:
+        return [id for piece in pieces for id in ([piece] if isinstance(piece, int) else piece.encode())]
 
     def token_bytes(self, id: int) -> bytes:
         return bytes([id]) if id < 256 else b""

@@ -24,6 +24,7 @@ from llama.engine import Engine
 from llama.model import ModelArgs, Transformer
 from llama.progress import progress_bar
 from llama.quantization import replace_linears
+from llama.rotary import DynamicScaling
 from llama.runner import BLOCK_SIZE, Runner, count_blocks
 from llama.scheduler import Scheduler
 from llama.streams import tell
@@ -95,10 +96,13 @@ def load(
 
 def beyond_training(args: ModelArgs, max_seq_len: int | None) -> Iterator[str]:
     """What to warn of where more tokens are asked for than a model was made for."""
-    if max_seq_len is not None and max_seq_len > args.max_seq_len:
+    context = args.max_seq_len
+    if isinstance(args.rope_scaling, DynamicScaling):
+        context = int(context * args.rope_scaling.factor)
+    if max_seq_len is not None and max_seq_len > context:
         yield (
-            f"max_seq_len is {max_seq_len}, but the model was made for {args.max_seq_len} tokens, and what comes later "
-            f"stands where it never saw any. Rope scaling by {max_seq_len / args.max_seq_len:.3g} or more, if the "
+            f"max_seq_len is {max_seq_len}, but the model was made for {context} tokens, and what comes later "
+            f"stands where it never saw any. Rope scaling by {max_seq_len / context:.3g} or more, if the "
             "checkpoint's settings name it, turns positions more slowly, so that all of them look like those it knows"
         )
 

@@ -30,6 +30,7 @@ class Span:
     num_rows: int
     context: int  # the request's tokens once this step's are stored
     extents: tuple[Extent, ...]  # in the order of positions, for at least `context` tokens
+    limit: int = 0  # tokens that the request may reach
 
     @property
     def start(self) -> int:

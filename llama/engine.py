@@ -90,7 +90,8 @@ class Engine:
         needs_whole_prompt = query.pooling is not None or params.prompt_logprobs is not None
         with self._lock:
             request_id = next(self._request_ids)
-            request = self._request(query.tokens, max_tokens, query.salt, not needs_whole_prompt)
+            salt = query.salt + self.runner.salt(len(query.tokens) + max_tokens)
+            request = self._request(query.tokens, max_tokens, salt, not needs_whole_prompt)
             choices = self._new_choices(request_id, query, request)
             if max_tokens or needs_whole_prompt:
                 self.scheduler.add(request)

@@ -191,15 +191,20 @@ class Transformer(nn.Module):
             self.output.prepare(fixed_rows)
 
     def hidden_states(
-        self, tokens: torch.Tensor, positions: torch.Tensor, caches: Iterable[LayerCache]
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        caches: Iterable[LayerCache],
+        limits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """A packed step: tokens and positions (num_tokens,) int64 -> normalised states (num_tokens, dim).
 
-        Each layer stores the step's keys and values in its part of the cache.
+        Each layer stores the step's keys and values in its part of the cache. limits (num_tokens,): how many tokens
+        each token's request may reach, for rope scaling that depends on it.
         """
-        args = self.params
-        freqs = rope_frequencies(args.head_dim, args.rope_theta, args.rope_scaling, positions.device)
-        rotary = Rotary.at(positions, freqs)
+        args, scaling = self.params, self.params.rope_scaling
+        freqs = rope_frequencies(args.head_dim, args.rope_theta, scaling, positions.device, limits=limits)
+        rotary = Rotary.at(positions, freqs, 1.0 if scaling is None else scaling.magnitude)
         h = self.tok_embeddings(tokens).to(self.norm.weight.dtype)
         for layer, cache in zip(self.layers, caches, strict=True):
             h = layer(h, rotary, cache)
@@ -221,9 +226,10 @@ class Transformer(nn.Module):
         positions: torch.Tensor,
         caches: Iterable[LayerCache],
         wanted: torch.Tensor | None,
+        limits: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A packed step: the logits of the rows `wanted` (rows,) int64, None for all, and the states of all."""
-        states = self.hidden_states(tokens, positions, caches)
+        states = self.hidden_states(tokens, positions, caches, limits)
         return self.logits(states if wanted is None else states[wanted]), states
 
     @torch.inference_mode()
@@ -247,7 +253,8 @@ class Transformer(nn.Module):
         positions = torch.arange(start_pos, start_pos + seqlen, device=tokens.device).repeat(bsz)
         spans = [cache.span(row, start_pos, seqlen) for row in range(bsz)]
         caches = layer_caches(cache, spans, choose_backend(cache, weight.dtype))
-        states = self.hidden_states(tokens.reshape(-1), positions, caches)
+        limits = torch.full_like(positions, start_pos + seqlen)  # so far: a later call may stretch more
+        states = self.hidden_states(tokens.reshape(-1), positions, caches, limits)
         cache.keep(bsz, start_pos + seqlen)
         self._cache = cache
         return self.logits(states).unflatten(0, (bsz, seqlen))

@@ -33,9 +33,11 @@ class Program(Protocol):
         positions: torch.Tensor,
         caches: Iterable[LayerCache],
         wanted: torch.Tensor | None,
+        limits: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """tokens and positions (num_tokens,) int64; each layer stores the step's keys and values in its cache.
 
+        limits (num_tokens,) int64: how many tokens each token's request may reach, where rope scaling depends on it.
         Returns the logits (rows, vocab_size) float32 of the rows `wanted` (rows,) int64, None for all, and the
         normalised states (num_tokens, dim) of all.
         """
@@ -58,14 +60,14 @@ class Pack:
         spans = []
         for part, count in zip(step.slices, num_logits, strict=True):
             extents = tuple((b * block_size, n * block_size) for b, n in part.request.extents)
-            spans.append(Span(len(tokens), part.count, part.stop, extents))
+            spans.append(Span(len(tokens), part.count, part.stop, extents, part.request.max_total_tokens))
             tokens += part.tokens
             wanted += range(len(tokens) - count, len(tokens))
         return cls(tokens, wanted, list(step.copies), spans)
 
     def to_ints(self) -> list[int]:
         spans = (
-            (span.num_rows, span.context, len(span.extents), *chain.from_iterable(span.extents))
+            (span.num_rows, span.context, span.limit, len(span.extents), *chain.from_iterable(span.extents))
             for span in self.spans
         )
         lengths = (len(self.tokens), len(self.wanted), len(self.copies), len(self.spans))
@@ -83,9 +85,9 @@ class Pack:
         copies = [tuple(take(2)) for _ in range(num_copies)]
         spans, first_row = [], 0
         for _ in range(num_spans):
-            num_rows, context, num_extents = take(3)
+            num_rows, context, limit, num_extents = take(4)
             extents = tuple(tuple(take(2)) for _ in range(num_extents))
-            spans.append(Span(first_row, num_rows, context, extents))
+            spans.append(Span(first_row, num_rows, context, extents, limit))
             first_row += num_rows
         return cls(tokens, wanted, copies, spans)
 
@@ -113,7 +115,12 @@ class Runner:
         self.block_size = block_size
         self.device = model.norm.weight.device
         self.cache = KVCache(model.cache_shape, num_blocks * block_size, self.device, dtype)
+        self.scaling = model.params.rope_scaling
         self.plan = choose_backend(self.cache, model.norm.weight.dtype, model.fixed_rows)
+
+    def salt(self, limit: int) -> bytes:
+        """Requests that may reach `limit` tokens share keys only where this is equal."""
+        return b"" if self.scaling is None else self.scaling.salt(limit)
 
     @torch.inference_mode()
     def run(self, pack: Pack) -> Output:
@@ -132,7 +139,11 @@ class Runner:
         if pack.wanted != list(range(len(pack.tokens))):  # all, as in decoding, need no copy
             wanted = torch.tensor(pack.wanted, dtype=torch.int64, device=self.device)
         caches = layer_caches(self.cache, pack.spans, self.plan)
-        output = Output(*self.program.step(tokens, positions, caches, wanted))
+        limits = None
+        if self.scaling is not None and self.scaling.by_limit:
+            limits = [span.limit for span in pack.spans for _ in range(span.num_rows)]
+            limits = torch.tensor(limits, device=self.device)
+        output = Output(*self.program.step(tokens, positions, caches, wanted, limits))
         if len(pack.tokens) >= LONG_STEP and self.device.type == "cpu":
             return_memory()
         return output

@@ -5,6 +5,9 @@ import torch
 from support.checkpoints import sample, write_hf, write_sentencepiece
 
 from llama import Llama
+from llama.building import beyond_training
+from llama.model import ModelArgs
+from llama.rotary import DynamicScaling, RopeScaling, YarnScaling
 from llama.vocabulary import TokenType
 
 OPTIONS = {"device": "cpu", "dtype": "float32", "kv_cache_memory": 1 << 24}
@@ -50,3 +53,14 @@ def test_files_that_are_passed_over_are_named(tmp_path, capsys):
     write_sentencepiece(tmp_path / "tokenizer.model")
     Llama.build(tmp_path, **OPTIONS)
     assert "pytorch_model.bin: is passed over: model.safetensors is read" in capsys.readouterr().err
+
+
+def test_scaling_that_the_settings_have_counts_in_what_a_model_was_made_for():
+    def warned(max_seq_len: int, scaling: RopeScaling | None) -> list[str]:
+        return list(beyond_training(ModelArgs(max_seq_len=128, rope_scaling=scaling), max_seq_len))
+
+    for scaling, reached in ((None, 128), (YarnScaling(8.0, 16), 128), (DynamicScaling(2.0, 128), 256)):
+        assert warned(reached, scaling) == []
+        [warning] = warned(2 * reached, scaling)
+        assert f"made for {reached} tokens" in warning
+        assert "Rope scaling by 2 or more" in warning

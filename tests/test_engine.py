@@ -13,6 +13,7 @@ from llama.answer import Event, Query
 from llama.choice import StopText
 from llama.engine import Engine
 from llama.request import Slice, Step
+from llama.rotary import DynamicScaling
 from llama.runner import BLOCK_SIZE, Pack, Runner
 from llama.sampling import SamplingParams
 from llama.scheduler import Scheduler
@@ -26,9 +27,10 @@ def make_engine(
     dtype: torch.dtype = torch.float32,
     deterministic: bool = False,
     shaken: bool = False,
+    shape: dict | None = None,
     **scheduling,
 ) -> Engine:
-    model = tiny_model(tiny_args(max_seq_len=512)).to(dtype)
+    model = tiny_model(tiny_args(max_seq_len=512, **shape or {})).to(dtype)
     model.prepare(BLOCK_SIZE if deterministic else None)
     engine = Engine(
         Runner(model, num_blocks, BLOCK_SIZE, dtype),
@@ -81,6 +83,37 @@ def test_greedy_tokens_equal_a_slow_implementation():
     batch = prompts(6)
     found = run(make_engine(), *[(prompt, params(**GREEDY)) for prompt in batch])
     assert [choices[0] for choices in found] == [slow.greedy(weights, args, prompt, 12) for prompt in batch]
+
+
+@pytest.mark.parametrize("changes", [{}, {"chunk": 5}, {"shaken": True}, {"num_blocks": 9}], ids=str)
+def test_dynamic_rope_scaling_stretches_each_request_for_the_length_that_it_may_reach(changes):
+    shape = {"rope_scaling": DynamicScaling(4.0, 24)}
+    args = tiny_args(**shape)
+    weights = tiny_weights(args)
+    batch = prompts(6)
+    assert len(batch[1]) + 12 > 24 > len(batch[0]) + 12
+    found = run(make_engine(shape=shape, **changes), *[(prompt, params(**GREEDY)) for prompt in batch])
+    assert [choices[0] for choices in found] == [slow.greedy(weights, args, prompt, 12) for prompt in batch]
+
+
+def test_under_dynamic_rope_scaling_a_prefix_is_shared_by_requests_that_are_stretched_alike():
+    shape = {"rope_scaling": DynamicScaling(4.0, 64)}
+    args = tiny_args(**shape)
+    weights = tiny_weights(args)
+    prompt = prompts(6)[5]
+    engine = make_engine(shape=shape)
+    requests = []
+    add = engine.scheduler.add
+    engine.scheduler.add = lambda request: (requests.append(request), add(request))
+
+    def cached_tokens(max_tokens: int) -> int:
+        [[tokens]] = run(engine, (prompt, params(**GREEDY, max_tokens=max_tokens)))
+        assert tokens == slow.greedy(weights, args, prompt, max_tokens)
+        return requests[-1].num_cached_tokens
+
+    assert len(prompt) == 58
+    assert [cached_tokens(6), cached_tokens(5), cached_tokens(12)] == [0, 48, 0]
+    assert [cached_tokens(12), cached_tokens(11)] == [48, 0]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, dict(temperature=0.9, top_p=0.95, ignore_eos=True, seed=5)])

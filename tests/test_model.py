@@ -4,7 +4,7 @@ from support import slow
 from support.tiny import tiny_args, tiny_model, tiny_weights
 
 from llama.model import ModelArgs, Transformer
-from llama.rotary import LinearScaling, Llama3Scaling
+from llama.rotary import DynamicScaling, LinearScaling, Llama3Scaling, YarnScaling
 
 SHAPES = {
     "plain": dict(n_kv_heads=None),
@@ -12,16 +12,19 @@ SHAPES = {
     "one key head": dict(n_kv_heads=1),
     "linear rope scaling": dict(rope_scaling=LinearScaling(4.0)),
     "llama3 rope scaling": dict(rope_scaling=Llama3Scaling(8.0, original_max_seq_len=64)),
+    "yarn": dict(rope_scaling=YarnScaling(4.0, 16), head_dim=32),
+    "yarn, vectors kept": dict(rope_scaling=YarnScaling(4.0, 16, 4.0, 0.5, 1.0), head_dim=32),
     "tied embeddings": dict(tie_word_embeddings=True),
     "odd hidden size": dict(hidden_dim=37, dim=48),
     "head size of its own": dict(head_dim=10),
     "biases": dict(attention_bias=True, attention_output_bias=True, mlp_bias=True),
     "sliding window": dict(sliding_window=6),
 }
+DYNAMIC = dict(rope_scaling=DynamicScaling(4.0, 16))
 TOKENS = [(7 * i * i + 3 * i) % 264 for i in range(40)]
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize("shape", [*SHAPES.values(), DYNAMIC], ids=[*SHAPES, "dynamic"])
 def test_logits_of_all_positions_equal_a_slow_implementation(shape):
     args = tiny_args(**shape)
     logits = tiny_model(args)(torch.tensor([TOKENS]), 0)

@@ -10,7 +10,14 @@ from typing import Any
 from ..files.errors import CheckpointError, shown
 from ..files.json import read_json
 from ..model import ModelArgs
-from ..rotary import LinearScaling, Llama3Scaling, RopeScaling
+from ..rotary import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    RopeScaling,
+    YarnScaling,
+    yarn_magnitude,
+)
 
 MAX_INT = 2**31 - 1
 MAX_LAYERS = 10_000
@@ -121,28 +128,60 @@ def _linear(settings: Settings, default_original: int | None) -> LinearScaling:
 
 
 def _llama3(settings: Settings, default_original: int | None) -> Llama3Scaling:
-    original = settings.integer("original_max_position_embeddings", default_original)
-    if original is None:
-        raise CheckpointError(
-            f"{settings.file}: {settings.prefix}original_max_position_embeddings is missing"
-        )
+    original = _original(settings, default_original)
     low, high = settings.number("low_freq_factor", 1.0), settings.number("high_freq_factor", 4.0)
     if low >= high:
         raise settings.error("high_freq_factor", high, f"more than low_freq_factor ({low:g}) is needed")
     return Llama3Scaling(settings.number("factor", REQUIRED), low, high, original)
 
 
+def _yarn(settings: Settings, default_original: int | None) -> YarnScaling:
+    original = _original(settings, default_original)
+    is_stretched = default_original is not None and default_original > original  # the context that is stated
+    factor = settings.number("factor", default_original / original if is_stretched else REQUIRED)
+    attention_factor = settings.number("attention_factor", low=0.0)
+    mscale, all_dims = (
+        settings.number("mscale", 0.0, low=0.0),
+        settings.number("mscale_all_dim", 0.0, low=0.0),
+    )
+    if attention_factor is None and mscale and all_dims:
+        attention_factor = yarn_magnitude(factor, mscale) / yarn_magnitude(factor, all_dims)
+    settings.ignore("finetuned")
+    return YarnScaling(
+        factor,
+        original,
+        settings.number("beta_fast", 32.0, low=1e-3, high=1e6),
+        settings.number("beta_slow", 1.0, low=1e-3, high=1e6),
+        attention_factor,
+        settings.boolean("truncate", True),
+    )
+
+
+def _dynamic(settings: Settings, default_original: int | None) -> DynamicScaling:
+    if default_original is None:
+        return DynamicScaling(settings.number("factor", REQUIRED), _original(settings, None))
+    settings.ignore("original_max_position_embeddings")  # config.json says it in max_position_embeddings
+    return DynamicScaling(settings.number("factor", REQUIRED), default_original)
+
+
+def _original(settings: Settings, default: int | None) -> int:
+    """The context that a model was trained at."""
+    return settings.integer("original_max_position_embeddings", REQUIRED if default is None else default)
+
+
 ROPE_KINDS: dict[str, Callable[[Settings, int | None], RopeScaling | None]] = {
     "default": _no_scaling,
     "linear": _linear,
     "llama3": _llama3,
+    "yarn": _yarn,
+    "dynamic": _dynamic,
 }
 
 
 def rope_section(scaling: RopeScaling) -> dict[str, Any]:
     """Rope scaling in Hugging Face's words, for old and new readers."""
     names = {"original_max_seq_len": "original_max_position_embeddings"}
-    fields = {names.get(name, name): value for name, value in asdict(scaling).items()}
+    fields = {names.get(name, name): value for name, value in asdict(scaling).items() if value is not None}
     return {"rope_type": scaling.kind, "type": scaling.kind} | fields
 
 
@@ -182,6 +221,14 @@ def validate_args(args: ModelArgs, file: Path) -> ModelArgs:
         ),
         (args.head_dim < 1, f"dim {args.dim} is too small for {args.n_heads} heads"),
         (args.head_dim % 2, f"head_dim {args.head_dim} is odd; rotary positions need pairs"),
+        (
+            isinstance(args.rope_scaling, YarnScaling) and args.rope_theta <= 1,
+            f"a rope_theta of {args.rope_theta:g} is too small for yarn",
+        ),
+        (
+            isinstance(args.rope_scaling, DynamicScaling) and args.head_dim < 4,
+            f"head_dim {args.head_dim} is too small for dynamic rope scaling",
+        ),
         (not 0 < args.hidden_dim <= MAX_INT, f"hidden_dim {args.hidden_dim} is not a size"),
     ]
     for wrong, problem in problems:

@@ -1,3 +1,4 @@
+import math
 import struct
 
 import gguf
@@ -8,10 +9,10 @@ from gguf import GGMLQuantizationType as Kind
 from support.checkpoints import assert_equal, byte_vocabulary, loaded, sample, state, write_gguf
 
 from llama.checkpoint import CheckpointError, open_checkpoint
-from llama.files.gguf import BLOCKS, STRING, UINT32, GGUFFile, Value, shortest
+from llama.files.gguf import BLOCKS, BOOL, STRING, UINT32, GGUFFile, Value, shortest
 from llama.files.gguf import write_gguf as write_container
 from llama.files.writing import Entry
-from llama.rotary import LinearScaling, Llama3Scaling, rope_factors
+from llama.rotary import LinearScaling, Llama3Scaling, YarnScaling, rope_factors
 
 
 def write(path, metadata, tensors=()):
@@ -196,6 +197,29 @@ def test_llama3_scaling_is_read_from_the_factors_that_llama_cpp_stores(tmp_path,
     assert open_checkpoint(path).args.rope_scaling is None
 
 
+def test_yarn_is_read_from_llama_cpps_keys(model):
+    prefix = "llama.rope.scaling."
+    keys = {f"{prefix}type": Value(STRING, "yarn"), f"{prefix}factor": Value(6, 4.0)}
+    context = open_checkpoint(model).args.max_seq_len
+    assert open_checkpoint(edit(model, **keys)).args.rope_scaling == YarnScaling(4.0, context)
+    keys = {f"{prefix}original_context_length": Value(UINT32, 64), f"{prefix}attn_factor": Value(6, 0.8)}
+    keys |= {f"{prefix}yarn_beta_fast": Value(6, 16.0), f"{prefix}yarn_beta_slow": Value(6, 2.0)}
+    keys |= {f"{prefix}finetuned": Value(BOOL, True), f"{prefix}yarn_ext_factor": Value(6, 1.0)}
+    checkpoint = open_checkpoint(edit(model, **keys))
+    assert checkpoint.unknown_keys == ()
+    longer = checkpoint.args.rope_scaling.attention_factor
+    assert checkpoint.args.rope_scaling == YarnScaling(4.0, 64, 16.0, 2.0, longer)
+    assert longer == pytest.approx(0.8 * (1 + 0.1 * math.log(4)), rel=1e-5)
+    edit(model, **{f"{prefix}yarn_ext_factor": Value(6, 0.5)})
+    with pytest.raises(CheckpointError, match=r"yarn_ext_factor = 0\.5 is not supported"):
+        open_checkpoint(model)
+
+
+def test_scaling_of_type_none_never_scales(model):
+    keys = {"llama.rope.scaling.type": Value(STRING, "none"), "llama.rope.scaling.factor": Value(6, 4.0)}
+    assert open_checkpoint(edit(model, **keys)).args.rope_scaling is None
+
+
 def test_linear_scaling_is_read_in_both_spellings(model):
     keys = {"llama.rope.scaling.type": Value(STRING, "linear"), "llama.rope.scaling.factor": Value(6, 4.0)}
     assert open_checkpoint(edit(model, **keys)).args.rope_scaling == LinearScaling(4.0)
@@ -210,7 +234,7 @@ def test_linear_scaling_is_read_in_both_spellings(model):
         ("general.architecture", Value(STRING, "gemma"), "the architecture 'gemma' is not supported"),
         ("general.architecture", None, "the architecture None is not supported"),
         ("llama.expert_count", Value(UINT32, 8), "llama.expert_count = 8 is not supported"),
-        ("llama.rope.scaling.type", Value(STRING, "yarn"), "llama.rope.scaling.type is 'yarn'"),
+        ("llama.rope.scaling.type", Value(STRING, "longrope"), "llama.rope.scaling.type is 'longrope'"),
         ("llama.logit_scale", Value(6, 2.0), "llama.logit_scale = 2.0 is not supported"),
         ("llama.attention.causal", Value(7, False), "llama.attention.causal = False is not supported"),
         ("llama.rope.dimension_count", Value(UINT32, 4), "only the head's size, 8, is supported"),

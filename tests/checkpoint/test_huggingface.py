@@ -18,7 +18,7 @@ from support.checkpoints import (
 from llama.checkpoint import CheckpointError, convert, open_checkpoint
 from llama.checkpoint.inventory import FROM_GGUF, FROM_HF, TO_GGUF, TO_HF, deinterleave, interleave, rename
 from llama.model import ModelArgs
-from llama.rotary import LinearScaling, Llama3Scaling
+from llama.rotary import DynamicScaling, LinearScaling, Llama3Scaling, YarnScaling
 
 LLAMA3 = {
     "factor": 8.0,
@@ -26,6 +26,8 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 32}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
 SHAPES = {
     "multi_head": {"num_key_value_heads": 8},
     "grouped_keys": {},
@@ -33,9 +35,19 @@ SHAPES = {
     "tied": {"tie_word_embeddings": True},
     "llama3_scaling": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
     "linear_scaling": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
+    "yarn": {"rope_parameters": YARN},
+    "yarn_in_its_own_way": {
+        "rope_parameters": YARN | {"beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 0.9}
+    },
+    "yarn_without_whole_pairs": {
+        "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False}
+    },
+    "dynamic_within_its_context": {"rope_parameters": DYNAMIC},
+    "dynamic_beyond_its_context": {"rope_parameters": DYNAMIC, "max_position_embeddings": 64},
     "head_size_of_its_own": {"head_dim": 24},
     "biases": {"attention_bias": True, "mlp_bias": True},
 }
+NOT_IN_GGUF = ("yarn_without_whole_pairs", "dynamic_within_its_context", "dynamic_beyond_its_context")
 
 
 @pytest.fixture(scope="module")
@@ -79,10 +91,17 @@ def test_a_directory_that_transformers_wrote_gives_its_logits(tmp_path, transfor
     assert torch.allclose(logits(loaded(tmp_path)), logits(model), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("to", ["hf", "meta", "gguf"])
-@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
-def test_what_is_converted_gives_the_logits_of_transformers(tmp_path, transformers, changes, to):
-    model = oracle(transformers, **changes)
+@pytest.mark.parametrize(
+    ("shape", "to"),
+    [
+        (shape, to)
+        for shape in SHAPES
+        for to in ("hf", "meta", "gguf")
+        if to != "gguf" or shape not in NOT_IN_GGUF
+    ],
+)
+def test_what_is_converted_gives_the_logits_of_transformers(tmp_path, transformers, shape, to):
+    model = oracle(transformers, **SHAPES[shape])
     model.save_pretrained(tmp_path / "source")
     destination = tmp_path / ("model.gguf" if to == "gguf" else "copy")
     convert(tmp_path / "source", destination, to)
@@ -94,6 +113,15 @@ def test_what_is_converted_gives_the_logits_of_transformers(tmp_path, transforme
         assert torch.equal(logits(again), logits(model))
     else:
         assert torch.allclose(logits(loaded(destination)), logits(model), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", NOT_IN_GGUF)
+def test_rope_scaling_that_gguf_cannot_express_is_refused(tmp_path, transformers, shape):
+    oracle(transformers, **SHAPES[shape]).save_pretrained(tmp_path / "source")
+    kind = "dynamic rope scaling" if "dynamic" in shape else "yarn without truncation"
+    with pytest.raises(CheckpointError, match=f"GGUF cannot express {kind}; write hf or meta"):
+        convert(tmp_path / "source", tmp_path / "model.gguf", "gguf")
+    assert not (tmp_path / "model.gguf").exists()
 
 
 def test_a_sliding_window_makes_a_mistral_in_both_directions(tmp_path, transformers):
@@ -169,6 +197,40 @@ def test_rows_that_are_not_whole_heads_are_read_rightly(tmp_path):
         ),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, 10000.0, LinearScaling(2.0), 8192),
         (
+            {
+                "rope_scaling": {"type": "yarn", "factor": 4.0, "finetuned": True},
+                "max_position_embeddings": 64,
+            },
+            10000.0,
+            YarnScaling(4.0, 64),
+            256,
+        ),
+        (
+            {
+                "rope_scaling": {"type": "yarn", "factor": None, "original_max_position_embeddings": 64},
+                "max_position_embeddings": 512,
+            },
+            10000.0,
+            YarnScaling(8.0, 64),
+            512,
+        ),
+        (
+            {
+                "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5e5},
+                "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 7.0},
+                "original_max_position_embeddings": 32,
+            },
+            500000.0,
+            YarnScaling(4.0, 32),
+            4096,
+        ),
+        (
+            {"rope_scaling": {"type": "dynamic", "factor": 2.0}},
+            10000.0,
+            DynamicScaling(2.0, 4096),
+            4096,
+        ),
+        (
             {"rope_scaling": {"rope_type": "llama3", **LLAMA3}},
             10000.0,
             Llama3Scaling(8.0, 1.0, 4.0, 64),
@@ -222,8 +284,17 @@ def test_keys_that_are_not_there_mean_what_they_mean_to_transformers(tmp_path, t
             {"architectures": ["LlamaForSequenceClassification"]},
             "'LlamaForSequenceClassification' is not supported",
         ),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn' is not supported"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope scaling 'dynamic' is not supported"),
+        ({"rope_scaling": {"rope_type": "su", "factor": 4.0}}, "rope scaling 'su' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, r"rope_scaling\.factor is missing"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2, "beta_fast": 0}},
+            r"beta_fast is 0, but a number from",
+        ),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2}, "rope_theta": 1.0},
+            "rope_theta of 1 is too small for",
+        ),
+        ({"rope_scaling": {"type": "dynamic"}}, r"rope_scaling\.factor is missing"),
         ({"rope_parameters": {"rope_type": "longrope"}}, "rope scaling 'longrope' is not supported"),
         ({"rope_scaling": {"type": "linear"}}, r"rope_scaling\.factor is missing"),
         (

@@ -5,7 +5,7 @@ import torch
 from support.checkpoints import assert_equal, loaded, params, sample, state, write_meta
 
 from llama.checkpoint import CheckpointError, open_checkpoint
-from llama.rotary import LinearScaling, Llama3Scaling
+from llama.rotary import DynamicScaling, LinearScaling, Llama3Scaling, YarnScaling
 
 
 def rewrite(path, **changes):
@@ -85,6 +85,16 @@ def test_vocab_size_is_that_of_the_embedding_and_must_agree_where_it_is_stated(m
         ({"use_scaled_rope": True, "rope_scaling_factor": 32}, Llama3Scaling(32.0, 1.0, 4.0), 131072),
         ({"use_scaled_rope": True, "high_freq_factor": 8}, Llama3Scaling(8.0, 1.0, 8.0), 131072),
         ({"rope_scaling": {"rope_type": "linear", "factor": 4}}, LinearScaling(4.0), 16384),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 8192}},
+            YarnScaling(4.0, 8192),
+            32768,
+        ),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2, "original_max_position_embeddings": 4096}},
+            DynamicScaling(2.0, 4096),
+            4096,
+        ),
         ({"max_seq_len": 100}, None, 100),
     ],
 )
@@ -158,7 +168,8 @@ def test_keys_that_change_the_mathematics_are_refused_by_name(model, key):
         ({"n_heads": 7, "n_kv_heads": 4}, "7 heads cannot share 4 key/value heads"),
         ({"n_heads": 64, "n_kv_heads": 64}, "head_dim 1 is odd"),
         ({"norm_eps": -1}, "norm_eps is -1, but a number from"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "rope scaling 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "su", "factor": 2}}, "rope scaling 'su' is not supported"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2}}, "original_max_position_embeddings is missing"),
         ({"rope_scaling_factor": 8}, "rope_scaling_factor is 8"),
         ({"use_scaled_rope": True, "low_freq_factor": 5}, "high_freq_factor is 4"),
         ({"ffn_dim_multiplier": 1e300}, "a number from"),

@@ -17,7 +17,15 @@ from ...files.mapped import open_file
 from ...files.writing import Entry, Plan
 from ...model import ModelArgs
 from ...quantization import FORMATS
-from ...rotary import LinearScaling, Llama3Scaling, RopeScaling, rope_factors
+from ...rotary import (
+    DynamicScaling,
+    LinearScaling,
+    Llama3Scaling,
+    RopeScaling,
+    YarnScaling,
+    rope_factors,
+    yarn_magnitude,
+)
 from ..arrays import Array, Mapped, PackedArray
 from ..inventory import FROM_GGUF, TO_GGUF, rename
 from ..opened import Checkpoint, assemble
@@ -226,24 +234,42 @@ def _refuse_other_mathematics(settings: Settings, file: GGUFFile) -> None:
 
 
 def _scaling(settings: Settings, args: ModelArgs, files: list[GGUFFile]) -> RopeScaling | None:
-    """Linear scaling from the metadata; Llama 3's from the factors that llama.cpp stores as a tensor."""
+    """Linear scaling and YaRN from the metadata; Llama 3's from the factors that llama.cpp stores as a tensor."""
     kind = settings.text("llama.rope.scaling.type", "linear")
     factor = settings.number("llama.rope.scaling.factor", settings.number("llama.rope.scale_linear"))
     settings.ignore("llama.rope.scale_linear")
-    original = settings.integer("llama.rope.scaling.original_context_length", 8192)
+    original = settings.integer("llama.rope.scaling.original_context_length")
     low = settings.number("llama.rope.scaling.low_freq_factor", 1.0)
     high = settings.number("llama.rope.scaling.high_freq_factor", 4.0)
     headers = [(file, file.tensors[ROPE_FACTORS]) for file in files if ROPE_FACTORS in file.tensors]
-    if kind not in ("none", "linear"):
+    settings.ignore("llama.rope.scaling.finetuned", "llama.rope.scaling.yarn_attn_factor")
+    if kind not in ("none", "linear", "yarn") or (kind == "yarn" and headers):
         raise settings.error(
-            "llama.rope.scaling.type", kind, "none, linear and llama3's rope_freqs.weight are supported"
+            "llama.rope.scaling.type", kind, "none, linear, yarn and llama3's rope_freqs.weight are supported"
         )
     if headers:
         stored = array_of(*headers[0]).read(0, 0, headers[0][1].shape[0]).float().flatten()
-        return _llama3(stored, args, low, high, original, headers[0][0].path)
-    if kind == "linear" and factor is not None and factor != 1.0:
-        return LinearScaling(factor)
-    return None
+        return _llama3(stored, args, low, high, original or 8192, headers[0][0].path)
+    if factor is None or factor == 1.0 or kind == "none":
+        return None
+    return (
+        LinearScaling(factor) if kind == "linear" else _yarn(settings, factor, original or args.max_seq_len)
+    )
+
+
+def _yarn(settings: Settings, factor: float, original: int) -> YarnScaling:
+    """As llama.cpp computes it, which lengthens vectors by `attn_factor` times the paper's factor."""
+    prefix = "llama.rope.scaling."
+    settings.refuse(f"{prefix}yarn_ext_factor", 1.0, -1.0)
+    settings.refuse(f"{prefix}yarn_log_multiplier", 0.0)
+    longer = settings.number(f"{prefix}attn_factor", 1.0)
+    return YarnScaling(
+        factor,
+        original,
+        settings.number(f"{prefix}yarn_beta_fast", 32.0, low=1e-3, high=1e6),
+        settings.number(f"{prefix}yarn_beta_slow", 1.0, low=1e-3, high=1e6),
+        None if longer == 1.0 else float(f"{longer * yarn_magnitude(factor):.6g}"),  # float32 in the file
+    )
 
 
 def _llama3(
@@ -299,6 +325,9 @@ def plan_gguf(checkpoint: Checkpoint, tokenizer: TokenizerFiles | None, *, dtype
 
 def _entries(checkpoint: Checkpoint, dtype: torch.dtype) -> Iterator[Entry]:
     scaling = checkpoint.args.rope_scaling
+    if isinstance(scaling, DynamicScaling) or (isinstance(scaling, YarnScaling) and not scaling.truncate):
+        kind = "dynamic rope scaling" if isinstance(scaling, DynamicScaling) else "yarn without truncation"
+        raise CheckpointError(f"{checkpoint.path}: GGUF cannot express {kind}; write hf or meta")
     if isinstance(scaling, Llama3Scaling):
         factors = rope_factors(checkpoint.args.head_dim, checkpoint.args.rope_theta, scaling)
         yield Entry(ROPE_FACTORS, tuple(factors.shape), torch.float32, lambda: factors)
@@ -343,20 +372,27 @@ def _number(value: Any) -> Value:
 
 
 def _scaling_metadata(args: ModelArgs) -> dict[str, Value]:
-    """Linear scaling; of Llama 3's, which is stored as a tensor of factors, what is not as usual."""
-    scaling = args.rope_scaling
-    if scaling is None:
-        return {}
+    """Linear scaling and YaRN; of Llama 3's, which is stored as a tensor of factors, what is not as usual."""
     prefix = "llama.rope.scaling."
-    if isinstance(scaling, LinearScaling):
-        return {f"{prefix}type": Value(STRING, "linear"), f"{prefix}factor": _number(scaling.factor)}
-    if scaling == Llama3Scaling(scaling.factor):
-        return {}
-    return {
-        f"{prefix}original_context_length": _number(scaling.original_max_seq_len),
-        f"{prefix}low_freq_factor": _number(scaling.low_freq_factor),
-        f"{prefix}high_freq_factor": _number(scaling.high_freq_factor),
-    }
+    match args.rope_scaling:
+        case LinearScaling(factor):
+            return {f"{prefix}type": Value(STRING, "linear"), f"{prefix}factor": _number(factor)}
+        case Llama3Scaling(factor) as scaling if scaling != Llama3Scaling(factor):
+            return {
+                f"{prefix}original_context_length": _number(scaling.original_max_seq_len),
+                f"{prefix}low_freq_factor": _number(scaling.low_freq_factor),
+                f"{prefix}high_freq_factor": _number(scaling.high_freq_factor),
+            }
+        case YarnScaling() as scaling:
+            return {
+                f"{prefix}type": Value(STRING, "yarn"),
+                f"{prefix}factor": _number(scaling.factor),
+                f"{prefix}original_context_length": _number(scaling.original_max_seq_len),
+                f"{prefix}yarn_beta_fast": _number(scaling.beta_fast),
+                f"{prefix}yarn_beta_slow": _number(scaling.beta_slow),
+                f"{prefix}attn_factor": _number(scaling.magnitude / yarn_magnitude(scaling.factor)),
+            }
+    return {}
 
 
 def _sampling(checkpoint: Checkpoint) -> dict[str, Value]:

@@ -16,7 +16,7 @@ from ...files.json import json_bytes, read_json
 from ...files.tensor_file import TensorFile, read_tensor_file
 from ...files.writing import Entry, Plan
 from ...model import ModelArgs
-from ...rotary import LinearScaling
+from ...rotary import DynamicScaling, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from ..arrays import Array, Mapped, Reordered
 from ..inventory import FROM_HF, TO_HF, deinterleave, expected_shapes, interleave, is_rotary, rename
 from ..opened import Checkpoint, assemble
@@ -123,8 +123,10 @@ def _args(settings: Settings) -> tuple[ModelArgs, tuple[int, ...]]:
     context = settings.integer("max_position_embeddings", defaults["max_position_embeddings"])
     rope, scaling = settings.section("rope_parameters"), settings.section("rope_scaling")
     theta = settings.number("rope_theta", 10000.0)
-    scaling_settings = [section for section in (scaling, rope) if section is not None]
-    found = [rope_scaling(section, context) for section in scaling_settings]
+    sections = [section for section in (scaling, rope) if section is not None]  # as transformers prefers them
+    found = [rope_scaling(section, context) for section in sections]
+    for section in reversed(sections):
+        theta = section.number("rope_theta", theta)
     args = ModelArgs(
         dim=settings.integer("hidden_size", REQUIRED),
         n_layers=settings.integer("num_hidden_layers", REQUIRED),
@@ -134,12 +136,15 @@ def _args(settings: Settings) -> tuple[ModelArgs, tuple[int, ...]]:
         norm_eps=settings.number("rms_norm_eps", 1e-6),
         hidden_dim=settings.integer("intermediate_size", REQUIRED),
         head_dim=settings.integer("head_dim"),
-        rope_theta=rope.number("rope_theta", theta) if rope else theta,
+        rope_theta=theta,
         rope_scaling=next((one for one in found if one is not None), None),
         tie_word_embeddings=settings.boolean("tie_word_embeddings", False),
         sliding_window=_sliding_window(settings, defaults),
     )
-    args.max_seq_len = int(context * _stretch(args))
+    original = settings.integer("original_max_position_embeddings")
+    if original is not None and isinstance(args.rope_scaling, Llama3Scaling | YarnScaling):
+        args.rope_scaling = replace(args.rope_scaling, original_max_seq_len=original)
+    args.max_seq_len = _context(args.rope_scaling, context)
     settings.ignore(*_NO_EFFECT)
     return validate_args(args, settings.file), stop_ids
 
@@ -170,9 +175,24 @@ def _refuse_other_architectures(settings: Settings) -> None:
     settings.refuse("position_embedding_type", "rope", "absolute")
 
 
-def _stretch(args: ModelArgs) -> float:
-    """By how much this kind of scaling lengthens the context that config.json states."""
-    return args.rope_scaling.factor if isinstance(args.rope_scaling, LinearScaling) else 1.0
+def _context(scaling: RopeScaling | None, stated: int) -> int:
+    """The context of a model whose config.json states one: some kinds of scaling lengthen it."""
+    match scaling:
+        case LinearScaling(factor):
+            return int(stated * factor)
+        case YarnScaling(factor, original) if stated <= original:
+            return int(original * factor)
+    return stated
+
+
+def _stated_context(args: ModelArgs) -> int:
+    """What config.json states, from which `_context` follows."""
+    match args.rope_scaling:
+        case LinearScaling(factor):
+            return int(args.max_seq_len / factor)
+        case DynamicScaling(_, original):
+            return original
+    return args.max_seq_len
 
 
 def _validate_names(found: WeightFiles, files: list[TensorFile]) -> None:
@@ -279,7 +299,7 @@ def _config(checkpoint: Checkpoint, dtype: torch.dtype, tokenizer: TokenizerFile
         "head_dim": args.head_dim,
         "hidden_act": "silu",
         "rms_norm_eps": args.norm_eps,
-        "max_position_embeddings": int(args.max_seq_len / _stretch(args)),
+        "max_position_embeddings": _stated_context(args),
         "rope_theta": args.rope_theta,
         "rope_scaling": None if scaling is None else rope_section(scaling),
         "vocab_size": args.vocab_size,

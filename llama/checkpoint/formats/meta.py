@@ -15,7 +15,7 @@ from ...files.json import json_bytes, read_json
 from ...files.tensor_file import TensorFile, read_tensor_file
 from ...files.writing import Plan
 from ...model import ModelArgs, check_divides
-from ...rotary import LinearScaling, Llama3Scaling, RopeScaling
+from ...rotary import DynamicScaling, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from ..arrays import Joined, Mapped
 from ..inventory import split_dim
 from ..opened import Checkpoint, assemble
@@ -182,6 +182,10 @@ def _context(args: ModelArgs) -> int:
             return 131072
         case LinearScaling(factor):
             return int(4096 * factor)
+        case YarnScaling(factor, original):
+            return int(original * factor)
+        case DynamicScaling(_, original):
+            return original
     if args.rope_theta == 500000.0:
         return 8192  # Llama 3
     if args.rope_theta > 10000.0:

@@ -112,7 +112,7 @@ def read_tokenizer(
 ) -> tuple[Tokenizer, ChatFormat, list[str]]:
     """The tokenizer, the chat format, and what to warn of; a thread does it while weights are read."""
     tokenizer = checkpoint.open_tokenizer(tokenizer_path)
-    warnings = check_vocabulary(tokenizer, checkpoint.args)
+    warnings = validate_vocabulary(tokenizer, checkpoint.args)
     return tokenizer, choose_format(chat_format, tokenizer), warnings
 
 
@@ -152,7 +152,7 @@ def make_engine(
     )
 
 
-def check_vocabulary(tokenizer: Tokenizer, args: ModelArgs) -> list[str]:
+def validate_vocabulary(tokenizer: Tokenizer, args: ModelArgs) -> list[str]:
     """Warns of a tokenizer that is larger than the model's table by tokens that text never becomes.
 
     It may be smaller, since tables are padded. Raises ValueError where text can become what the model does not have.

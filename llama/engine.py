@@ -83,7 +83,7 @@ class Engine:
         With `pooling` nothing is generated, and the completion has an embedding.
         """
         self._check_process()
-        self.check(query)
+        self.validate(query)
         params = query.params
         room = 0 if query.pooling else self.max_seq_len - len(query.tokens)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
@@ -196,7 +196,7 @@ class Engine:
             num_generated_tokens=self._num_generated_tokens,
         )
 
-    def check(self, query: Query) -> None:
+    def validate(self, query: Query) -> None:
         """Raises ValueError, in one line, for a query that can never run."""
         tokens = query.tokens
         if query.pooling not in (None, *POOLINGS):
@@ -218,7 +218,7 @@ class Engine:
             raise ValueError(
                 f"the prompt holds token {outside}, but the vocabulary has 0 ... {vocab_size - 1}"
             )
-        query.params.check(vocab_size)
+        query.params.validate(vocab_size)
 
     # ---- how it is done
 

@@ -344,10 +344,10 @@ class Llama:
             )
         return Query(tokens, params)
 
-    def check(self, query: Query) -> None:
+    def validate(self, query: Query) -> None:
         """Raises ValueError, in one line, for a query that can never run."""
         if query.refusal is None:
-            self.engine.check(query)
+            self.engine.validate(query)
 
     def share(self, value: Any) -> Any:
         """Rank 0's value, which JSON can hold, on every rank."""

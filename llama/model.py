@@ -153,7 +153,7 @@ class Transformer(nn.Module):
 
     def __init__(self, params: ModelArgs, parallel: ModelParallel = SINGLE):
         super().__init__()
-        check_divides(params, parallel.size)
+        validate_ranks(params, parallel.size)
         self.params = params
         self.parallel = parallel
         self.vocab_size = params.vocab_size
@@ -260,7 +260,7 @@ class Transformer(nn.Module):
         return self.logits(states).unflatten(0, (bsz, seqlen))
 
 
-def check_divides(args: ModelArgs, size: int) -> None:
+def validate_ranks(args: ModelArgs, size: int) -> None:
     """Raises ValueError unless every cut dimension divides by the number of ranks."""
     cut = {
         "heads": args.n_heads,

@@ -190,7 +190,7 @@ class SamplingParams:
             found["temperature"] = 0.0
         return replace(self, **missing | found) if missing else self
 
-    def check(self, vocab_size: int) -> None:
+    def validate(self, vocab_size: int) -> None:
         """Raise SamplingError for a token id that a vocabulary of this size lacks."""
         for name in ("logit_bias", "stop_token_ids"):
             for token in getattr(self, name):

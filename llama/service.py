@@ -50,7 +50,7 @@ class Call:
         parsed = parse(endpoint.body, body)
         queries = endpoint.prepare(llm, parsed)
         for query in queries:
-            llm.check(query)
+            llm.validate(query)
         return cls(endpoint, parsed, queries)
 
     @property

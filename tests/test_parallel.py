@@ -8,7 +8,7 @@ from support.ranks import forked, torchrun
 from support.tiny import tiny_args, tiny_weights
 
 from llama import Llama, SamplingParams
-from llama.model import check_divides
+from llama.model import validate_ranks
 from llama.parallel import SINGLE, start
 
 
@@ -82,7 +82,7 @@ def test_more_ranks_than_processes_are_refused_with_the_command_that_would_do():
 
 def test_ranks_that_cannot_share_the_heads_are_told_which_numbers_can():
     with pytest.raises(ValueError, match=r"3 ranks cannot share 8 heads.*runs on 1, 2, 4 rank"):
-        check_divides(tiny_args(), 3)
+        validate_ranks(tiny_args(), 3)
 
 
 def test_collectives_are_the_identity_on_one_rank():

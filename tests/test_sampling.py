@@ -778,10 +778,10 @@ def test_bad_contents_are_refused_with_the_one_that_is_bad(given, message):
 @pytest.mark.parametrize("given", [{"logit_bias": {100: 1.0}}, {"stop_token_ids": (2, 100)}])
 def test_a_token_outside_the_vocabulary_is_refused(given):
     params = SamplingParams(**given)
-    params.check(101)
+    params.validate(101)
     name = next(iter(given))
     with pytest.raises(SamplingError) as refused:
-        params.check(100)
+        params.validate(100)
     assert str(refused.value) == f"{name} must be made of ids from 0 to 99 (the vocabulary), got 100"
 
 

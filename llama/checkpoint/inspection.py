@@ -11,7 +11,7 @@ import torch
 
 from ..cache import CacheShape
 from ..device import choose_kv_dtype, free_memory
-from ..model import ModelArgs, check_divides
+from ..model import ModelArgs, validate_ranks
 from ..quantization import FORMATS
 from .formats import open_checkpoint
 from .inventory import expected_shapes, is_linear, split_dim
@@ -121,7 +121,7 @@ def estimate(
     pack the linears, of which the output layer is one even where it is the embedding, and leave embeddings and norms
     in 16 bits. Raises ValueError for a number of ranks that does not divide the model.
     """
-    check_divides(args, world_size)
+    validate_ranks(args, world_size)
     tokens = (max_seq_len or args.max_seq_len) * max_batch_size
     shape = CacheShape(args.n_layers, args.n_kv_heads // world_size, args.head_dim, args.sliding_window)
     free = free_memory(torch.device(device))

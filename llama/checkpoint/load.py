@@ -10,7 +10,7 @@ from torch import nn
 
 from ..files.errors import CheckpointError
 from ..linear import LoadsItself
-from ..model import Embedding, check_divides
+from ..model import Embedding, validate_ranks
 from .inventory import is_held, split_dim
 from .opened import Checkpoint
 from .weight import Weight
@@ -42,7 +42,7 @@ def load_weights(
     `progress` is called with the bytes done and the bytes in all. Raises CheckpointError, before anything is read,
     that names every missing, unexpected, duplicate and misshapen weight; ValueError for an uneven world size.
     """
-    check_divides(checkpoint.args, world_size)
+    validate_ranks(checkpoint.args, world_size)
     weights = match(model, checkpoint, rank, world_size)
     total, done = sum(weight.nbytes for weight in weights), 0
     target = torch.device(device)

@@ -27,7 +27,7 @@ REQUIRED = object()
 
 
 class Settings:
-    """The keys of one JSON object (or one GGUF header), each taken at most once; `unknown` is what nobody took."""
+    """The keys of one JSON object (or one GGUF header), each taken at most once; `unknown` are those left."""
 
     def __init__(self, values: dict[str, Any], file: Path, prefix: str = "") -> None:
         self.values = values

@@ -39,10 +39,10 @@ def verify(path: str | Path) -> Iterator[Finding]:
 
 
 def _checklists(folder: Path) -> Iterator[Finding]:
-    for place in (folder, folder.absolute().parent):
+    for directory in (folder, folder.absolute().parent):
         for name in CHECKLISTS:
-            if (place / name).is_file():
-                yield from _sums(place / name)
+            if (directory / name).is_file():
+                yield from _sums(directory / name)
 
 
 def _sums(checklist: Path) -> Iterator[Finding]:

@@ -18,7 +18,7 @@ SOURCES = (
     "lowbit_avx2.cpp",
     "lowbit_scalar.cpp",
 )
-FLAGS = (
+COMPILER_FLAGS = (
     *("-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"),
     # else gcc postpones the kernels' sums until all products are made, which do not fit in the registers
     *("-fno-tree-ter", "-fno-tree-reassoc"),
@@ -53,7 +53,7 @@ def extensions() -> list[Extension]:
             library_dirs=library_paths(),
             libraries=["torch_cpu"],
             define_macros=[("TORCH_TARGET_VERSION", "0x020a000000000000")],
-            extra_compile_args=list(FLAGS),
+            extra_compile_args=list(COMPILER_FLAGS),
             language="c++",
             optional=True,
             py_limited_api=True,

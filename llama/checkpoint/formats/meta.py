@@ -14,7 +14,7 @@ from ...files.errors import CheckpointError
 from ...files.json import json_bytes, read_json
 from ...files.tensor_file import TensorFile, read_tensor_file
 from ...files.writing import Plan
-from ...model import ModelArgs, check_divides
+from ...model import ModelArgs, validate_ranks
 from ...rotary import DynamicScaling, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from ..arrays import Joined, Mapped
 from ..inventory import split_dim
@@ -199,7 +199,7 @@ def plan_meta(
 ) -> Plan:
     """`shards` files in Meta's layout. Raises ValueError for a number that does not divide the model."""
     args, shards = checkpoint.args, shards or 1
-    check_divides(args, shards)
+    validate_ranks(args, shards)
     is_sentencepiece = tokenizer is not None and tokenizer.is_sentencepiece
     embedding_dim = 1 if is_sentencepiece else 0  # Llama 2's way, Llama 3's way
     weights = list(_with_output(checkpoint))

@@ -83,6 +83,10 @@ def assemble(
     for weight in weights:
         if by_name[weight.name] is not weight:
             raise CheckpointError(f"{weight.file}: {weight.name}: occurs twice")
+        if module_of(weight.name) and not weight.dtype.is_floating_point:
+            raise CheckpointError(
+                f"{weight.file}: {weight.name}: holds {weight.stored}, and the settings do not say what that means"
+            )
     if "output.weight" in by_name:
         tied = is_tied(by_name)
     if tied:

@@ -120,10 +120,16 @@ def test_a_config_beside_a_gguf_file_hides_it_only_where_there_are_other_weights
     assert_equal(state(tmp_path), others)
 
 
-@pytest.mark.parametrize("name", ["LLaMAForCausalLM", "LlamaModel", "MistralModel"])
-def test_other_names_of_the_architecture_load(tmp_path, name):
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        *(("llama", "LLaMAForCausalLM"), ("llama", "LlamaModel"), ("mistral", "MistralModel")),
+        *(("aquila", "AquilaModel"), ("xverse", "XverseForCausalLM")),
+    ],
+)
+def test_other_names_of_the_architecture_load(tmp_path, kind, name):
     args, weights = sample()
-    path = write_hf(tmp_path, args, weights, architectures=[name])
+    path = write_hf(tmp_path, args, weights, model_type=kind, architectures=[name])
     assert_equal(state(path), weights)
     assert open_checkpoint(path).has_head
 
@@ -144,3 +150,19 @@ def test_a_model_without_head_is_stored_without_prefix_too(tmp_path):
 def test_a_model_without_head_that_is_tied_has_one(tmp_path):
     args, weights = sample(tie_word_embeddings=True)
     assert open_checkpoint(write_hf(tmp_path, args, weights, architectures=["LlamaModel"])).has_head
+
+
+def test_scales_of_weights_are_not_scales_of_a_cache(tmp_path):
+    args, weights = sample()
+    write_hf(tmp_path, args, weights)
+    add(tmp_path, **{"model.layers.0.self_attn.q_proj.weight_scale": torch.ones(1)})
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight_scale is unexpected"):
+        loaded(tmp_path)
+
+
+def test_whole_numbers_that_no_setting_explains_are_refused(tmp_path):
+    args, weights = sample()
+    write_hf(tmp_path, args, weights)
+    add(tmp_path, **{"model.layers.0.self_attn.q_proj.weight": torch.ones(64, 64, dtype=torch.int8)})
+    with pytest.raises(CheckpointError, match=r"wq\.weight: holds int8, and the settings do not say"):
+        open_checkpoint(tmp_path)

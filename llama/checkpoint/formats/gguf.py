@@ -171,7 +171,7 @@ def _all_files(path: Path) -> list[Path]:
 def _weights(files: list[GGUFFile]) -> Iterator[Weight]:
     for file in files:
         for header in file.tensors.values():
-            if header.name == ROPE_FACTORS:
+            if header.name == ROPE_FACTORS or header.name.endswith(".attn_rot_embd.weight"):
                 continue
             name = rename(header.name, FROM_GGUF)
             yield Weight(name or header.name, array_of(file, header), file.path)

@@ -41,13 +41,20 @@ DEFAULTS: dict[str, dict[str, int]] = {
     # model_type: what transformers takes for keys that are not there
     "llama": {"max_position_embeddings": 2048},
     "mistral": {"max_position_embeddings": 131072, "num_key_value_heads": 8, "sliding_window": 4096},
+    # the same mathematics under other names
+    "aquila": {"max_position_embeddings": 2048},
+    "xverse": {"max_position_embeddings": 2048},
 }
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "LlamaModel", "MistralModel", "LLaMAForCausalLM")
+ARCHITECTURES = (
+    *("LlamaForCausalLM", "MistralForCausalLM", "LlamaModel", "MistralModel"),
+    *("LLaMAForCausalLM", "AquilaForCausalLM", "AquilaModel", "XverseForCausalLM"),
+)
 HEAD = "lm_head.weight"  # without it the embedding may be the output layer
 MAX_SHARD_SIZE = 5_000_000_000
 
 _WITHOUT_EFFECT = re.compile(  # tensors that the model does not use: buffers, scales of a cache in 8 bits
-    r"rotary_emb\.\w+$|self_attn\.(\w+\.)?\w+_(scale|zero_point)$|self_attn\.(masked_)?bias$"
+    r"rotary_emb\.\w+$|self_attn\.(masked_)?bias$"
+    r"|self_attn\.((\w+\.)?(k|v|kv|q|qkv|attn|prob)|[kv]_proj\.output)_(scale|zero_point)$"
 )
 _NO_EFFECT = (
     "_name_or_path", "torch_dtype", "dtype", "transformers_version", "use_cache", "initializer_range", "pretraining_tp",

@@ -23,7 +23,6 @@ from ..settings import REQUIRED, Settings, generation_config, rope_scaling, rope
 from ..tokenizer_files import TokenizerFiles, find_tokenizer
 from ..weight import Weight
 
-IGNORED = ("rope.freqs",)
 EMBEDDING = "tok_embeddings.weight"
 FACTOR_32 = {
     (2048, 16),
@@ -111,7 +110,7 @@ def _weights(args: ModelArgs, shards: list[TensorFile]) -> Iterator[Weight]:
         if difference := sorted(shard.tensors.keys() ^ first.tensors.keys()):
             raise CheckpointError(f"{shard.path}: {difference[0]}: is not in every shard of this directory")
     for name in first.tensors:
-        if name in IGNORED:
+        if name.endswith("rope.freqs"):
             continue
         pieces = tuple(Mapped(shard.tensors[name], shard.check) for shard in shards)
         shapes = [piece.shape for piece in pieces]

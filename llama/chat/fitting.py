@@ -38,11 +38,11 @@ def fit_dialog(
     chosen = choose_format(chat_format, tokenizer)
     start = len(dialog) - len(split_system(Prompt.of(dialog).messages)[1])
     later_turns = [i for i in range(start + 1, len(dialog)) if dialog[i]["role"] == "user"]
-    rests = [dialog[:], *(dialog[:start] + dialog[i:] for i in later_turns)]
+    rests = [dialog, *(dialog[:start] + dialog[i:] for i in later_turns)]
     first = bisect_left(rests, True, key=lambda rest: len(chosen.encode(rest)) <= max_tokens)
     if first == len(rests):
         num_tokens = len(chosen.encode(rests[-1]))
         raise DialogError(
             f"the last message takes {num_tokens} tokens with its format, only {max_tokens} fit; shorten it"
         )
-    return rests[first]
+    return list(rests[first])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..files.errors import CheckpointError
 from ..files.mapped import map_pages
+from ..kernels.formats import LowBitFormat
 
 
 class Array(ABC):
@@ -202,3 +204,46 @@ class Reordered(Array):
 
     def _view(self, dim: int, start: int, stop: int) -> Tensor:
         return self.reorder(self.array.read(dim, start, stop), self.head_dim)
+
+
+@dataclass(frozen=True)
+class LowBitMatrix(PackedArray):
+    """A matrix in blocks of one of FORMATS; `read` dequantizes it to float32."""
+
+    blocks: Array  # uint8 (rows, bytes of a row)
+    form: LowBitFormat
+
+    @property
+    def format(self) -> str:
+        return self.form.name
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.blocks.shape[0], self.blocks.shape[1] // self.form.block_bytes * self.form.block
+
+    @property
+    def stored(self) -> str:
+        return self.format
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes
+
+    def read(self, dim: int, start: int, stop: int) -> Tensor:
+        if dim == 0:
+            return self.form.dequantize(self.packed(0, start, stop))
+        return self.form.dequantize(self.packed(0, 0, self.shape[0])).narrow(1, start, stop - start)
+
+    def reordered(self, head_dim: int, reorder: Callable[[Tensor, int], Tensor]) -> LowBitMatrix:
+        return replace(self, blocks=self.blocks.reordered(head_dim, reorder))
+
+    def packed(self, dim: int, start: int, stop: int) -> Tensor:
+        if dim == 0:
+            return self.blocks.read(0, start, stop)
+        block, scale = self.form.block, self.form.block_bytes
+        if start % block or stop % block:
+            raise CheckpointError(
+                f"columns {start} to {stop} are not whole {self.format} blocks of {block}: "
+                "use fewer ranks, or another format"
+            )
+        return self.blocks.read(1, start // block * scale, stop // block * scale).contiguous()

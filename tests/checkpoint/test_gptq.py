@@ -26,26 +26,25 @@ METHODS = ["gptq", "gptq_v2", "awq"]
 compiled = pytest.mark.skipif(not library.AVAILABLE, reason="the kernels were not compiled")
 
 
-def pack(values: torch.Tensor, order=range(8)) -> torch.Tensor:
-    """int (n, m) of 0..15 -> int32 (n, m / 8), one number after the other."""
-    packed = torch.tensor(
-        [
-            [
-                sum(row[column + offset] << 4 * place for place, offset in enumerate(order))
-                for column in range(0, len(row), 8)
-            ]
-            for row in values.tolist()
-        ]
-    )
-    return torch.where(packed >= 2**31, packed - 2**32, packed).int()
+def pack(values: torch.Tensor, bits: int = 4, order=range(8)) -> torch.Tensor:
+    """int (n, m) below 2 ** bits -> int32 (n, m * bits / 32): each row one string of bits, eight numbers in `order`."""
+    rows = []
+    for row in values.tolist():
+        row = [row[first + offset] for first in range(0, len(row), 8) for offset in order]
+        string = sum(value << bits * place for place, value in enumerate(row))
+        words = [string >> first & 0xFFFFFFFF for first in range(0, len(row) * bits, 32)]
+        rows.append([word - 2**32 if word >= 2**31 else word for word in words])
+    return torch.tensor(rows, dtype=torch.int32)
 
 
-def quantize(outputs: int, inputs: int, group_size: int, method: str, act_order: bool, seed: int):
-    """Random four-bit parts of one linear, and the matrix (out, in) that they stand for, entry by entry."""
+def quantize(
+    outputs: int, inputs: int, group_size: int, method: str, act_order: bool, seed: int, bits: int = 4
+):
+    """Random quantized parts of one linear, and the matrix (out, in) that they stand for, entry by entry."""
     generator = torch.Generator().manual_seed(seed)
     num_groups = -(-inputs // group_size)
-    integers = torch.randint(0, 16, (inputs, outputs), generator=generator)
-    zeros = torch.randint(0, 16, (num_groups, outputs), generator=generator)
+    integers = torch.randint(0, 2**bits, (inputs, outputs), generator=generator)
+    zeros = torch.randint(0, 2**bits, (num_groups, outputs), generator=generator)
     scales = (torch.rand(num_groups, outputs, generator=generator) / 50 + 0.01).half()
     groups = torch.arange(inputs) // group_size
     if act_order:
@@ -53,10 +52,14 @@ def quantize(outputs: int, inputs: int, group_size: int, method: str, act_order:
     q, z, s, g = integers.tolist(), zeros.tolist(), scales.tolist(), groups.tolist()
     matrix = [[(q[i][o] - z[g[i]][o]) * s[g[i]][o] for i in range(inputs)] for o in range(outputs)]
     if method == "awq":
-        parts = {"qweight": pack(integers, AWQ_ORDER), "qzeros": pack(zeros, AWQ_ORDER)}
+        parts = {"qweight": pack(integers, order=AWQ_ORDER), "qzeros": pack(zeros, order=AWQ_ORDER)}
     else:
-        stored = zeros if method == "gptq_v2" else (zeros - 1) % 16
-        parts = {"qweight": pack(integers.T).T.contiguous(), "qzeros": pack(stored), "g_idx": groups.int()}
+        stored = zeros if method == "gptq_v2" else (zeros - 1) % 2**bits
+        parts = {
+            "qweight": pack(integers.T, bits).T.contiguous(),
+            "qzeros": pack(stored, bits),
+            "g_idx": groups.int(),
+        }
     return parts | {"scales": scales}, torch.tensor(matrix)
 
 
@@ -70,7 +73,9 @@ def write(path, method: str, group_size: int = 16, act_order: bool = False, shap
         if not name.endswith("_proj.weight"):
             stored[name] = matrices[name] = weight
             continue
-        parts, matrices[name] = quantize(*weight.shape, group_size, method, act_order, seed)
+        parts, matrices[name] = quantize(
+            *weight.shape, group_size, method, act_order, seed, config.get("bits", 4)
+        )
         stored |= {f"{name.removesuffix('.weight')}.{part}": tensor for part, tensor in parts.items()}
     quantization = {"quant_method": "awq" if method == "awq" else "gptq", "bits": 4, "group_size": group_size}
     quantization |= {} if method == "awq" else {"checkpoint_format": method}
@@ -125,16 +130,51 @@ def test_the_settings_may_lie_in_a_file_of_their_own(tmp_path):
 @pytest.mark.parametrize(
     ("method", "config", "message"),
     [
-        ("gptq", {"bits": 8}, "bits is 8, but only 4 are supported"),
         ("gptq", {"checkpoint_format": "marlin"}, "quantization 'gptq' in format 'marlin' is not supported"),
         ("awq", {"version": "gemv"}, "quantization 'awq' in format 'gemv' is not supported"),
-        ("awq", {"quant_method": "fp8"}, "quantization 'fp8' in format 'gptq' is not supported"),
+        (
+            "awq",
+            {"quant_method": "hqq"},
+            "quantization 'hqq' is not supported; gptq, awq, bitsandbytes, .*unquantized",
+        ),
     ],
 )
 def test_methods_that_are_not_known_are_refused(tmp_path, method, config, message):
     path, _ = write(tmp_path, method, **config)
     with pytest.raises(CheckpointError, match=message):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize(("method", "bits"), [("gptq", 5), ("awq", 8)])
+def test_numbers_of_bits_that_are_not_known_are_refused(tmp_path, method, bits):
+    path, _ = write(tmp_path, method)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["bits"] = bits
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=f"bits is {bits}, but .* can be read"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 8])
+def test_other_numbers_of_bits_are_dequantized_entry_by_entry(tmp_path, bits, act_order):
+    path, plain = write(tmp_path, "gptq", 64, act_order, shape=BLOCKS, bits=bits)
+    assert_same_weights(kept(path), loaded(plain))
+    assert packed_names(kept(path)) == set()
+    assert inspect(path).types[f"int{bits}"].packed == 0
+    assert_same_weights(kept(path, rank=1, world_size=2), loaded(plain, 1, 2))
+
+
+@compiled
+def test_eight_bits_around_their_middle_stay_packed(tmp_path):
+    path, _ = write(tmp_path, "gptq", 64, shape=BLOCKS, bits=8)
+    change(path, "qzeros", lambda tensor: torch.full_like(tensor, 0x7F7F7F7F))  # each 128, less one
+    model = kept(path)
+    assert packed_names(model) == LINEARS
+    assert {linear.format.name for linear in model.modules() if isinstance(linear, LowBitLinear)} == {
+        "sym_int8"
+    }
+    assert_same_weights(model, kept(path, "none"))
 
 
 @pytest.mark.parametrize(

@@ -308,7 +308,7 @@ def test_keys_that_are_not_there_mean_what_they_mean_to_transformers(tmp_path, t
         ({"final_logit_softcapping": 30.0}, r"final_logit_softcapping = 30\.0 is not supported"),
         ({"embedding_multiplier": 12.0}, r"embedding_multiplier = 12\.0 is not supported"),
         ({"layer_types": ["sliding_attention"]}, "layer_types = .* is not supported"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "quantization 'bitsandbytes'"),
+        ({"quantization_config": {"quant_method": "torchao"}}, "quantization 'torchao'"),
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"num_hidden_layers": 10**9}, "1000000000 layers"),
     ],

@@ -15,10 +15,10 @@ from ...files.writing import Plan, Writer
 from ..hub import resolve
 from ..opened import Checkpoint
 from .gguf import is_gguf, open_gguf_model, plan_gguf
-from .gptq import is_gptq, open_gptq
 from .huggingface import is_huggingface, open_huggingface, plan_huggingface
 from .lowbit import is_lowbit, open_lowbit, plan_lowbit
 from .meta import is_meta, open_meta, plan_meta
+from .quantized import is_quantized, open_quantized
 from .weight_files import verify_index
 
 
@@ -48,7 +48,7 @@ class Format:
 FORMATS = {
     "meta": Format(is_meta, open_meta, plan_meta, write_torch_file, ("dtype", "shards"), suffixes=(".pth",)),
     "lowbit": Format(is_lowbit, open_lowbit, plan_lowbit, write_safetensors, ("type",), verify_index),
-    "gptq": Format(is_gptq, open_gptq, verify=verify_index),
+    "quantized": Format(is_quantized, open_quantized, verify=verify_index),
     "hf": Format(
         is_huggingface,
         open_huggingface,

@@ -7,8 +7,8 @@ published layout of its format (`llama/kernels/formats.py`), (rows, bytes of a r
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from ...files.tensor_file import TensorFile
 from ...files.writing import Entry, Plan
 from ...kernels.formats import FORMATS, LowBitFormat
 from ...model import ModelArgs
-from ..arrays import Array, Mapped, PackedArray
+from ..arrays import Array, LowBitMatrix, Mapped
 from ..inventory import TO_HF, deinterleave, expected_shapes, is_linear, is_rotary, module_of, rename
 from ..opened import Checkpoint
 from ..packing import untied
@@ -38,49 +38,6 @@ from .huggingface import (
 )
 
 KEYS = ("quantization", "bigdl_transformers_low_bit")  # ours, BigDL-LLM's
-
-
-@dataclass(frozen=True)
-class LowBitMatrix(PackedArray):
-    """A matrix in blocks of one of FORMATS; `read` dequantizes it to float32."""
-
-    blocks: Array  # uint8 (rows, bytes of a row)
-    form: LowBitFormat
-
-    @property
-    def format(self) -> str:
-        return self.form.name
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.blocks.shape[0], self.blocks.shape[1] // self.form.block_bytes * self.form.block
-
-    @property
-    def stored(self) -> str:
-        return self.format
-
-    @property
-    def nbytes(self) -> int:
-        return self.blocks.nbytes
-
-    def read(self, dim: int, start: int, stop: int) -> Tensor:
-        if dim == 0:
-            return self.form.dequantize(self.packed(0, start, stop))
-        return self.form.dequantize(self.packed(0, 0, self.shape[0])).narrow(1, start, stop - start)
-
-    def reordered(self, head_dim: int, reorder: Callable[[Tensor, int], Tensor]) -> LowBitMatrix:
-        return replace(self, blocks=self.blocks.reordered(head_dim, reorder))
-
-    def packed(self, dim: int, start: int, stop: int) -> Tensor:
-        if dim == 0:
-            return self.blocks.read(0, start, stop)
-        block, scale = self.form.block, self.form.block_bytes
-        if start % block or stop % block:
-            raise CheckpointError(
-                f"columns {start} to {stop} are not whole {self.format} blocks of {block}: "
-                "use fewer ranks, or another format"
-            )
-        return self.blocks.read(1, start // block * scale, stop // block * scale).contiguous()
 
 
 def is_lowbit(path: Path) -> bool:

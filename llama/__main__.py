@@ -33,6 +33,7 @@ NAME = re.compile(r"[\w.-]+(/[\w.-]+)+(:[\w.-]+)?", re.ASCII)  # org/name, org/n
 Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)]
 
 USAGE_ERROR = typer.BadParameter.__base__  # click's, or that of the click inside typer, as the version has it
+INTERRUPTED = 130  # what typer returns where a command was ended by Ctrl-C
 
 
 class WrongCall(ValueError):
@@ -292,7 +293,8 @@ def main() -> None:
     """Runs the command line and exits: 0, 2 for a wrong call, 1 for whatever else a person can cause."""
     with running("llama"):
         try:
-            app(standalone_mode=False)
+            if app(standalone_mode=False) == INTERRUPTED:
+                raise KeyboardInterrupt
         except USAGE_ERROR as error:
             where = error.ctx.command_path if error.ctx else "llama"
             fail("llama", f"{error.format_message().rstrip('.')}; see '{where} --help'", 2)

@@ -180,6 +180,17 @@ def test_ctrl_c_ends_the_answer_and_not_the_conversation(checkpoint, capsys):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+def test_ctrl_c_ends_a_command_with_its_status_and_a_word(llama, checkpoint, monkeypatch):
+    def interrupted(*_):
+        yield "Once"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Llama, "stream_text", interrupted)
+    status, out, err = llama("complete", checkpoint, "--prompt", "quick fox", "--stream")
+    assert (status, out) == (130, "Once")
+    assert err.endswith("llama: stopped\n")
+
+
 def test_a_second_ctrl_c_ends_the_program():
     with terminal.Interrupt() as interrupt:
         signal.raise_signal(signal.SIGINT)

@@ -4,9 +4,11 @@
 inside a GGUF file (`llama.vocabulary` has the table of them); a file's content, never its name, says which it is. Three
 rules hold for all kinds:
 
-- Text never becomes a control token. What a user types as `</s>` or `<|eot_id|>` is encoded as ordinary text.
-- Control tokens have no text: `decode` leaves them out, as sentencepiece does. Tokens that were added to a
-  vocabulary without being marked as special (`<think>`, `<tool_call>`) are shown, but never come from text either.
+- Text never becomes a control token. What a user types as `</s>` or `<|eot_id|>` is encoded as ordinary text. An added
+  token controls where a file marks it as special, or where the model's chat template writes it (`<tool_call>`); any
+  other is a word, and found in text.
+- Control tokens have no text: `decode` leaves them out, as sentencepiece does. Those that no file marks as special are
+  shown.
 - `decode` is what a `StreamDecoder` shows, so that streamed text is decoded text.
 """
 

@@ -1,6 +1,8 @@
 """Every kind of vocabulary against the library that owns it, and against itself in another kind of file."""
 
+import os
 import unicodedata
+from pathlib import Path
 
 import gguf
 import pytest
@@ -170,6 +172,53 @@ def test_pre_tokenizers_cut_digits_and_contractions_as_their_models_do(tmp_path)
     assert pieces("deepseek-coder", "1234\n\n") == ["1", "2", "3", "4", "Ċ", "Ċ"]
     assert pieces("llama-bpe", "n'T n't\n\n") == ["n", "'", "T", "Ġ", "n", "'t", "ĊĊ"]
     assert pieces("default", "n't!!") == ["n", "'", "t", "!!"]  # punctuation first
+    assert pieces("midm-2.0", "1234 7") == ["12", "3", "4", "Ġ", "7"]
+    assert pieces("deepseek-v3", "1234 n't") == ["12", "3", "4", "Ġ", "n", "'t"]
+    assert pieces("deepseek-llm", "1234 7\n\n") == ["12", "34", "Ġ", "7", "Ċ", "Ċ"]
+    assert pieces("seed-coder", "1234!!\n\n") == ["1", "2", "3", "4", "!!", "ĊĊ"]
+    assert pieces("llama4", "1234 n't") == ["12", "3", "4", "Ġ", "n", "'t"]
+    assert pieces("viking", "1234 7!!") == ["1", "2", "3", "4", "Ġ", "7", "!!"]
+    assert pieces("superbpe", "1234 7") == ["1", "2", "34", "Ġ", "7"]  # threes from the right
+    assert pieces("minerva-7b", "1234 7") == ["1", "2", "3", "4", "Ġ", "7"]
+    assert pieces("megrez", "1234 7") == ["1", "2", "3", "4", "Ġ", "7"]
+    for pre in ("trillion", "mellum"):
+        assert pieces(pre, "1234 7") == ["12", "34", "Ġ7"]
+
+
+VECTORS = Path(os.environ.get("LLAMA_CPP_MODELS", "/nowhere"))
+
+
+@pytest.mark.skipif(
+    not VECTORS.is_dir(), reason="LLAMA_CPP_MODELS does not name llama.cpp's folder of vocabularies"
+)
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "command-r",
+            "deepseek-coder",
+            "deepseek-llm",
+            "falcon",
+            "gpt-2",
+            "llama-bpe",
+            "llama-spm",
+            "mpt",
+            "phi-3",
+        ),
+        *("qwen2", "qwen35", "refact", "starcoder"),
+    ],
+)
+def test_llama_cpps_own_vectors_are_met(name):
+    """Vocabularies, texts and ids that llama.cpp is tested with: models/ggml-vocab-* in its source.
+
+    They are in a package too: `pip download --no-deps --no-binary :all: llama-cpp-python`, under vendor/llama.cpp.
+    """
+    file = VECTORS / f"ggml-vocab-{name}.gguf"
+    texts = file.with_suffix(".gguf.inp").read_text(encoding="utf-8").split("\n__ggml_vocab_test__\n")
+    lines = file.with_suffix(".gguf.out").read_text().split("\n")
+    tokenizer = Tokenizer(file)
+    for text, line in zip(texts, lines, strict=True):
+        assert plain(tokenizer, text) == [int(id) for id in line.split()]
 
 
 # --- Unigram --------------------------------------------------------------------------------------------------------

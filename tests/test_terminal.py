@@ -346,17 +346,11 @@ def test_a_chat_whose_output_goes_through_a_pipe_still_shows_its_prompt(checkpoi
     assert "hello" not in output
 
 
-def test_closed_streams_cost_no_answer(checkpoint):
-    options = ["--prompt", "quick fox", "--max-tokens", "4", "--seed", "3"]
-    command = shlex.join([*LLAMA, "complete", str(checkpoint), *options])
-    done = subprocess.run(f"{command} <&- 2>&-", shell=True, stdout=subprocess.PIPE, cwd=ROOT)
-    assert done.returncode == 0
-    assert done.stdout.endswith(b"\n")
-
-
-def test_what_an_encoding_lacks_is_replaced(checkpoint):
+def test_closed_streams_and_what_an_encoding_lacks_cost_no_answer(checkpoint):
+    options = ["--prompt", "😀 é", "--echo", "--max-tokens", "1"]
     done = subprocess.run(
-        [*LLAMA, "complete", str(checkpoint), "--prompt", "😀 é", "--echo", "--max-tokens", "1"],
+        f"{shlex.join([*LLAMA, 'complete', str(checkpoint), *options])} <&- 2>&-",
+        shell=True,
         stdout=subprocess.PIPE,
         cwd=ROOT,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
@@ -390,21 +384,17 @@ EXAMPLES = ["example_chat_completion.py", "example_text_completion.py"]
 
 
 @pytest.mark.parametrize("script", EXAMPLES)
-def test_the_examples_take_the_references_flags(checkpoint, script):
+def test_the_examples_take_the_references_flags(checkpoint, script, monkeypatch, capsys):
     flags = (
         f"--ckpt_dir {checkpoint} --tokenizer_path {checkpoint.parent / 'tokenizer.model'} --temperature 0"
     )
     flags += " --max_seq_len 1000 --max_batch_size 6 --max_gen_len 4"
-    done = subprocess.run(
-        [sys.executable, str(ROOT / script), *flags.split()],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-    )
-    assert done.stdout.startswith("Loaded in ")
-    assert done.stdout.count("\n==================================\n") == {"c": 6, "t": 4}[script[8]]
-    assert "\n> " in done.stdout
+    monkeypatch.setattr(sys, "argv", [script, *flags.split()])
+    run_path(ROOT / script, run_name="__main__")
+    out = capsys.readouterr().out
+    assert out.startswith("Loaded in ")
+    assert out.count("\n==================================\n") == {"c": 6, "t": 4}[script[8]]
+    assert "\n> " in out
 
 
 @pytest.mark.parametrize(

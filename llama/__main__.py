@@ -24,6 +24,7 @@ app = typer.Typer(
     name="llama",
     help="Runs Llama models. MODEL is any checkpoint: a directory, a .gguf file; left out, the embedded default.",
     no_args_is_help=True,
+    rich_markup_mode="markdown",  # the lines of a docstring flow
     add_completion=False,
     pretty_exceptions_enable=False,
 )

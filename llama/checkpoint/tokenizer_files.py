@@ -8,10 +8,10 @@ from typing import Any
 from ..files.gguf import Value
 from ..files.json import json_bytes
 from ..tokenizer import Tokenizer
-from ..vocabulary import TokenType
+from ..vocabulary import TokenType, Vocabulary
 from ..vocabulary.gguf import as_value
-from ..vocabulary.sentencepiece import write_proto
-from ..vocabulary.tiktoken import is_ranked, write_ranks
+from ..vocabulary.sentencepiece import with_added_pieces, write_proto
+from ..vocabulary.tiktoken import SPECIAL, is_ranked, write_ranks
 from ..vocabulary.tokenizer_json import write_spec
 
 NAMES = ("tokenizer.model", "tokenizer.json")
@@ -39,10 +39,11 @@ class TokenizerFiles:
         self.warnings: list[str] = []
         beside = path.parent / "tokenizer.model"
         self._proto: bytes | None = None
+        self._tokens = self.tokenizer.codec.tokens
         if self.tokenizer.sp_model is not None:
-            self._proto = self.tokenizer.sp_model.serialized_model_proto()
+            self._proto = with_added_pieces(self.tokenizer.sp_model.serialized_model_proto(), self._tokens)
         elif self.tokenizer.kind == "tokenizer.json" and beside.is_file():
-            self._proto = _sentencepiece(beside)
+            self._proto = _sentencepiece(beside, self._tokens)
 
     @property
     def is_sentencepiece(self) -> bool:
@@ -59,9 +60,9 @@ class TokenizerFiles:
 
     def for_meta(self) -> dict[str, bytes]:
         """`tokenizer.model`, sentencepiece's or tiktoken's; where neither can say it, Hugging Face's files."""
-        template = (
-            {"tokenizer_config.json": json_bytes(self._config())} if self.tokenizer.chat_template else {}
-        )
+        config = self._config()
+        says_more = {"chat_template", "added_tokens_decoder", "legacy"} & config.keys()
+        template = {"tokenizer_config.json": json_bytes(config)} if says_more else {}
         if self.tokenizer.kind == "tiktoken":
             return {"tokenizer.model": self.path.read_bytes()} | template
         if self.is_sentencepiece:
@@ -91,6 +92,14 @@ class TokenizerFiles:
     def for_gguf(self, vocab_size: int, stop_ids: tuple[int, ...]) -> dict[str, Value]:
         """The `tokenizer.*` metadata, with as many tokens as the embedding has rows."""
         fields = dict(self.tokenizer.gguf_metadata())
+        if self._tokens.prefix in ("first", "never"):
+            self.warnings.append(
+                "GGUF puts a space in front of every text; this tokenizer does not between control tokens"
+            )
+        if any(map(any, self._tokens.matching.values())):
+            self.warnings.append(
+                "GGUF cannot say that added tokens take white space along, or are whole words"
+            )
         tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
         if len(tokens) > vocab_size:
             self.warnings.append(
@@ -120,9 +129,29 @@ class TokenizerFiles:
             "clean_up_tokenization_spaces": False,
         }
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        if (prefix := self._tokens.prefix) is not None:
+            config["tokenizer_class"] = "LlamaTokenizer"
+            config |= {"legacy": prefix == "always", "add_prefix_space": prefix != "never"}
+        if added := self._added():
+            config["added_tokens_decoder"] = added
         if tokenizer.chat_template is not None:
             config["chat_template"] = tokenizer.chat_template
         return config
+
+    def _added(self) -> dict[str, dict[str, Any]]:
+        """Tokens that a file of pieces or ranks cannot say: those found in a special way, or under another name."""
+        is_known = SPECIAL.__contains__ if self.tokenizer.kind == "tiktoken" else lambda token: True
+        return {
+            str(id): {
+                **{
+                    "content": self._tokens.tokens[id],
+                    "special": self._tokens.types[id] == TokenType.CONTROL,
+                },
+                **matching._asdict(),
+            }
+            for id, matching in self._tokens.matching.items()
+            if any(matching) or not is_known(self._tokens.tokens[id])
+        }
 
     def _proto_from_pieces(self) -> bytes:
         """A sentencepiece model from a tokenizer.json of pieces."""
@@ -132,7 +161,8 @@ class TokenizerFiles:
         return write_proto(vocabulary, ids)
 
 
-def _sentencepiece(path: Path) -> bytes | None:
-    """The sentencepiece model at `path`; None for a file of another kind."""
-    model = Tokenizer(str(path)).sp_model
-    return None if model is None else path.read_bytes()
+def _sentencepiece(path: Path, vocabulary: Vocabulary) -> bytes | None:
+    """The sentencepiece model at `path`, with what `vocabulary` adds; None for a file of another kind."""
+    if Tokenizer(path).sp_model is None:
+        return None
+    return with_added_pieces(path.read_bytes(), vocabulary)

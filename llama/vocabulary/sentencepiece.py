@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,8 @@ BPE = 2
 def from_sentencepiece(path: Path) -> tuple[Codec, Controls]:
     """The model in a file, with what the files beside it say."""
     proto, beside = path.read_bytes(), read_beside(path.parent)
-    codec = SentencePiece(
-        proto, read_proto(proto).with_added(beside.added), beside.chat_template, beside.prefix
-    )
+    vocabulary = replace(read_proto(proto), prefix=beside.prefix).with_added(beside.added)
+    codec = SentencePiece(proto, vocabulary, beside.chat_template)
     model = codec.sp_model
     controls = Controls(model.bos_id(), model.eos_id(), model.pad_id(), add_bos=True)
     return codec, beside.controls(controls, codec.special_tokens)
@@ -48,7 +48,7 @@ class SentencePiece:
         from sentencepiece import SentencePieceProcessor
 
         self.sp_model = SentencePieceProcessor(model_proto=proto)
-        self._vocabulary = vocabulary
+        self.tokens = vocabulary
         self._is_bpe = trainer_type(proto) == BPE
         self._unknown: str = self.sp_model.decode([self.sp_model.unk_id()])
         self.n_words = len(vocabulary.tokens)
@@ -57,8 +57,7 @@ class SentencePiece:
         hidden = {id for id in self.special_tokens.values() if id < held and not self.sp_model.is_control(id)}
         hiding = with_control_pieces(proto, hidden) if hidden else proto
         self._encode = SentencePieceProcessor(model_proto=hiding).encode if hidden else self.sp_model.encode
-        self._prefix = prefix
-        if prefix is not None:  # of a field that stands twice the parts count that come last
+        if vocabulary.prefix is not None:  # of a field that stands twice the parts count that come last
             bare = hiding + _field(3, _field(3, False))
             self._encode_bare = SentencePieceProcessor(model_proto=bare).encode
         self._cutter = needed_cutter(vocabulary, self.special_tokens)
@@ -68,7 +67,7 @@ class SentencePiece:
         for number, piece in enumerate(self._cutter.cut(pieces) if self._cutter else pieces):
             if isinstance(piece, int):
                 ids.append(piece)
-            elif self._prefix is None or self._is_spaced(piece, number):
+            elif self.tokens.prefix is None or self._is_spaced(piece, number):
                 ids += self._encode(piece)
             else:
                 ids += self._encode_bare(piece)
@@ -76,24 +75,24 @@ class SentencePiece:
 
     def _is_spaced(self, text: str, number: int) -> bool:
         """Whether transformers puts a space in front of this piece of a prompt."""
-        place = self._prefix == "always" or (self._prefix == "first" and number == 0)
+        place = self.tokens.prefix == "always" or (self.tokens.prefix == "first" and number == 0)
         return place and not text.startswith((" ", "▁"))
 
     def token_bytes(self, id: int) -> bytes:
-        type = self._vocabulary.types[id]
+        type = self.tokens.types[id]
         if type == TokenType.UNKNOWN:
             return self._unknown.encode()
-        return piece_bytes(self._vocabulary.tokens[id], type)
+        return piece_bytes(self.tokens.tokens[id], type)
 
     def stream(self) -> PieceStream:
-        return PieceStream(self._vocabulary, unknown=self._unknown)
+        return PieceStream(self.tokens, unknown=self._unknown)
 
     def vocabulary(self) -> Vocabulary:
         if not self._is_bpe:
             raise TokenizerError(
                 "this sentencepiece model is not BPE: a GGUF vocabulary cannot tokenize like it"
             )
-        return self._vocabulary
+        return self.tokens
 
 
 # --- the file -----------------------------------------------------------------------------------------------------
@@ -145,6 +144,16 @@ def with_control_pieces(proto: bytes, ids: set[int]) -> bytes:
     control = _field(3, TokenType.CONTROL)  # a second value of a protobuf field overrides the first
     parts = [_field(1, piece + control * (id in ids)) for id, piece in enumerate(pieces)]
     return b"".join(parts + [_field(number, value) for number, value in fields if number != 1])
+
+
+def with_added_pieces(proto: bytes, vocabulary: Vocabulary) -> bytes:
+    """The ModelProto with the tokens that `vocabulary` has beyond it, and its control tokens marked as such."""
+    held = read_proto(proto).types
+    rows = zip(vocabulary.tokens[len(held) :], vocabulary.types[len(held) :], strict=True)
+    added = b"".join(_piece(token.encode(), 0.0, type) for token, type in rows)
+    marked = {id for id in vocabulary.of_type(TokenType.CONTROL).values() if id < len(held)}
+    marked -= {id for id, type in enumerate(held) if type == TokenType.CONTROL}
+    return (with_control_pieces(proto, marked) if marked else proto) + added
 
 
 def _piece(token: bytes, score: float, type: int) -> bytes:

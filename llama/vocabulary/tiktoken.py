@@ -58,13 +58,13 @@ class Tiktoken:
         control = [AddedToken(token, id, special=True) for id, token in enumerate(SPECIAL, len(ranks))]
         tokens = ["".join(CHAR_OF_BYTE[byte] for byte in token) for token in ranks]
         base = Vocabulary("bpe", tokens, [int(TokenType.NORMAL)] * len(tokens), pre="llama-bpe")
-        self._vocabulary = base.with_added([*control, *added])
-        self.n_words = len(self._vocabulary.tokens)
-        self.special_tokens = self._vocabulary.special_tokens(chat_template)
+        self.tokens = base.with_added([*control, *added])
+        self.n_words = len(self.tokens.tokens)
+        self.special_tokens = self.tokens.special_tokens(chat_template)
         self._model = tiktoken.Encoding(
             "llama3", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens=self.special_tokens
         )
-        self._cutter = needed_cutter(self._vocabulary, self.special_tokens)
+        self._cutter = needed_cutter(self.tokens, self.special_tokens)
 
     def encode(self, pieces: Sequence[Piece]) -> list[int]:
         ids: list[int] = []
@@ -78,16 +78,16 @@ class Tiktoken:
     def token_bytes(self, id: int) -> bytes:
         if id < len(self._ranks):
             return self._model.decode_single_token_bytes(id)
-        shown = self._vocabulary.types[id] == TokenType.USER_DEFINED
-        return self._vocabulary.tokens[id].encode() if shown else b""
+        shown = self.tokens.types[id] == TokenType.USER_DEFINED
+        return self.tokens.tokens[id].encode() if shown else b""
 
     def stream(self) -> ByteStream:
         return ByteStream(self.token_bytes)
 
     def vocabulary(self) -> Vocabulary:
-        names = dict(zip(self._ranks, self._vocabulary.tokens, strict=False))
+        names = dict(zip(self._ranks, self.tokens.tokens, strict=False))
         merges = [f"{names[left]} {names[right]}" for left, right in self._merges()]
-        return replace(self._vocabulary, merges=merges)
+        return replace(self.tokens, merges=merges)
 
     def _merges(self) -> Iterator[tuple[bytes, bytes]]:
         """tiktoken joins any two neighbours that make a token, the lowest rank first: so every split is a merge."""

@@ -54,10 +54,9 @@ class Tokenizers:
         cuts_long_runs: bool = False,
     ) -> None:
         """`vocabulary`: that of `source`, and what was added to it elsewhere."""
-        self._source, self._vocabulary = source, vocabulary
-        self._tokens, self._types = vocabulary.tokens, vocabulary.types
+        self._source, self.tokens = source, vocabulary
         self._cuts_long_runs = cuts_long_runs
-        self.n_words = len(self._tokens)
+        self.n_words = len(vocabulary.tokens)
         self.special_tokens = vocabulary.special_tokens(chat_template)
         self._names = Names(self.special_tokens)
         self._model, self._ids = source.library(vocabulary, self.special_tokens, self._names)
@@ -83,7 +82,7 @@ class Tokenizers:
         return [self._ids.get(id, id) for id in ids] if self._ids else ids
 
     def token_bytes(self, id: int) -> bytes:
-        token, type = self._tokens[id], self._types[id]
+        token, type = self.tokens.tokens[id], self.tokens.types[id]
         if type in (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.UNUSED):
             return b""
         if not self._source.is_byte_level:
@@ -98,10 +97,10 @@ class Tokenizers:
     def stream(self) -> ByteStream | PieceStream:
         if self._source.is_byte_level:
             return ByteStream(self.token_bytes)
-        return PieceStream(self._vocabulary, unknown="")
+        return PieceStream(self.tokens, unknown="")
 
     def vocabulary(self) -> Vocabulary:
-        return self._source.full(self._vocabulary)
+        return self._source.full(self.tokens)
 
 
 class TokenizerJson:
@@ -153,7 +152,11 @@ class TokenizerJson:
         if unknown is not None and not self.is_byte_level:
             types[unknown] = int(TokenType.UNKNOWN)
         kind = "bpe" if self.is_byte_level else "spm"
-        base = Vocabulary(kind, tokens, types, add_space_prefix=add_space_prefix)
+        steps = _steps(self.spec.get("pre_tokenizer"), "pretokenizers")
+        prefix = next(
+            (step.get("prepend_scheme", "always") for step in steps if step["type"] == "Metaspace"), None
+        )
+        base = Vocabulary(kind, tokens, types, add_space_prefix=add_space_prefix, prefix=prefix)
         added = self.spec.get("added_tokens") or []
         return base.with_added(AddedToken.from_json(token, token["id"]) for token in added)
 
@@ -330,6 +333,13 @@ def _pieces_spec(vocabulary: Vocabulary) -> dict[str, Any]:
     prepend = [{"type": "Prepend", "prepend": "▁"}] if vocabulary.add_space_prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if vocabulary.add_space_prefix else []
     spaces = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    steps = {
+        "normalizer": {"type": "Sequence", "normalizers": [*prepend, spaces]},
+        "pre_tokenizer": None,
+        "decoder": _piece_decoder(*strip),
+    }
+    if vocabulary.prefix is not None:
+        steps = _llama_steps(vocabulary.prefix)
     return {
         "version": "1.0",
         "truncation": None,
@@ -337,10 +347,8 @@ def _pieces_spec(vocabulary: Vocabulary) -> dict[str, Any]:
         "added_tokens": _added_tokens(
             vocabulary, TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED
         ),
-        "normalizer": {"type": "Sequence", "normalizers": [*prepend, spaces]},
-        "pre_tokenizer": None,
+        **steps,
         "post_processor": None,
-        "decoder": _piece_decoder(*strip),
         "model": {
             "type": "BPE",
             "dropout": None,

@@ -48,6 +48,7 @@ class Vocabulary:
     merges: list[str] = field(default_factory=list)
     pre: str = "default"
     add_space_prefix: bool = False
+    prefix: str | None = None  # before which texts transformers puts that space: "always", "first", "never"
     remove_extra_whitespaces: bool = False
     charsmap: bytes = b""  # sentencepiece's compiled normalisation; empty in Meta's files
     matching: Mapping[int, Matching] = field(
@@ -122,9 +123,13 @@ class Stream(Protocol):
 
 
 class Codec(Protocol):
-    """One way to tokenize. Ids run from 0 to n_words - 1; `special_tokens` are those that text never becomes."""
+    """One way to tokenize. Ids run from 0 to n_words - 1; `special_tokens` are those that text never becomes.
+
+    `tokens` has every token, with its type and how it is found, but not always what else a vocabulary has.
+    """
 
     n_words: int
+    tokens: Vocabulary
     special_tokens: dict[str, int]
     sp_model: SentencePieceProcessor | None
 

@@ -26,11 +26,12 @@ from support.checkpoints import (
     write_meta,
     write_sentencepiece,
 )
+from support.vocabularies import train_sentencepiece
 
 from llama.checkpoint import CheckpointError, convert, default_model, legacy_source, open_checkpoint, verify
 from llama.checkpoint.conversion import parse_size
 from llama.checkpoint.formats.meta import hidden_rounding
-from llama.checkpoint.tokenizer_files import TokenizerFiles
+from llama.checkpoint.tokenizer_files import TokenizerFiles, find_tokenizer
 from llama.files.gguf import write_gguf as write_container
 from llama.files.staging import staged
 from llama.files.writing import Entry
@@ -621,3 +622,43 @@ def test_the_old_converters_arguments_find_the_directory(tmp_path):
 def test_a_byte_vocabulary_of_the_tests_has_one_type_for_each_token():
     vocabulary = byte_vocabulary(264)
     assert len(vocabulary.tokens) == len(vocabulary.types) == len(vocabulary.scores) == 264
+
+
+def tokenizer_directory(folder):
+    """A sentencepiece model with tokens that only tokenizer_config.json adds, as fine-tunes of 2023 have them."""
+    (folder / "tokenizer.model").write_bytes(train_sentencepiece())
+    size = Tokenizer(folder / "tokenizer.model").n_words
+    words = [("<|im_start|>", True, False), ("<|im_end|>", True, True), ("glucosamine", False, False)]
+    added = {
+        str(size + place): {"content": token, "special": special, "rstrip": rstrip}
+        for place, (token, special, rstrip) in enumerate(words)
+    }
+    config = {"tokenizer_class": "LlamaTokenizer", "legacy": False, "add_bos_token": True, "bos_token": "<s>"}
+    config |= {"eos_token": "<|im_end|>", "added_tokens_decoder": added}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder / "tokenizer.model"
+
+
+@pytest.mark.parametrize("to", ["meta", "huggingface", "gguf"])
+def test_tokens_that_only_a_config_adds_are_written(tmp_path, to):
+    (tmp_path / "from").mkdir()
+    (tmp_path / "to").mkdir()
+    path = tokenizer_directory(tmp_path / "from")
+    before, files = Tokenizer(path), TokenizerFiles(path)
+    if to == "gguf":
+        after = tmp_path / "to" / "model.gguf"
+        write_container(after, [], files.for_gguf(before.n_words, ()), lambda done: None)
+        assert any("white space" in warning for warning in files.warnings)
+    else:
+        for name, content in (files.for_meta() if to == "meta" else files.for_huggingface()).items():
+            (tmp_path / "to" / name).write_bytes(content)
+        after = find_tokenizer(tmp_path / "to", ("tokenizer.json", "tokenizer.model"))
+    after = Tokenizer(after)
+    for name in ("n_words", "bos_id", "eos_id", "add_bos", "special_tokens", "stop_ids"):
+        assert getattr(after, name) == getattr(before, name)
+    start, end = before.special_tokens["<|im_start|>"], before.eos_id
+    pieces = [start, "hello the quick glucosamine", end, "  world", before.bos_id, "it's"]
+    if to != "gguf":  # which says neither
+        assert after.encode_pieces(pieces) == before.encode_pieces(pieces)
+    assert after.encode_pieces(["a glucosamine"]) == before.encode_pieces(["a glucosamine"])
+    assert after.decode(before.encode_pieces(pieces)) == before.decode(before.encode_pieces(pieces))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +34,8 @@ class AnyLinear(Protocol):
     def join(self, linears: Sequence[Self]) -> Self:
         """A new linear over all rows of `linears`, none of them prepared; their weights are copied once."""
 
-    def join_in(self, joint: Self) -> None:
-        """Lets go of the own weight, as far as `joint`, prepared, holds its rows in another layout."""
+    def join_in(self, joint: Self, rows: slice) -> None:
+        """Gives up the own weight: it is these rows of `joint`, which is prepared. The state dict still has it."""
 
 
 class StoredWeight(Protocol):
@@ -78,8 +78,8 @@ def in_tiles(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, n
 class Linear(nn.Module):
     """`x @ weight.T + bias`, weight (out_features, in_features).
 
-    A weight that only `forward` reads can be handed to `prepare`, which stores it in the order that the
-    processor multiplies fastest; `weight` is None from then on.
+    `prepare` may store the weight in the order that the processor multiplies fastest; `weight` is None from then on.
+    `plain`, and with it `state_dict`, always gives it in its own order; weights are loaded before `prepare`.
     """
 
     kind = "plain"
@@ -91,6 +91,9 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.blocked: torch.Tensor | None = None
+        self.joined: tuple[Linear, slice] | None = (
+            None  # what holds the weight, and where; no child of this module
+        )
         self.fixed_rows: int | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -118,20 +121,41 @@ class Linear(nn.Module):
 
     @classmethod
     def join(cls, linears: Sequence[Linear]) -> Linear:
-        """One linear over all their rows. Their weights become row views of its weight (one copy is made)."""
+        """One linear over all their rows. What they hold becomes row views of what it holds (one copy is made)."""
         joint = cls(linears[0].in_features, sum(linear.out_features for linear in linears))
         sizes = [linear.out_features for linear in linears]
-        joint.weight = nn.Parameter(torch.cat([linear.weight for linear in linears]), requires_grad=False)
-        for linear, rows in zip(linears, joint.weight.split(sizes), strict=True):
-            linear.weight = nn.Parameter(rows, requires_grad=False)
-        if linears[0].bias is not None:
-            joint.bias = nn.Parameter(torch.cat([linear.bias for linear in linears]), requires_grad=False)
+        for name in ("weight", "bias") if linears[0].bias is not None else ("weight",):
+            whole = torch.cat([linear.get_parameter(name) for linear in linears])
+            setattr(joint, name, nn.Parameter(whole, requires_grad=False))
+            for linear, rows in zip(linears, whole.split(sizes), strict=True):
+                setattr(linear, name, nn.Parameter(rows, requires_grad=False))
         return joint
 
-    def join_in(self, joint: Linear) -> None:
+    def join_in(self, joint: Linear, rows: slice) -> None:
         """Gives up the own weight where `joint`, which it was joined into, no longer has a plain one."""
         if joint.weight is None:
-            self.weight = None
+            self.weight, self.joined = None, (joint, rows)
+
+    def plain(self, rows: slice = slice(None)) -> torch.Tensor:
+        """Rows of the weight in their own order: a copy where only the processor's order is held, else a view."""
+        if self.weight is not None:
+            return self.weight[rows]
+        if self.joined is not None:
+            joint, of_joint = self.joined
+            return joint.plain(of_joint)[rows]
+        return self.blocked.to_dense()[rows].clone()
+
+    def _save_to_state_dict(self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.weight is None:
+            destination[prefix + "weight"] = self.plain()
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.weight is None:
+            args[-1].append(
+                f"{prefix}weight is prepared for its product; weights are loaded before `prepare`"
+            )
 
 
 class Joint:
@@ -167,5 +191,7 @@ class Joint:
                 linear.prepare(fixed_rows)
         else:
             self.joint = linears[0].join(linears).prepare(fixed_rows)
+            first = 0
             for linear in linears:
-                linear.join_in(self.joint)
+                linear.join_in(self.joint, slice(first, first + linear.out_features))
+                first += linear.out_features

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +69,9 @@ class LowBitLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
         self.product: Product = product_in_chunks
         self.fixed_rows: int | None = None
+        self.joined: tuple[LowBitLinear, slice] | None = (
+            None  # what holds the weight, and where; no child of this
+        )
         self.variant = "auto"  # one of kernels.lowbit.variants(), to have every product computed in that way
 
     @classmethod
@@ -124,9 +128,14 @@ class LowBitLinear(nn.Module):
         bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
         return cls.from_packed(linears[0].kind, torch.cat([linear.plain() for linear in linears]), bias)
 
-    def join_in(self, joint: LowBitLinear) -> None:
-        """Gives up the own weight, which `joint` now holds."""
-        self.weight = self.weight.new_empty(0)
+    def join_in(self, joint: LowBitLinear, rows: slice) -> None:
+        """Gives up the own weight, which `joint` now holds: a view of it, or nothing where that is rearranged."""
+        if joint.prepared:
+            self.weight, self.joined = self.weight.new_empty(0), (joint, rows)
+        else:
+            self.weight = joint.weight[rows]
+        if self.bias is not None:
+            self.bias = joint.bias[rows]
 
     @property
     def prepared(self) -> bool:
@@ -148,11 +157,14 @@ class LowBitLinear(nn.Module):
             self.variant = library.instruction_sets()[0]
         return self
 
-    def plain(self) -> Tensor:
-        """The weight in the published layout, uint8 (out_features, bytes): a copy if prepared, else itself."""
+    def plain(self, rows: slice = slice(None)) -> Tensor:
+        """Rows of the weight in the published layout, uint8 (rows, bytes): a copy if rearranged, else a view."""
+        if self.joined is not None:
+            joint, of_joint = self.joined
+            return joint.plain(of_joint)[rows]
         if not self.prepared:
-            return self.weight
-        return lowbit.from_tiles(self.weight, self.format, self.out_features, self.in_features)
+            return self.weight[rows]
+        return lowbit.from_tiles(self.weight, self.format, self.out_features, self.in_features, rows)
 
     def dequantize(self) -> Tensor:
         """The weight as float32 (out_features, in_features)."""
@@ -168,10 +180,13 @@ class LowBitLinear(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination[prefix + "weight"] = self.plain()
 
-    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
         if self.prepared and prefix + "weight" in state_dict:  # what arrives is in the published layout
             shape = (self.out_features, self.format.packed_columns(self.in_features))
             self.weight, self.product = self.weight.new_empty(shape), product_in_chunks
+        if self.joined is not None:
+            args[-1].append(f"{prefix}weight is part of a joint product; weights are loaded before `prepare`")
+            return
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from llama.kernels import library
 from llama.linear import Joint, Linear, LoadsItself
 from llama.quantization import LowBitLinear
 
@@ -34,7 +35,7 @@ def lowbit(rows: int, format: str = "sym_int4") -> LowBitLinear:
 KINDS = {
     "plain": lambda: {"a": plain(8), "b": plain(24), "c": plain(3)},
     "with biases": lambda: {"a": plain(8, bias=True), "b": plain(24, bias=True)},
-    "low-bit": lambda: {"a": lowbit(16), "b": lowbit(5)},
+    "low-bit": lambda: {"a": lowbit(5), "b": lowbit(16), "c": lowbit(40)},
     "of two formats": lambda: {"a": lowbit(16), "b": lowbit(5, "q8_0")},
     "of two kinds": lambda: {"a": lowbit(16), "b": plain(5)},
     "alone": lambda: {"a": plain(8)},
@@ -86,3 +87,44 @@ def test_weights_are_freed_with_their_layer_and_wait_for_no_collector():
 def test_low_bit_linears_load_themselves_and_plain_ones_are_assigned():
     assert isinstance(lowbit(8), LoadsItself)
     assert not isinstance(plain(8), LoadsItself)
+
+
+def blocked(linear: Linear, fixed_rows: int | None = None) -> Linear:
+    """What `prepare` does where the processor computes in bfloat16."""
+    linear.blocked = torch.ops.mkldnn._reorder_linear_weight(linear.weight, 32)
+    linear.weight = None
+    return linear
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("is_blocked", [False, True], ids=["", "in the processor's order"])
+def test_the_state_of_prepared_linears_is_what_they_were_loaded_with(kind, is_blocked, monkeypatch):
+    layer = Layer(**kind())
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    if is_blocked:
+        if not torch.backends.mkldnn.is_available():
+            pytest.skip("torch was built without oneDNN")
+        monkeypatch.setattr(Linear, "prepare", blocked)
+    layer.joint.prepare()
+    after = layer.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.skipif(not library.AVAILABLE, reason="the kernels were not compiled")
+@pytest.mark.parametrize("kind", [KINDS["low-bit"], KINDS["plain"]], ids=["low-bit", "plain"])
+def test_what_is_held_in_another_order_is_not_loaded_over(kind, monkeypatch):
+    layer = Layer(**kind())
+    state = layer.state_dict()
+    monkeypatch.setattr(Linear, "prepare", blocked)
+    layer.joint.prepare()
+    with pytest.raises(RuntimeError, match=r"a\.weight is .* weights are loaded before `prepare`"):
+        layer.load_state_dict(state)
+
+
+def test_the_parts_of_a_joint_that_is_not_rearranged_are_views_of_it():
+    layer = Layer(a=plain(8, bias=True), b=plain(24, bias=True))
+    layer.joint.prepare()
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    layer.load_state_dict({name: torch.ones_like(tensor) for name, tensor in layer.state_dict().items()})
+    torch.testing.assert_close(layer.joint(x), (x.sum(-1, keepdim=True) + 1).expand(-1, 32))

@@ -58,6 +58,16 @@ def test_a_quantized_model_computes_with_its_dequantized_weights(source, format)
         assert error < (logits(build(source)) - expected).norm() / expected.norm()
 
 
+def test_the_state_of_a_built_model_has_every_weight_in_the_published_layout(source):
+    checkpoint = untied(open_checkpoint(source))
+    weights = {weight.name: weight.read().float() for weight in checkpoint.weights()}
+    found = build(source, quantization="sym_int4").model.state_dict()
+    assert found.keys() == weights.keys()
+    for name, weight in weights.items():
+        is_packed = name.removesuffix(".weight") in packed_modules(checkpoint, "sym_int4")
+        assert torch.equal(found[name], FORMATS["sym_int4"].quantize(weight) if is_packed else weight), name
+
+
 def test_a_model_in_a_format_without_a_compiled_kernel_computes_with_unpacked_weights(
     source, monkeypatch, tmp_path
 ):

@@ -88,17 +88,22 @@ def to_tiles(packed: Tensor, form: LowBitFormat) -> Tensor:
     return out
 
 
-def from_tiles(interleaved: Tensor, form: LowBitFormat, rows: int, columns: int) -> Tensor:
-    """The inverse of `to_tiles`: uint8 flat -> uint8 (rows, bytes)."""
-    tiles, blocks = -(-rows // TILE), columns // form.block
-    out = interleaved.new_empty((tiles, TILE, blocks, form.block_bytes))
-    for first in range(0, tiles, TILES_AT_ONCE):
-        for field, start, region in regions(form, interleaved, tiles, blocks):
-            source = region[first : first + TILES_AT_ONCE].permute(0, 3, 1, 2, 4).flatten(-2)
+def from_tiles(
+    interleaved: Tensor, form: LowBitFormat, outputs: int, columns: int, rows: slice = slice(None)
+) -> Tensor:
+    """The inverse of `to_tiles`: uint8 flat -> uint8 (outputs, bytes), or some rows of it."""
+    tiles, blocks = -(-outputs // TILE), columns // form.block
+    start, stop, _ = rows.indices(outputs)
+    begin, end = start // TILE, -(-stop // TILE)
+    out = interleaved.new_empty((end - begin, TILE, blocks, form.block_bytes))
+    for first in range(begin, end, TILES_AT_ONCE):
+        last = min(first + TILES_AT_ONCE, end)
+        for field, place, region in regions(form, interleaved, tiles, blocks):
+            source = region[first:last].permute(0, 3, 1, 2, 4).flatten(-2)
             if field.bit_planes:
                 source = from_planes(source)
-            out[first : first + TILES_AT_ONCE, ..., start : start + field.size] = source
-    return out.view(tiles * TILE, -1)[:rows]
+            out[first - begin : last - begin, ..., place : place + field.size] = source
+    return out.view((end - begin) * TILE, -1)[start - begin * TILE : stop - begin * TILE]
 
 
 def regions(form: LowBitFormat, flat: Tensor, tiles: int, blocks: int) -> Iterator[tuple[Field, int, Tensor]]:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import assert_equal, loaded, sample, state, write_gguf, write_hf
 
-from llama.checkpoint import CheckpointError, open_checkpoint, verify
+from llama.checkpoint import CheckpointError, convert, inspect, open_checkpoint, verify
 
 
 def two_models(tmp_path):
@@ -43,6 +43,16 @@ def test_safetensors_count_before_bin_files(tmp_path):
     assert "pytorch_model.bin: is passed over: model.safetensors.index.json is read" in warning
 
 
+def test_what_is_passed_over_is_said_by_every_command(tmp_path):
+    args, new, old = two_models(tmp_path)
+    write_hf(tmp_path / "model", args, old, binary=True)
+    write_hf(tmp_path / "model", args, new)
+    [warning] = inspect(tmp_path / "model").warnings
+    assert "pytorch_model.bin: is passed over" in warning
+    assert warning in convert(tmp_path / "model", tmp_path / "copy", "meta")
+    assert any("is passed over" in finding.message for finding in verify(tmp_path / "model"))
+
+
 def test_an_index_of_absent_shards_does_not_hide_a_whole_file(tmp_path):
     args, weights, _ = two_models(tmp_path)
     write_hf(tmp_path, args, weights, binary=True)
@@ -52,7 +62,6 @@ def test_an_index_of_absent_shards_does_not_hide_a_whole_file(tmp_path):
     assert_equal(state(checkpoint), weights)
     [warning] = checkpoint.warnings
     assert "is passed over: lm_head.weight: its file model-00001-of-00002.safetensors is missing" in warning
-    assert any("is passed over" in finding.message for finding in verify(tmp_path))
 
 
 def test_an_index_of_absent_shards_alone_is_refused(tmp_path):

@@ -34,7 +34,9 @@ from ..tokenizer_files import TokenizerFiles
 from ..weight import Weight
 
 PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-CHUNK = 1 << 18  # numbers that are dequantized at a time: the temporaries of every reader stay small
+CHUNK = (
+    1 << 16
+)  # numbers that are dequantized at a time: more, and what readers leave in their heaps doubles the peak
 ROPE_FACTORS = "rope_freqs.weight"
 FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 SAMPLING = {  # keys of general.sampling, and the names they have here

@@ -56,7 +56,7 @@ class Counts:
 class Fingerprints:
     """A set of any number of names, of which 64 bits each are kept: sorted ones, and what came since."""
 
-    MOST_RECENT = 1 << 16
+    MOST_RECENT = 1 << 12
 
     def __init__(self) -> None:
         self._sorted = np.empty(0, dtype=np.uint64)

@@ -94,9 +94,10 @@ def main() -> None:
         counts = Batch(llm, folder / "in.jsonl", folder / "out.jsonl").run(watch)
         elapsed = time.perf_counter() - started
     growth = linear_regression(list(marks), list(marks.values())).slope
-    first, last = (f"{size / 2**20:.1f} MiB" for size in (marks[min(marks)], marks[max(marks)]))
     print(f"{counts.answered} answered, {counts.failed} failed in {elapsed:.0f} s")
-    print(f"{first} after {min(marks)} lines, {last} after {max(marks)}: {growth:.0f} bytes a line")
+    for done, size in list(marks.items())[:: len(marks) // 6]:
+        print(f"{size / 2**20:.1f} MiB after {done} lines")
+    print(f"{growth:.0f} bytes a line")
     report(
         {"lines": num_lines, "bytes_per_line": round(growth, 1), "target": TARGET, "seconds": round(elapsed)}
     )

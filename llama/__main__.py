@@ -60,7 +60,7 @@ def chat(
     """Talk with a model; Ctrl-C ends an answer, /quit the conversation.
 
     One argument alone is a MODEL if it exists as a file or directory, or if it has no white space and begins like a
-    path (/ ./ ../ ~), ends in .gguf or reads like org/name; otherwise it is a MESSAGE. What comes through a pipe is
+    path (/ ./ ../ ~/), ends in .gguf or reads like org/name; otherwise it is a MESSAGE. What comes through a pipe is
     added to the MESSAGE; without a MESSAGE each line of it is one.
     """
     from llama import terminal
@@ -262,9 +262,9 @@ def build_to_sample(
     recommended = DEFAULT_SETTINGS if model is None else {}
     params = SamplingParams(**recommended | {"seed": secrets.randbelow(10**9)} | sample)
     llm = build(model, load)
-    if model is None:
+    if model is None and llm.rank == 0:
         note(f"This is {DEFAULT_ABOUT}; give MODEL for a better one.")
-    if "seed" not in sample and params.temperature != 0:
+    if "seed" not in sample and params.temperature != 0 and llm.rank == 0:
         note(f"--seed {params.seed} gives the same answers again")
     return llm, params
 
@@ -286,7 +286,7 @@ def names_a_model(argument: str) -> bool:
         return True
     if re.search(r"\s", argument):
         return False
-    is_path = re.match(r"~|\.{0,2}/|[A-Za-z]:\\", argument) or argument.endswith(".gguf")
+    is_path = re.match(r"(~[\w.-]*|\.{0,2})/|[A-Za-z]:\\", argument) or argument.endswith(".gguf")
     return bool(is_path or NAME.fullmatch(argument))
 
 

@@ -247,6 +247,7 @@ def test_a_lone_argument_is_a_message_unless_it_names_a_model(checkpoint):
         "x" * 300,
         "请比较TCP/IP和UDP的区别",
         "https://example.com/page",
+        "~5kg?",
         "/home/x is what?",
         "What is in\n/home/x?",
     ):

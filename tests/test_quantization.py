@@ -31,10 +31,10 @@ SIMPLE = [
 ]  # by a published formula
 MOST_ERROR = {4: 0.1, 5: 0.05, 6: 0.025, 8: 0.01}  # of random weights, by the bits of a code
 BLOCK_BYTES = {
-    **{"sym_int4": 34, "asym_int4": 36, "sym_int5": 42, "asym_int5": 44, "sym_int8": 68, "nf4": 34},
-    **{"q4_0": 18, "q4_1": 20, "q5_0": 22, "q5_1": 24, "q8_0": 34, "q4_k": 144, "q6_k": 210},
+    "sym_int4": 34, "asym_int4": 36, "sym_int5": 42, "asym_int5": 44, "sym_int8": 68, "nf4": 34,
+    "q4_0": 18, "q4_1": 20, "q5_0": 22, "q5_1": 24, "q8_0": 34, "q4_k": 144, "q6_k": 210,
     "zero_int4": 35,
-}
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)

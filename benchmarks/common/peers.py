@@ -11,10 +11,10 @@ HERE = Path(__file__).parent
 LLAMACPP, GGML, CHECKOUT = HERE / "llamacpp.py", HERE / "ggml.py", HERE / "checkout.py"
 
 TWINS = {  # the type of llama.cpp's that has as many bits as a format of ours
-    **{"sym_int4": "q4_0", "asym_int4": "q4_1", "sym_int5": "q5_0", "asym_int5": "q5_1", "sym_int8": "q8_0"},
-    **{"nf4": "q4_0", "q4_0": "q4_0", "q4_1": "q4_1", "q5_0": "q5_0", "q5_1": "q5_1", "q8_0": "q8_0"},
-    **{"q4_k": "q4_k", "q6_k": "q6_k", "zero_int4": "q4_1"},
-}
+    "sym_int4": "q4_0", "asym_int4": "q4_1", "sym_int5": "q5_0", "asym_int5": "q5_1", "sym_int8": "q8_0",
+    "nf4": "q4_0", "q4_0": "q4_0", "q4_1": "q4_1", "q5_0": "q5_0", "q5_1": "q5_1", "q8_0": "q8_0",
+    "q4_k": "q4_k", "q6_k": "q6_k", "zero_int4": "q4_1",
+}  # fmt: skip
 
 
 class Peer:

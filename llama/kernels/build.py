@@ -19,15 +19,15 @@ SOURCES = (
     "lowbit_scalar.cpp",
 )
 COMPILER_FLAGS = (
-    *("-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden"),
+    "-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden",
     # else gcc postpones the kernels' sums until all products are made, which do not fit in the registers
-    *("-fno-tree-ter", "-fno-tree-reassoc"),
+    "-fno-tree-ter", "-fno-tree-reassoc",
     *(
         "-Wno-psabi",
         "-Wno-uninitialized",
         "-Wno-maybe-uninitialized",
     ),  # what gcc 12 says of its own intrinsics
-)
+)  # fmt: skip
 
 
 def extensions() -> list[Extension]:

@@ -14,9 +14,9 @@ from .vocabulary import Controls, TokenizerError
 # How published vocabularies name the token that begins a text, and those that end a turn.
 STARTS = ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "<｜begin▁of▁sentence｜>")
 TURN_ENDS = (
-    *("</s>", "<|end_of_text|>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "<eos>"),
-    *("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>", "▁<EOT>"),
-)
+    "</s>", "<|end_of_text|>", "<|endoftext|>", "<｜end▁of▁sentence｜>", "<eos>",
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|end_of_turn|>", "<end_of_turn>", "▁<EOT>",
+)  # fmt: skip
 
 
 def first_known(names: Iterable[str | None], special_tokens: Mapping[str, int]) -> int:

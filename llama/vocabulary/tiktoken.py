@@ -18,11 +18,11 @@ from .vocabulary import Codec, Controls, TokenizerError, TokenType, Vocabulary, 
 
 NUM_SPECIAL = 256
 SPECIAL = (
-    *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
-    *("<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>"),
-    *("<|eom_id|>", "<|eot_id|>", "<|python_tag|>", "<|image|>"),
+    "<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>",
+    "<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>",
+    "<|eom_id|>", "<|eot_id|>", "<|python_tag|>", "<|image|>",
     *(f"<|reserved_special_token_{number}|>" for number in range(2, NUM_SPECIAL - 10)),
-)
+)  # fmt: skip
 """The special tokens, which follow the ranked ones."""
 
 MAX_CHARS = 400_000  # tiktoken panics far above this (Meta's file keeps both limits)

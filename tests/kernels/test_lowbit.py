@@ -13,9 +13,9 @@ from llama.quantization import FORMATS, LowBitLinear
 VARIANTS = ["avx512_vnni", "avx2", "scalar", "tiles"]
 INTEGER_VARIANTS = VARIANTS[:3]
 SERVED = [  # by the compiled kernels
-    *("sym_int4", "asym_int4", "sym_int5", "asym_int5", "sym_int8", "zero_int4", "nf4"),
-    *("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q6_k"),
-]
+    "sym_int4", "asym_int4", "sym_int5", "asym_int5", "sym_int8", "zero_int4", "nf4",
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q6_k",
+]  # fmt: skip
 compiled = pytest.mark.skipif(not library.AVAILABLE, reason="the kernels were not compiled")
 
 

@@ -75,7 +75,7 @@ WORDS = [
         "½",
         "٣",
     ),
-    *("7", "42", "123", "4567", "3.14", "1,000,000", "0x1F", "a_b", "x=1;", "{}[]()", "http://a.b/c?d=e&f#g"),
+    "7", "42", "123", "4567", "3.14", "1,000,000", "0x1F", "a_b", "x=1;", "{}[]()", "http://a.b/c?d=e&f#g",
     *(
         "def f(x):\n    return x\n",
         "...",
@@ -98,7 +98,7 @@ WORDS = [
         "<|reserved_special_token_7|>",
         "[PAD3]",
     ),
-]
+]  # fmt: skip
 
 
 def many_texts(count: int, seed: int) -> list[str]:
@@ -250,7 +250,7 @@ def make_files(folder: Path) -> dict[str, Path]:
 
 
 NAMES = [
-    *("sentencepiece", "unigram", "nfkc", "tiktoken", "byte-level json", "pieces json"),
+    "sentencepiece", "unigram", "nfkc", "tiktoken", "byte-level json", "pieces json",
     *(
         "gguf of sentencepiece",
         "gguf of nfkc",
@@ -258,7 +258,7 @@ NAMES = [
         "gguf of byte-level json",
         "gguf of pieces json",
     ),
-]
+]  # fmt: skip
 
 
 def plain(tokenizer: Tokenizer, text: str) -> list[int]:

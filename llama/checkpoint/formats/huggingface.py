@@ -46,9 +46,9 @@ DEFAULTS: dict[str, dict[str, int]] = {
     "xverse": {"max_position_embeddings": 2048},
 }
 ARCHITECTURES = (
-    *("LlamaForCausalLM", "MistralForCausalLM", "LlamaModel", "MistralModel"),
-    *("LLaMAForCausalLM", "AquilaForCausalLM", "AquilaModel", "XverseForCausalLM"),
-)
+    "LlamaForCausalLM", "MistralForCausalLM", "LlamaModel", "MistralModel",
+    "LLaMAForCausalLM", "AquilaForCausalLM", "AquilaModel", "XverseForCausalLM",
+)  # fmt: skip
 HEAD = "lm_head.weight"  # without it the embedding may be the output layer
 MAX_SHARD_SIZE = 5_000_000_000
 

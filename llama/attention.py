@@ -28,6 +28,11 @@ time over the tiles': SmolLM2's shape 2 rows 0.07 to 0.23, 16 rows 0.20 to 0.64,
 some percent faster, and each row reads all keys again. Models compute in bfloat16 where the processor has instructions
 for it, which tiles use and the operator does not: 16 rows is where a tile's fixed cost is paid, an estimate.
 """
+SHORT_CONTEXT = 4096
+"""Tokens that rows see, up to which that holds. More leave the processor's cache from row to row, and only a few rows
+are faster one by one (4 rows at 8192 tokens: 0.82 and 0.85; 16 rows: 1.54 and 1.47).
+"""
+LONG_CONTEXT_ROWS = 4
 FEW_ROWS = 64  # up to which the keys are the left factor of the scores
 TILE_ROWS = 128  # query rows whose scores exist at one time
 TILE_SCORES = 1 << 24  # and the most scores that one tile may hold
@@ -96,12 +101,12 @@ class CompiledRows:
     def plan(cls, spans: Sequence[Span], slots: Tensor, window: int | None, short: int = 1) -> CompiledRows:
         """Spans of up to `short` rows are short."""
         rows = (
-            (span.first_row + row, span.seen(span.start + row, window))
+            (row, seen)
             for span in spans
-            if span.num_rows <= short
-            for row in range(span.num_rows)
+            if is_short(span, short, window)
+            for row, seen in enumerate(span.seen(window), span.first_row)
         )
-        longer = [span for span in spans if span.num_rows > short]
+        longer = [span for span in spans if not is_short(span, short, window)]
         return cls(slots, row_table(rows), Tiles(longer, slots, window))
 
     def attend(self, qkv: Tensor, rotary: Rotary, keys: Store, values: Store) -> Tensor:
@@ -139,7 +144,8 @@ class Tiles:
         for span in self.spans:
             rows = slice(span.first_row, span.first_row + span.num_rows)
             if span.num_rows == 1:
-                out[rows] = self._row(q[rows], span.seen(span.start, self.window), keys, values)
+                [extents] = span.seen(self.window)
+                out[rows] = self._row(q[rows], extents, keys, values)
             else:
                 self._span(q[rows], span, keys, values, out[rows])
 
@@ -219,6 +225,12 @@ class FixedRows:
         if self.window is not None:
             scores += outside(self.window, start, seen, scores)
         return ungroup(torch.bmm(scores.softmax(-1).flatten(1, 2), seen_values), self.size)
+
+
+def is_short(span: Span, short: int, window: int | None) -> bool:
+    """Whether a span's rows are computed one by one: up to `short` of them, fewer where they see many tokens."""
+    num_seen = span.context - first_seen(span.start, window)
+    return span.num_rows <= (short if num_seen <= SHORT_CONTEXT else min(short, LONG_CONTEXT_ROWS))
 
 
 def rotate_and_store(qkv: Tensor, rotary: Rotary, slots: Tensor, keys: Store, values: Store) -> Tensor:

@@ -6,9 +6,10 @@ layer has tensors of its own: a layer's part is then an input like any other to 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 
 import torch
 
@@ -37,9 +38,17 @@ class Span:
         """The position of the first row."""
         return self.context - self.num_rows
 
-    def seen(self, position: int, window: int | None) -> list[Extent]:
-        """What the row at `position` looks at."""
-        return list(clip(self.extents, first_seen(position, window), position + 1))
+    def seen(self, window: int | None) -> Iterator[list[Extent]]:
+        """What each row looks at, from the first row on."""
+        begins = list(accumulate((length for _, length in self.extents), initial=0))  # positions
+        for position in range(self.start, self.context):
+            first = first_seen(position, window)
+            begin, end = bisect_right(begins, first) - 1, bisect_right(begins, position)
+            runs = list(self.extents[begin:end])
+            runs[-1] = (runs[-1][0], position + 1 - begins[end - 1])
+            skipped = first - begins[begin]
+            runs[0] = (runs[0][0] + skipped, runs[0][1] - skipped)
+            yield runs
 
 
 @dataclass(frozen=True)

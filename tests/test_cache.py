@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from llama.cache import CacheShape, ContiguousCache, KVCache, Span, Store
+from llama.cache import CacheShape, ContiguousCache, KVCache, Span, Store, clip, first_seen
 
 CPU = torch.device("cpu")
 
@@ -33,8 +33,20 @@ def test_a_spans_tokens_go_to_the_last_slots_of_its_context():
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_row_sees_what_stands_before_it_within_the_window(window):
     span = Span(4, 3, 10, ((64, 8), (16, 2)))
-    expected = {None: [(64, 8), (16, 1)], 3: [(70, 2), (16, 1)]}
-    assert span.seen(8, window) == expected[window]
+    everything = [[(64, 8)], [(64, 8), (16, 1)], [(64, 8), (16, 2)]]
+    last_three = [[(69, 3)], [(70, 2), (16, 1)], [(71, 1), (16, 2)]]
+    assert list(span.seen(window)) == (everything if window is None else last_three)
+
+
+def test_what_each_row_sees_is_what_clipping_its_extents_gives():
+    extents = ((40, 3), (10, 1), (90, 7), (20, 4), (60, 16))
+    for window in (None, 1, 2, 5, 8, 100):
+        for context in range(1, 32):
+            for num_rows in {1, 2, context}:
+                span = Span(0, min(num_rows, context), context, extents)
+                positions = range(span.start, context)
+                clipped = [list(clip(extents, first_seen(at, window), at + 1)) for at in positions]
+                assert list(span.seen(window)) == clipped
 
 
 def test_a_stored_row_is_rounded_to_255_steps_of_its_largest_magnitude():

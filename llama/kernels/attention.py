@@ -6,6 +6,7 @@ PyTorch's operators define it (`attend_rows_twin`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -18,10 +19,10 @@ _attend_rows = library.operator("attend_rows")
 
 def row_table(rows: Iterable[tuple[int, Sequence[tuple[int, int]]]]) -> Tensor:
     """(row of q, its runs of slots as (first slot, length)) ... as the flat int64 table that `attend_rows` reads."""
-    return torch.tensor(
-        [number for row, runs in rows for number in (row, len(runs), *(n for run in runs for n in run))],
-        dtype=torch.int64,
-    )
+    numbers: list[int] = []
+    for row, runs in rows:
+        numbers += (row, len(runs), *chain.from_iterable(runs))
+    return torch.tensor(numbers, dtype=torch.int64)
 
 
 def attend_rows(

@@ -72,9 +72,7 @@ def write_requests(path: Path, num_lines: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lines", type=int, default=20_000)
     num_lines = parser.parse_args().lines
     marks: dict[int, int] = {}  # lines done -> bytes
@@ -98,9 +96,7 @@ def main() -> None:
     for done, size in list(marks.items())[:: len(marks) // 6]:
         print(f"{size / 2**20:.1f} MiB after {done} lines")
     print(f"{growth:.0f} bytes a line")
-    report(
-        {"lines": num_lines, "bytes_per_line": round(growth, 1), "target": TARGET, "seconds": round(elapsed)}
-    )
+    report({"lines": num_lines, "bytes_per_line": round(growth, 1), "target": TARGET, "seconds": round(elapsed)})
 
 
 if __name__ == "__main__":

@@ -94,9 +94,7 @@ class Outcome:
     def __post_init__(self) -> None:
         for request, tokens in zip(self.requests, self.tokens, strict=True):
             wanted = request.num_tokens
-            assert len(tokens) == wanted, (
-                f"request {request.number}: {len(tokens)} tokens instead of {wanted}"
-            )
+            assert len(tokens) == wanted, f"request {request.number}: {len(tokens)} tokens instead of {wanted}"
 
     @property
     def num_tokens(self) -> int:
@@ -145,10 +143,7 @@ class Work:
 
 def make_requests(shape: Shape) -> list[Request]:
     rng = random.Random(0)
-    prompts = [
-        rng.choices(range(3, shape.args.vocab_size), k=rng.randint(*shape.prompts))
-        for _ in range(NUM_REQUESTS)
-    ]
+    prompts = [rng.choices(range(3, shape.args.vocab_size), k=rng.randint(*shape.prompts)) for _ in range(NUM_REQUESTS)]
     return [Request(number, prompt, rng.randint(*shape.answers)) for number, prompt in enumerate(prompts)]
 
 
@@ -158,9 +153,7 @@ def make_requests(shape: Shape) -> list[Request]:
 def run_llama(work: Work) -> Outcome:
     longest = max(len(r.prompt) + r.num_tokens for r in work.requests)
     llm = Llama.build(work.directory / "meta", max_seq_len=longest, max_batch_size=NUM_REQUESTS, dtype="bf16")
-    params = [
-        SamplingParams(temperature=0.0, max_tokens=r.num_tokens, ignore_eos=True) for r in work.requests
-    ]
+    params = [SamplingParams(temperature=0.0, max_tokens=r.num_tokens, ignore_eos=True) for r in work.requests]
     llm.complete([[5] * 16], replace(params[0], max_tokens=4))
     completions = []
     elapsed = seconds(lambda: completions.extend(llm.complete([r.prompt for r in work.requests], params)))
@@ -323,14 +316,10 @@ def compare(sides: list[str], work: Work, rounds: int) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="1.1B", choices=SHAPES)
     parser.add_argument("--peer-python", help="an interpreter that has llama-cpp-python")
-    parser.add_argument(
-        "--sides", nargs="+", default=list(SIDES), choices=SIDES, metavar="SIDE", help=", ".join(SIDES)
-    )
+    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=SIDES, metavar="SIDE", help=", ".join(SIDES))
     parser.add_argument(
         "--padded-requests", type=int, default=8, choices=(4, 8, 16, 32), help="how many the padded batch has"
     )
@@ -356,9 +345,7 @@ def main() -> None:
             "tokens": sum(r.num_tokens for r in work.requests),
         }
         print(given, flush=True)
-        report(
-            {"machine": limits, "shape": options.shape, "work": given, **compare(sides, work, options.rounds)}
-        )
+        report({"machine": limits, "shape": options.shape, "work": given, **compare(sides, work, options.rounds)})
 
 
 if __name__ == "__main__":

@@ -113,9 +113,7 @@ class Result:
 
 
 def summarize(model: str, work: str, turns: list[dict[str, tuple[dict[str, float], list]]]) -> Result:
-    seconds = {
-        clock: {side: [turn[side][0][clock] for turn in turns] for side in SIDES} for clock in ("wall", "cpu")
-    }
+    seconds = {clock: {side: [turn[side][0][clock] for turn in turns] for side in SIDES} for clock in ("wall", "cpu")}
     ratios = {
         clock: median([after / before for before, after in zip(*found.values(), strict=True)])
         for clock, found in seconds.items()
@@ -132,9 +130,7 @@ def summarize(model: str, work: str, turns: list[dict[str, tuple[dict[str, float
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("before", type=Path, help="a checkout of this project")
     parser.add_argument("after", type=Path, help="another one")
     parser.add_argument("--works", default=",".join(WORKS))
@@ -161,9 +157,7 @@ def main() -> None:
     results = [summarize(model, work, found) for (model, work), found in turns.items()]
     for result in results:
         result.show()
-    report(
-        {"threads": options.threads, "paths": list(map(str, paths)), "results": [vars(r) for r in results]}
-    )
+    report({"threads": options.threads, "paths": list(map(str, paths)), "results": [vars(r) for r in results]})
 
 
 if __name__ == "__main__":

@@ -55,9 +55,7 @@ def step_time(llm: Llama, prompt_length: int, num_steps: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--context", type=int, default=4096)
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
@@ -65,9 +63,7 @@ def main() -> None:
     limits = machine()
     print(limits, flush=True)
     torch.manual_seed(0)
-    llm = Llama.build(
-        max_seq_len=options.context + options.steps + WARM_UP + 1, dtype="bf16", quantization="none"
-    )
+    llm = Llama.build(max_seq_len=options.context + options.steps + WARM_UP + 1, dtype="bf16", quantization="none")
     prompts = {"short": 1, "long": options.context - WARM_UP - options.steps // 2}
     sides = {name: partial(step_time, llm, length, options.steps) for name, length in prompts.items()}
     times = {name: median(figures) for name, figures in alternate(options.rounds, **sides).items()}

@@ -142,9 +142,7 @@ def main() -> None:
     show(args, seconds, found)
 
 
-def show(
-    args: argparse.Namespace, seconds: dict[str, list[float]], found: dict[str, list[dict[str, float]]]
-) -> None:
+def show(args: argparse.Namespace, seconds: dict[str, list[float]], found: dict[str, list[dict[str, float]]]) -> None:
     rows = {}
     for name in SIDES:
         weights = found[name][-1]["nbytes"]
@@ -157,10 +155,8 @@ def show(
     ratios = {
         "time_transformers_over_ours": rows["transformers"]["seconds"] / rows["ours_hf"]["seconds"],
         "time_load_file_over_ours": rows["load_file"]["seconds"] / rows["ours_hf"]["seconds"],
-        "time_transformers_cast_over_ours": rows["transformers_cast"]["seconds"]
-        / rows["ours_cast"]["seconds"],
-        "memory_transformers_over_ours": rows["transformers"]["anonymous"]
-        / max(1, rows["ours_hf"]["anonymous"]),
+        "time_transformers_cast_over_ours": rows["transformers_cast"]["seconds"] / rows["ours_cast"]["seconds"],
+        "memory_transformers_over_ours": rows["transformers"]["anonymous"] / max(1, rows["ours_hf"]["anonymous"]),
     }
     for name, ratio in ratios.items():
         print(f"{name:34} {ratio:6.2f}")

@@ -68,10 +68,7 @@ class Unpacked:
 
     def run(self, num_rows: int) -> float:
         inputs = {columns: torch.randn(num_rows, columns, dtype=DTYPE) for _, columns in self.counts}
-        return sum(
-            count * seconds(partial(self.linears[size], inputs[size[1]]))
-            for size, count in self.counts.items()
-        )
+        return sum(count * seconds(partial(self.linears[size], inputs[size[1]])) for size, count in self.counts.items())
 
 
 @dataclass(frozen=True)
@@ -90,9 +87,7 @@ class Result:
     ratio_to_unpacked: float | None
 
 
-def compare(
-    model: str, name: str, num_rows: int, ours: Ours, peer: Peer, layouts: list[str], rounds: int
-) -> Result:
+def compare(model: str, name: str, num_rows: int, ours: Ours, peer: Peer, layouts: list[str], rounds: int) -> Result:
     """Ours, the peer and the machine's limit in turns; for prompts also our own unpacked weights."""
     weights = sum(linear.in_features * linear.out_features for linear in ours.linears)
     passes = max(1, min(20, 50_000_000_000 // (ours.num_bytes * num_rows * 40)))
@@ -120,9 +115,7 @@ def compare(
         peer_seconds=figures["peer"],
         ratio=round(figures["peer"] / figures["ours"], 3),
         share_of_limit=round(work / figures["ours"] / figures["limit"], 3),
-        ratio_to_unpacked=(
-            round(figures["unpacked"] / figures["ours"], 3) if "unpacked" in figures else None
-        ),
+        ratio_to_unpacked=(round(figures["unpacked"] / figures["ours"], 3) if "unpacked" in figures else None),
     )
 
 
@@ -138,9 +131,7 @@ def show(result: Result) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", required=True, help="an interpreter that has llama-cpp-python")
     parser.add_argument("--models", default=",".join(SHAPES))
     parser.add_argument("--formats", default=",".join(FORMATS))

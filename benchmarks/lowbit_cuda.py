@@ -96,9 +96,7 @@ def limits() -> dict[str, Callable[[], float]]:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--rows", default="1,16,512")
     parser.add_argument("--rounds", type=int, default=7)

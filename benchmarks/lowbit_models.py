@@ -122,9 +122,7 @@ class Contest:
             return packed_bytes(linears) + context * self.llm.model.cache_shape.bytes_per_token(DTYPE)
         rows = work.prompt_tokens if work.num_tokens == 1 else work.num_prompts
         output = self.llm.model.output
-        sizes = [
-            m.in_features * m.out_features * (rows if m is not output else work.num_prompts) for m in linears
-        ]
+        sizes = [m.in_features * m.out_features * (rows if m is not output else work.num_prompts) for m in linears]
         return 2 * sum(sizes)
 
 
@@ -152,9 +150,7 @@ def loaded(peer: Peer, source: Path, target: Path, type: str) -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peer-python", required=True, help="an interpreter that has llama-cpp-python")
     parser.add_argument("--models", default="1.1b,smollm2")
     parser.add_argument("--formats", default=",".join(FORMATS))

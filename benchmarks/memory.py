@@ -54,9 +54,7 @@ def answer_requests() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", default=",".join(FORMATS))
     parser.add_argument("--saved", action="store_true", help="load a low-bit directory")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)

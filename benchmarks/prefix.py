@@ -83,9 +83,7 @@ def share_of_step(llm: Llama, timed: list[Timed], num_requests: int) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompt", type=int, default=1600, help="tokens; best a multiple of 160")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--requests", type=int, default=32)

@@ -329,9 +329,7 @@ def between_marks(document: str, table: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the table between the marks in FILE")
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--tokens", type=int, default=5120, help="of the text, which has 22,500")

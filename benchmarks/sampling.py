@@ -28,9 +28,7 @@ def make_logits(num_rows: int, vocab_size: int, flat: bool, device: str) -> torc
     logits = torch.randn(num_rows, vocab_size, generator=generator)
     if not flat:
         head = 14 - 1.2 * torch.arange(1, 2001).log()
-        places = torch.stack(
-            [torch.randperm(vocab_size, generator=generator)[:2000] for _ in range(num_rows)]
-        )
+        places = torch.stack([torch.randperm(vocab_size, generator=generator)[:2000] for _ in range(num_rows)])
         logits.scatter_add_(1, places, head.expand(num_rows, -1))
     return logits.to(device)
 

@@ -63,17 +63,13 @@ def run(code: str, checkout: Path, *arguments: str) -> tuple[float, float]:
     """Seconds by the clock and of the processor, in a process of its own with the package from `checkout`."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "STARTED": str(time.time())}
     command = [sys.executable, "-c", AROUND.format(code=code), *arguments]
-    done = subprocess.run(
-        command, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-    )
+    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     clock, used = done.stdout.splitlines()[-1].split()
     return float(clock), float(used)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
     options = parser.parse_args()

@@ -64,9 +64,7 @@ def start_up() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     from llama.checkpoint import convert, default_model
@@ -78,9 +76,7 @@ def main() -> None:
 
     def timed(num_tokens: int) -> dict[str, list[float]]:
         def side(run):
-            prompt = torch.randint(
-                100, 40000, (PROMPT,), generator=torch.Generator().manual_seed(next(seeds))
-            )
+            prompt = torch.randint(100, 40000, (PROMPT,), generator=torch.Generator().manual_seed(next(seeds)))
             return seconds(lambda: run(prompt.tolist(), num_tokens))
 
         return alternate(rounds, **{name: partial(side, run) for name, run in engines.items()})

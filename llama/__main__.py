@@ -45,9 +45,7 @@ class WrongCall(ValueError):
 @takes(load=MODEL, sample=SAMPLER)
 def chat(
     model: Model = None,
-    message: Annotated[
-        str | None, typer.Argument(metavar="[MESSAGE]", help="Answer this one and exit.")
-    ] = None,
+    message: Annotated[str | None, typer.Argument(metavar="[MESSAGE]", help="Answer this one and exit.")] = None,
     system: Annotated[str | None, typer.Option(help='The system prompt; "default" is a careful one.')] = None,
     history: Annotated[
         Path | None,
@@ -87,9 +85,7 @@ def chat(
 @takes(load=MODEL.without("chat_format"), sample=SAMPLER.with_defaults(max_tokens=256))
 def complete(
     model: Model = None,
-    prompt: Annotated[
-        str | None, typer.Option(help="The text to continue; standard input if left out.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The text to continue; standard input if left out.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it comes.")] = False,
     echo: Annotated[bool, typer.Option("--echo", help="Print the prompt too.")] = False,
     *,
@@ -103,20 +99,14 @@ def complete(
         raise WrongCall("nothing to continue: give --prompt TEXT, or the text on standard input")
     llm, params = build_to_sample(model, load, sample | {"echo": echo})
     prompt = llm.share(sys.stdin.read() if prompt is None and llm.rank == 0 else prompt)
-    terminal.show(
-        llm, llm.stream_text(prompt, params) if stream else [llm.complete([prompt], params)[0].text]
-    )
+    terminal.show(llm, llm.stream_text(prompt, params) if stream else [llm.complete([prompt], params)[0].text])
 
 
 @app.command()
 @takes(load=MODEL)
 def batch(
-    source: Annotated[
-        Path, typer.Argument(metavar="IN.jsonl", help="One request a line; - is standard input.")
-    ],
-    target: Annotated[
-        Path, typer.Argument(metavar="OUT.jsonl", help="One answer a line; a stopped job goes on.")
-    ],
+    source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="One request a line; - is standard input.")],
+    target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="One answer a line; a stopped job goes on.")],
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
     *,
     load: dict[str, Any],
@@ -136,9 +126,7 @@ def batch(
 @app.command()
 def convert(
     source: Annotated[str | None, typer.Argument(metavar="SRC", help="A checkpoint of any format.")] = None,
-    target: Annotated[
-        Path | None, typer.Argument(metavar="DST", help="A directory, or a .gguf file.")
-    ] = None,
+    target: Annotated[Path | None, typer.Argument(metavar="DST", help="A directory, or a .gguf file.")] = None,
     to: Annotated[str, typer.Option(help="meta, hf or gguf.")] = "hf",
     shards: Annotated[int | None, typer.Option(min=1, help="How many weight files.")] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="The most bytes of a file, as 5GB (hf).")] = None,
@@ -175,9 +163,7 @@ def convert(
 def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint of any format.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The directory to write.")],
-    type: Annotated[
-        str, typer.Option(help="sym_int4, asym_int4, sym_int5, asym_int5, sym_int8, nf4, q4_0 ...")
-    ],
+    type: Annotated[str, typer.Option(help="sym_int4, asym_int4, sym_int5, asym_int5, sym_int8, nf4, q4_0 ...")],
 ) -> None:
     """Write a checkpoint in a low-bit format, which loads at once."""
     from llama import checkpoint
@@ -186,9 +172,7 @@ def quantize(
 
     format = resolve_format(type)
     with progress_bar("Writing", show=True) as advance:
-        warnings = checkpoint.save_low_bit(
-            checkpoint.open_checkpoint(path_of(source)), target, format, advance
-        )
+        warnings = checkpoint.save_low_bit(checkpoint.open_checkpoint(path_of(source)), target, format, advance)
     warn(warnings)
 
 
@@ -208,9 +192,7 @@ def inspect(
     found = checkpoint.inspect(path_of(model), ranks)
     report.show_inspection(found)
     if estimate:
-        report.show_estimates(
-            checkpoint.estimate(found.args, max_batch_size=max_batch_size, world_size=ranks, **sizes)
-        )
+        report.show_estimates(checkpoint.estimate(found.args, max_batch_size=max_batch_size, world_size=ranks, **sizes))
 
 
 @app.command()
@@ -252,9 +234,7 @@ def build(model: str | None, load: dict[str, Any]) -> Llama:
         return Llama.build(model, **load)
 
 
-def build_to_sample(
-    model: str | None, load: dict[str, Any], sample: dict[str, Any]
-) -> tuple[Llama, SamplingParams]:
+def build_to_sample(model: str | None, load: dict[str, Any], sample: dict[str, Any]) -> tuple[Llama, SamplingParams]:
     """The model, and how to sample from it: with a seed that is drawn at each start, if none was given, and told."""
     from llama.checkpoint import DEFAULT_ABOUT, DEFAULT_SETTINGS
     from llama.sampling_params import SamplingParams

@@ -29,9 +29,7 @@ from llama.files.staging import staged
 from llama.generation import Llama
 from llama.service import Call
 
-LINE_ENDS = {
-    ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"
-}  # which some readers split lines at
+LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}  # which some readers split lines at
 
 
 @dataclass(eq=False)
@@ -142,9 +140,7 @@ class Batch:
             text.encode()
             entry = json.loads(text)
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f"line {line.number} is not text in UTF-8, from character {error.start + 1} on"
-            ) from error
+            raise ValueError(f"line {line.number} is not text in UTF-8, from character {error.start + 1} on") from error
         except (ValueError, RecursionError) as error:
             raise ValueError(f"line {line.number} is not JSON: {error}") from error
         custom_id = entry.get("custom_id") if isinstance(entry, dict) else None
@@ -182,9 +178,7 @@ class Batch:
         else:
             self._write(out, line, body)
 
-    def _write(
-        self, out: TextIO, line: Line, body: dict[str, Any] | None = None, error: str | None = None
-    ) -> None:
+    def _write(self, out: TextIO, line: Line, body: dict[str, Any] | None = None, error: str | None = None) -> None:
         """One line at once, so that a job that is stopped leaves whole lines."""
         request_id = uuid.uuid4().hex
         entry = {
@@ -251,9 +245,7 @@ def locked(target: Path) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout as error:
-        raise ValueError(
-            f"{target}: another run is writing to it; wait for its end, or name another file"
-        ) from error
+        raise ValueError(f"{target}: another run is writing to it; wait for its end, or name another file") from error
     try:
         yield
     finally:

@@ -137,8 +137,7 @@ class KVCache:
         self.device = device
         size = (shape.n_kv_heads, num_slots, shape.head_dim)
         self.layers = [
-            (Store.empty(size, device, dtype), Store.empty(size, device, dtype))
-            for _ in range(shape.n_layers)
+            (Store.empty(size, device, dtype), Store.empty(size, device, dtype)) for _ in range(shape.n_layers)
         ]
         """Keys and values of each layer."""
 
@@ -180,9 +179,7 @@ class ContiguousCache(KVCache):
         if length <= self.capacity:
             return
         capacity = max(length, 2 * self.capacity, 64)
-        self.layers = [
-            (self._grown(keys, capacity), self._grown(values, capacity)) for keys, values in self.layers
-        ]
+        self.layers = [(self._grown(keys, capacity), self._grown(values, capacity)) for keys, values in self.layers]
         self.num_slots = self.num_rows * capacity
 
     def _grown(self, store: Store, capacity: int) -> Store:

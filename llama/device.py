@@ -9,9 +9,7 @@ import sys
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SPELLINGS = DTYPES | {
-    str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()
-}  # torch's own too
+SPELLINGS = DTYPES | {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}  # torch's own too
 UNKNOWN_MEMORY = 4 << 30  # bytes, where the system does not tell what is free
 
 

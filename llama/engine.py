@@ -106,9 +106,7 @@ class Engine:
     def abort(self, request_id: int) -> None:
         """Ends a request wherever it stands; its last event says "abort". Ended requests are left alone."""
         with self._lock:
-            if (
-                self._is_stepping
-            ):  # a stream was collected as garbage in the middle of this very thread's step
+            if self._is_stepping:  # a stream was collected as garbage in the middle of this very thread's step
                 self._aborts.append(request_id)
                 return
             for choice in list(self._open.get(request_id, ())):
@@ -202,9 +200,7 @@ class Engine:
         if query.pooling not in (None, *POOLINGS):
             raise ValueError(f"pooling is {query.pooling!r}: give {' or '.join(POOLINGS)}")
         if query.pooling is None and not self.can_generate:
-            raise ValueError(
-                "this model has no output layer: it embeds texts, and cannot generate or score any"
-            )
+            raise ValueError("this model has no output layer: it embeds texts, and cannot generate or score any")
         if not tokens:
             raise ValueError("the prompt is empty: give at least one token")
         if len(tokens) > self.max_seq_len:
@@ -215,9 +211,7 @@ class Engine:
         vocab_size = self.runner.vocab_size
         outside = next((token for token in tokens if not 0 <= token < vocab_size), None)
         if outside is not None:
-            raise ValueError(
-                f"the prompt holds token {outside}, but the vocabulary has 0 ... {vocab_size - 1}"
-            )
+            raise ValueError(f"the prompt holds token {outside}, but the vocabulary has 0 ... {vocab_size - 1}")
         query.params.validate(vocab_size)
 
     # ---- how it is done

@@ -200,9 +200,7 @@ class Llama:
         Raises ValueError where it was built in none.
         """
         if self.quantization in (None, "none"):
-            raise ValueError(
-                "this model is not quantized: build it with quantization='sym_int4', say, to save it so"
-            )
+            raise ValueError("this model is not quantized: build it with quantization='sym_int4', say, to save it so")
         if self.rank == 0:
             save_low_bit(self.checkpoint, directory, self.quantization)
 
@@ -252,9 +250,7 @@ class Llama:
         """Answers each dialog: [{"generation": {"role": "assistant", "content": text}}], details as above."""
         params = self._reference_params(max_gen_len, temperature, top_p, logprobs, False)
         completions = answered(self.chat(dialogs, params))
-        return [
-            {"generation": self.chat_format.parse(c.text), **self._details(c, logprobs)} for c in completions
-        ]
+        return [{"generation": self.chat_format.parse(c.text), **self._details(c, logprobs)} for c in completions]
 
     # ---- beyond the reference
 
@@ -378,9 +374,7 @@ class Llama:
         if params is None or isinstance(params, SamplingParams):
             params = [params or SamplingParams()] * number
         if len(params) != number:
-            raise ValueError(
-                f"{len(params)} params were given for {number} prompts: give one, or one for each"
-            )
+            raise ValueError(f"{len(params)} params were given for {number} prompts: give one, or one for each")
         return [p.resolve(self.defaults) for p in params]
 
     def _details(self, completion: Completion, logprobs: bool) -> dict[str, Any]:

@@ -59,9 +59,7 @@ class LoadsItself(Protocol):
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
         """The names that it wants, with their shapes in numbers, as this rank holds them."""
 
-    def load_weight(
-        self, name: str, weight: StoredWeight, device: torch.device, dtype: torch.dtype | None
-    ) -> None:
+    def load_weight(self, name: str, weight: StoredWeight, device: torch.device, dtype: torch.dtype | None) -> None:
         """Takes this rank's part of one; `dtype` is what plain weights are held in. Called from several threads."""
 
 
@@ -91,9 +89,7 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
         self.blocked: torch.Tensor | None = None
-        self.joined: tuple[Linear, slice] | None = (
-            None  # what holds the weight, and where; no child of this module
-        )
+        self.joined: tuple[Linear, slice] | None = None  # what holds the weight, and where; no child of this module
         self.fixed_rows: int | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -153,9 +149,7 @@ class Linear(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *args)
         if self.weight is None:
-            args[-1].append(
-                f"{prefix}weight is prepared for its product; weights are loaded before `prepare`"
-            )
+            args[-1].append(f"{prefix}weight is prepared for its product; weights are loaded before `prepare`")
 
 
 class Joint:

@@ -270,9 +270,7 @@ def validate_ranks(args: ModelArgs, size: int) -> None:
     }
     uneven = [f"{number} {name}" for name, number in cut.items() if number % size]
     if uneven:
-        possible = [
-            n for n in range(1, args.n_kv_heads + 1) if all(number % n == 0 for number in cut.values())
-        ]
+        possible = [n for n in range(1, args.n_kv_heads + 1) if all(number % n == 0 for number in cut.values())]
         raise ValueError(
             f"{size} ranks cannot share {', '.join(uneven)} evenly: "
             f"this model runs on {', '.join(map(str, possible))} rank(s)"

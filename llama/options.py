@@ -27,9 +27,7 @@ class Option:
         """What stands in a command's signature for it."""
         flag = self.flag or "--" + self.name.replace("_", "-")
         kind = Annotated[self.type, typer.Option(flag, help=self.help, min=self.least)]
-        return inspect.Parameter(
-            self.name, inspect.Parameter.KEYWORD_ONLY, default=self.default, annotation=kind
-        )
+        return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=self.default, annotation=kind)
 
 
 class Options(tuple[Option, ...]):
@@ -82,6 +80,4 @@ MODEL = Options(  # parameters of `Llama.build`
 )
 
 TYPES = get_type_hints(SamplingParams) | {"stop": list[str] | None}  # given several times
-SAMPLER = Options(
-    Option(name, known.help, TYPES[name]) for name, known in SAMPLING_FIELDS.items() if known.option
-)
+SAMPLER = Options(Option(name, known.help, TYPES[name]) for name, known in SAMPLING_FIELDS.items() if known.option)

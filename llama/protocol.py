@@ -31,9 +31,7 @@ def _refuse_any(value: list[Any]) -> list[Any]:
     return value
 
 
-Unserved = Annotated[
-    list[Any], AfterValidator(_refuse_any)
-]  # clients send an empty list where they mean nothing
+Unserved = Annotated[list[Any], AfterValidator(_refuse_any)]  # clients send an empty list where they mean nothing
 
 
 class Fields(BaseModel):
@@ -42,11 +40,7 @@ class Fields(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _drop_null(cls, data: Any) -> Any:
-        return (
-            {key: value for key, value in data.items() if value is not None}
-            if isinstance(data, dict)
-            else data
-        )
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
 
 
 class Body(Fields):

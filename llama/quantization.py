@@ -69,9 +69,7 @@ class LowBitLinear(nn.Module):
         self.register_buffer("bias", torch.zeros(out_features, device=device) if bias else None)
         self.product: Product = product_in_chunks
         self.fixed_rows: int | None = None
-        self.joined: tuple[LowBitLinear, slice] | None = (
-            None  # what holds the weight, and where; no child of this
-        )
+        self.joined: tuple[LowBitLinear, slice] | None = None  # what holds the weight, and where; no child of this
         self.variant = "auto"  # one of kernels.lowbit.variants(), to have every product computed in that way
 
     @classmethod
@@ -103,9 +101,7 @@ class LowBitLinear(nn.Module):
         shapes: dict[str, tuple[int, ...]] = {"weight": (self.out_features, self.in_features)}
         return shapes if self.bias is None else shapes | {"bias": (self.out_features,)}
 
-    def load_weight(
-        self, name: str, weight: StoredWeight, device: torch.device, dtype: torch.dtype | None
-    ) -> None:
+    def load_weight(self, name: str, weight: StoredWeight, device: torch.device, dtype: torch.dtype | None) -> None:
         """Takes a stored weight or bias: its blocks as they are where they are of this format, else quantized."""
         if name == "bias":
             self.bias = weight.read().float().to(device)

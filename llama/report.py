@@ -24,9 +24,7 @@ def show_inspection(found: Inspection) -> None:
     facts = {
         "path": found.path,
         "format": found.format,
-        "parameters": f"{found.parameters / 1e9:.2f} B"
-        if found.parameters >= 1e8
-        else f"{found.parameters:,}",
+        "parameters": f"{found.parameters / 1e9:.2f} B" if found.parameters >= 1e8 else f"{found.parameters:,}",
         "size": bytes_text(found.nbytes),
         "shape": f"dim {args.dim}, {args.n_layers} layers, hidden {args.hidden_dim}, vocabulary {args.vocab_size}",
         "heads": f"{args.n_heads} heads of {args.head_dim}, {args.n_kv_heads} key/value heads",
@@ -38,8 +36,7 @@ def show_inspection(found: Inspection) -> None:
     }
     for name, stored in found.types.items():
         facts[f"stored {name}"] = (
-            f"{stored.tensors} tensors, {stored.parameters:,} values, {bytes_text(stored.nbytes)}"
-            + kept_text(stored)
+            f"{stored.tensors} tensors, {stored.parameters:,} values, {bytes_text(stored.nbytes)}" + kept_text(stored)
         )
     if found.unknown_keys:
         facts["unknown keys"] = ", ".join(found.unknown_keys)

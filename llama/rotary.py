@@ -128,9 +128,7 @@ class DynamicScaling(RopeScaling):
             return freqs
         limits = limits.to(freqs.dtype).clamp_min(self.original_max_seq_len).unsqueeze(-1)
         head_dim = 2 * freqs.shape[0]
-        growth = self.factor * limits / self.original_max_seq_len - (
-            self.factor - 1
-        )  # of the base, but for the power
+        growth = self.factor * limits / self.original_max_seq_len - (self.factor - 1)  # of the base, but for the power
         exponents = torch.arange(0, head_dim, 2, device=freqs.device, dtype=freqs.dtype) / (head_dim - 2)
         return freqs / growth**exponents
 
@@ -151,9 +149,7 @@ def rope_frequencies(
 
 def rope_factors(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
     """What `scaling` divides each frequency by: (head_dim / 2,) float32, as llama.cpp stores it."""
-    plain, stretched = (
-        rope_frequencies(head_dim, theta, kind, dtype=torch.float64) for kind in (None, scaling)
-    )
+    plain, stretched = (rope_frequencies(head_dim, theta, kind, dtype=torch.float64) for kind in (None, scaling))
     return (plain / stretched).float()
 
 

@@ -193,9 +193,7 @@ def _places(ids: Sequence[Collection[int]], device: torch.device) -> tuple[Tenso
 def _penalise_repetition(logits: Tensor, rows: Sequence[SampleRow]) -> None:
     """Weaken each token seen by a factor (CTRL, Keskar et al. 2019; negative logits as Hugging Face does)."""
     penalties = [row.params.repetition_penalty for row in rows]
-    places = _places(
-        [set(row.tokens) if row.params.repetition_penalty != 1 else () for row in rows], logits.device
-    )
+    places = _places([set(row.tokens) if row.params.repetition_penalty != 1 else () for row in rows], logits.device)
     factors = torch.tensor(penalties, dtype=torch.float32, device=logits.device)[places[0]]
     scores = logits[places]
     logits[places] = torch.where(scores < 0, scores * factors, scores / factors)
@@ -212,9 +210,7 @@ def _answer_penalties(row: SampleRow) -> dict[int, float]:
 
 def _add(logits: Tensor, additions: Sequence[Mapping[int, float]]) -> None:
     values = list(chain.from_iterable(of_row.values() for of_row in additions))
-    logits[_places(additions, logits.device)] += torch.tensor(
-        values, dtype=logits.dtype, device=logits.device
-    )
+    logits[_places(additions, logits.device)] += torch.tensor(values, dtype=logits.dtype, device=logits.device)
 
 
 def _process(logits: Tensor, rows: Sequence[SampleRow]) -> dict[int, Exception]:
@@ -247,12 +243,9 @@ def _choose(logits: Tensor, rows: Sequence[tuple[int, SampleRow]]) -> list[int]:
         groups: dict[Draw, list[int]] = {}
         for i in waiting:
             groups.setdefault(next(ways[i]), []).append(i)
-        blocks = [
-            (draw, block) for draw, group in groups.items() for block in _in_blocks(group, logits.shape[-1])
-        ]
+        blocks = [(draw, block) for draw, group in groups.items() for block in _in_blocks(group, logits.shape[-1])]
         drawn = [
-            draw(_rows_at(logits, [rows[i][0] for i in block]), [rows[i][1] for i in block])
-            for draw, block in blocks
+            draw(_rows_at(logits, [rows[i][0] for i in block]), [rows[i][1] for i in block]) for draw, block in blocks
         ]
         order = chain.from_iterable(block for _, block in blocks)
         for i, token in zip(order, torch.cat(drawn).tolist(), strict=True):

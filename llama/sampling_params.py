@@ -67,9 +67,7 @@ def _ids(name: str, value: object) -> tuple[int, ...]:
 def _biases(name: str, value: object) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise SamplingError(name, "a mapping of token ids to numbers", value)
-    return {
-        _ID(name, token): bias if bias == -math.inf else _BIAS(name, bias) for token, bias in value.items()
-    }
+    return {_ID(name, token): bias if bias == -math.inf else _BIAS(name, bias) for token, bias in value.items()}
 
 
 def _functions(name: str, value: object) -> tuple[LogitsProcessor, ...]:
@@ -85,9 +83,7 @@ _PENALTY = _Number(-2, 2, "a number from -2 to 2")
 _COUNT = _Number(0, sys.maxsize, "a whole number, 0 or more", Integral)
 _MOST = replace(_COUNT, optional=True)
 _NUMBER = _Number(1, sys.maxsize, "a whole number, 1 or more", Integral)
-_FINITE = _Number(
-    -sys.float_info.max, sys.float_info.max, "a finite number (0 or less: greedy)", optional=True
-)
+_FINITE = _Number(-sys.float_info.max, sys.float_info.max, "a finite number (0 or less: greedy)", optional=True)
 _TOP_K = _Number(0, sys.maxsize, "a whole number, 0 (off) or more", Integral, optional=True)
 _FACTOR = _Number(0.01, 100, "a number from 0.01 to 100 (1: off)", optional=True)
 _SEED = _Number(-(2**63), 2**63 - 1, "a whole number of 64 bits", Integral, optional=True)
@@ -142,23 +138,15 @@ class SamplingParams:
         option=True,
     )
     presence_penalty: float = _field(0.0, _PENALTY, "Off the logit of every token of the answer.")
-    frequency_penalty: float = _field(
-        0.0, _PENALTY, "Off a token's logit for each time that it is in the answer."
-    )
-    logit_bias: Mapping[int, float] = _field(
-        dict, _biases, "Token id -> what is added to its logit; -inf: never."
-    )
+    frequency_penalty: float = _field(0.0, _PENALTY, "Off a token's logit for each time that it is in the answer.")
+    logit_bias: Mapping[int, float] = _field(dict, _biases, "Token id -> what is added to its logit; -inf: never.")
     seed: int | None = _field(None, _SEED, "The same seed gives the same answer.", option=True)
     max_tokens: int | None = _field(None, _MOST, "The most tokens of an answer.", option=True)
     min_tokens: int = _field(0, _COUNT, "The fewest tokens of an answer.")
-    stop: tuple[str, ...] = _field(
-        (), _texts, "End the answer at this text, or the first of several.", option=True
-    )
+    stop: tuple[str, ...] = _field((), _texts, "End the answer at this text, or the first of several.", option=True)
     stop_token_ids: tuple[int, ...] = _field((), _ids, "End the answer at these tokens.")
     ignore_eos: bool = _field(False, _flag, "Go on where the model would end.")
-    logprobs: int | None = _field(
-        None, _TOP, "With each token its logprob and those of so many best.", body=False
-    )
+    logprobs: int | None = _field(None, _TOP, "With each token its logprob and those of so many best.", body=False)
     prompt_logprobs: int | None = _field(None, _TOP, "The same for the prompt.", body=False)
     echo: bool = _field(False, _flag, "Let the answer begin with the prompt.", body=False)
     n: int = _field(1, _NUMBER, "How many answers to give.")
@@ -195,9 +183,7 @@ class SamplingParams:
         for name in ("logit_bias", "stop_token_ids"):
             for token in getattr(self, name):
                 if token >= vocab_size:
-                    raise SamplingError(
-                        name, f"made of ids from 0 to {vocab_size - 1} (the vocabulary)", token
-                    )
+                    raise SamplingError(name, f"made of ids from 0 to {vocab_size - 1} (the vocabulary)", token)
 
 
 SAMPLING_FIELDS: dict[str, SamplingField] = {f.name: f.metadata["known"] for f in fields(SamplingParams)}

@@ -8,9 +8,7 @@ from support.tiny import ByteTokenizer
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = (
-        "1"  # before anything imports Triton: its kernels run on the CPU, in NumPy
-    )
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels run on the CPU, in NumPy
 
 
 @pytest.fixture

@@ -21,20 +21,14 @@ ARGS = tiny_args(vocab_size=400)
 def llm(tmp_path_factory) -> Llama:
     directory = tmp_path_factory.mktemp("batch")
     save_tokenizer(directory / "tokenizer.model")
-    return Llama.build(
-        save_meta(directory / "model", ARGS, tiny_weights(ARGS)), max_seq_len=128, dtype="fp32"
-    )
+    return Llama.build(save_meta(directory / "model", ARGS, tiny_weights(ARGS)), max_seq_len=128, dtype="fp32")
 
 
 def line(custom_id: str, url: str = "/v1/completions", **body) -> str:
-    return json.dumps(
-        {"custom_id": custom_id, "method": "POST", "url": url, "body": {"max_tokens": 4, **body}}
-    )
+    return json.dumps({"custom_id": custom_id, "method": "POST", "url": url, "body": {"max_tokens": 4, **body}})
 
 
-CHAT = line(
-    "chat", "/v1/chat/completions", messages=[{"role": "user", "content": "hello"}], temperature=0, n=2
-)
+CHAT = line("chat", "/v1/chat/completions", messages=[{"role": "user", "content": "hello"}], temperature=0, n=2)
 TEXT = line("text", prompt="quick fox", temperature=0, logprobs=2, echo=True)
 SEVERAL = line("several", prompt=["one", "two"], temperature=0, n=2)
 VECTOR = json.dumps({"custom_id": "vector", "url": "/v1/embeddings", "body": {"input": ["one", "two"]}})
@@ -71,9 +65,7 @@ def test_every_kind_of_request_gets_its_kind_of_answer(llm, tmp_path):
     assert choice["logprobs"]["token_logprobs"][0] is None
     num_prompt_tokens = len(llm.tokenizer.encode("quick fox", bos=True, eos=False))
     assert bodies["text"]["usage"]["prompt_tokens"] == num_prompt_tokens
-    assert (
-        bodies["text"]["usage"]["completion_tokens"] == len(choice["logprobs"]["tokens"]) - num_prompt_tokens
-    )
+    assert bodies["text"]["usage"]["completion_tokens"] == len(choice["logprobs"]["tokens"]) - num_prompt_tokens
 
     assert len(bodies["several"]["choices"]) == 4
     assert [len(item["embedding"]) for item in bodies["vector"]["data"]] == [ARGS.dim] * 2
@@ -134,9 +126,7 @@ def test_answers_to_another_file_are_not_added_to(llm, tmp_path):
 
 
 def test_nothing_stays_referenced_after_a_job(llm, tmp_path):
-    run(
-        llm, tmp_path, [CHAT, TEXT, SEVERAL, VECTOR] + [line(str(i), prompt=f"number {i}") for i in range(40)]
-    )
+    run(llm, tmp_path, [CHAT, TEXT, SEVERAL, VECTOR] + [line(str(i), prompt=f"number {i}") for i in range(40)])
     assert llm.engine.stats().num_referenced_blocks == 0
 
 
@@ -156,9 +146,7 @@ def test_embeddings_share_steps(llm, tmp_path, monkeypatch):
     num_steps = []
     step = llm.engine.step
     monkeypatch.setattr(llm.engine, "step", lambda: num_steps.append(1) or step())
-    lines = [
-        json.dumps({"custom_id": i, "url": "/v1/embeddings", "body": {"input": f"text {i}"}}) for i in alone
-    ]
+    lines = [json.dumps({"custom_id": i, "url": "/v1/embeddings", "body": {"input": f"text {i}"}}) for i in alone]
     answers = run(llm, tmp_path, lines)
     assert len(num_steps) < len(lines)
     for custom_id, vector in alone.items():
@@ -236,9 +224,7 @@ def test_half_a_surrogate_pair_costs_nothing(llm, tmp_path):
 
 
 def test_standard_input_and_pipes_are_read(llm, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(f"{TEXT}\n{CHAT}".encode())))
-    )
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(f"{TEXT}\n{CHAT}".encode()))))
     assert Batch(llm, Path("-"), tmp_path / "out.jsonl").run().answered == 2
     os.mkfifo(tmp_path / "pipe")
     writer = threading.Thread(target=(tmp_path / "pipe").write_text, args=(f"{TEXT}\n{SEVERAL}",))

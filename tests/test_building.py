@@ -47,9 +47,7 @@ def test_a_tokenizer_whose_text_the_model_lacks_is_refused(tmp_path):
 def test_files_that_are_passed_over_are_named(tmp_path, capsys):
     args, weights = sample()
     write_hf(tmp_path, args, weights)
-    write_hf(
-        tmp_path, args, {name: torch.zeros_like(weight) for name, weight in weights.items()}, binary=True
-    )
+    write_hf(tmp_path, args, {name: torch.zeros_like(weight) for name, weight in weights.items()}, binary=True)
     write_sentencepiece(tmp_path / "tokenizer.model")
     Llama.build(tmp_path, **OPTIONS)
     assert "pytorch_model.bin: is passed over: model.safetensors is read" in capsys.readouterr().err

@@ -51,9 +51,7 @@ def test_what_each_row_sees_is_what_clipping_its_extents_gives():
 
 def test_a_stored_row_is_rounded_to_255_steps_of_its_largest_magnitude():
     store = Store.empty((1, 3, 4), CPU, torch.int8)
-    store.put(
-        torch.arange(3), torch.tensor([[[127.0, 63.4, -63.6, 0.2]], [[0.0, 0, 0, 0]], [[1e-40, 0, 0, 0]]])
-    )
+    store.put(torch.arange(3), torch.tensor([[[127.0, 63.4, -63.6, 0.2]], [[0.0, 0, 0, 0]], [[1e-40, 0, 0, 0]]]))
     stored = store.run((0, 3), torch.float32)
     assert torch.equal(stored[0, 0], torch.tensor([127.0, 63, -64, 0]))
     assert (stored[0, 1:].abs() <= 1e-40).all()

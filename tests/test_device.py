@@ -43,9 +43,7 @@ def not_linux(monkeypatch):
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "xpu", "mps"])
 def test_a_device_that_is_not_here_is_refused_with_what_is(device, no_accelerator):
-    with pytest.raises(
-        ValueError, match=f"device is '{device}', but this torch finds none here: give auto or cpu"
-    ):
+    with pytest.raises(ValueError, match=f"device is '{device}', but this torch finds none here: give auto or cpu"):
         choose_device(device)
 
 

@@ -202,9 +202,7 @@ def test_prompt_logprobs_are_those_of_the_raw_logits_shifted_by_one():
         [event] = events_of(engine, (prompt, params(prompt_logprobs=2, max_tokens=0)))
         assert event.finish_reason == "length"
         assert event.completion.prompt_logprobs[0] is None
-        assert [entry.logprob for entry in event.completion.prompt_logprobs[1:]] == pytest.approx(
-            expected, abs=1e-4
-        )
+        assert [entry.logprob for entry in event.completion.prompt_logprobs[1:]] == pytest.approx(expected, abs=1e-4)
         assert all(len(entry.top) == 2 for entry in event.completion.prompt_logprobs[1:])
 
 

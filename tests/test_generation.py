@@ -52,9 +52,7 @@ def asked(llm: Llama, monkeypatch) -> list[list[int]]:
 def test_signatures_begin_as_the_references_do():
     def positional(function) -> list[tuple]:
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        found = [
-            (p.name, p.default) for p in inspect.signature(function).parameters.values() if p.kind == kind
-        ]
+        found = [(p.name, p.default) for p in inspect.signature(function).parameters.values() if p.kind == kind]
         return [item for item in found if item[0] != "self"]
 
     none, empty = None, inspect.Parameter.empty
@@ -242,9 +240,7 @@ def test_complete_takes_texts_and_ids_one_params_or_one_each_and_keeps_the_order
     ids = llm.tokenizer.encode(text, bos=True, eos=False)
     first, second = llm.complete([text, ids], greedy)
     assert first == second
-    long, short = llm.complete(
-        [text, text], [greedy, SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)]
-    )
+    long, short = llm.complete([text, text], [greedy, SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)])
     assert (long.tokens, short.tokens) == (first.tokens, first.tokens[:2])
     assert long.finish_reason == "length"
 
@@ -374,9 +370,7 @@ def test_a_refused_dialog_keeps_its_place_and_is_known_by_a_flag(llm):
     assert list(llm.stream_chat(unsafe)) == [UNSAFE_ERROR]
 
 
-@pytest.mark.parametrize(
-    "kind", [tuple, torch.tensor, numpy.array, lambda ids: numpy.array(ids, numpy.int32)]
-)
+@pytest.mark.parametrize("kind", [tuple, torch.tensor, numpy.array, lambda ids: numpy.array(ids, numpy.int32)])
 def test_prompts_of_ids_may_be_arrays_and_tensors(llm, kind):
     prompt, params = [1, 9, 8, 77], SamplingParams(temperature=1.0, max_tokens=4, ignore_eos=True, seed=3)
     assert llm.complete([kind(prompt)], params) == llm.complete([prompt], params)

@@ -68,9 +68,7 @@ def test_the_state_of_a_built_model_has_every_weight_in_the_published_layout(sou
         assert torch.equal(found[name], FORMATS["sym_int4"].quantize(weight) if is_packed else weight), name
 
 
-def test_a_model_in_a_format_without_a_compiled_kernel_computes_with_unpacked_weights(
-    source, monkeypatch, tmp_path
-):
+def test_a_model_in_a_format_without_a_compiled_kernel_computes_with_unpacked_weights(source, monkeypatch, tmp_path):
     monkeypatch.setattr(library, "formats", frozenset)
     llm = build(source, quantization="sym_int4")
     assert any(isinstance(module, LowBitLinear) for module in llm.model.modules())
@@ -178,9 +176,7 @@ def test_what_is_not_low_bit_is_neither_saved_nor_loaded_as_such(source, tmp_pat
 
 
 def test_a_deterministic_low_bit_model_gives_the_same_bits_alone_and_together(source):
-    alone = [
-        build(source, quantization="sym_int4", deterministic=True).complete([p], GREEDY)[0] for p in PROMPTS
-    ]
+    alone = [build(source, quantization="sym_int4", deterministic=True).complete([p], GREEDY)[0] for p in PROMPTS]
     assert build(source, quantization="sym_int4", deterministic=True).complete(PROMPTS, GREEDY) == alone
 
 
@@ -205,9 +201,7 @@ def test_a_cache_in_8_bits_changes_little_and_answers_alike_alone_together_and_f
 def test_a_cache_in_8_bits_holds_more_tokens_in_the_same_memory(source):
     memory = 1 << 20
     blocks = [
-        build(source, max_batch_size=1000, kv_cache_memory=memory, kv_dtype=kv_dtype)
-        .engine.stats()
-        .num_blocks
+        build(source, max_batch_size=1000, kv_cache_memory=memory, kv_dtype=kv_dtype).engine.stats().num_blocks
         for kv_dtype in ("auto", "int8")
     ]
     assert blocks[1] > 3 * blocks[0]

@@ -49,6 +49,4 @@ def test_what_was_not_given_is_left_to_the_call():
         given.append((load, sample))
 
     command(["--device", "cpu", "--stop", "a", "--stop", "b"], standalone_mode=False)
-    assert given == [
-        ({"device": "cpu", "dtype": "auto", "kv_dtype": "auto"}, {"max_tokens": 256, "stop": ["a", "b"]})
-    ]
+    assert given == [({"device": "cpu", "dtype": "auto", "kv_dtype": "auto"}, {"max_tokens": 256, "stop": ["a", "b"]})]

@@ -34,9 +34,7 @@ def single(checkpoint) -> dict:
         SamplingParams(temperature=i % 2, max_tokens=1 + i % 7, ignore_eos=True, seed=i, n=1 + (i % 5 == 0))
         for i in range(24)
     ]
-    others = llm.complete(prompts, seeded) + llm.complete(
-        [[1, *range(i, 3 * i + 2)] for i in range(24)], many
-    )
+    others = llm.complete(prompts, seeded) + llm.complete([[1, *range(i, 3 * i + 2)] for i in range(24)], many)
     return {
         "tokens": [completion.tokens for completion in completions + others],
         "logprobs": [entry.logprob for completion in completions for entry in completion.logprobs],
@@ -45,9 +43,7 @@ def single(checkpoint) -> dict:
 
 
 @pytest.mark.parametrize(("ranks", "shards", "launch"), [(2, 8, torchrun), (4, 1, forked)])
-def test_ranks_together_answer_as_one_and_all_get_the_answer(
-    checkpoint, single, ranks, shards, launch, tmp_path
-):
+def test_ranks_together_answer_as_one_and_all_get_the_answer(checkpoint, single, ranks, shards, launch, tmp_path):
     model, tokenizer = checkpoint / f"{shards}-shards", checkpoint / "tokenizer.model"
     done = launch(ranks, "parallel_ranks.py", model, tokenizer, tmp_path)
     assert done.returncode == 0, done.stderr
@@ -74,9 +70,7 @@ def test_one_process_starts_no_process_group():
 
 
 def test_more_ranks_than_processes_are_refused_with_the_command_that_would_do():
-    with pytest.raises(
-        ValueError, match=r"model_parallel_size is 2, but 1 process.*torchrun --nproc_per_node 2"
-    ):
+    with pytest.raises(ValueError, match=r"model_parallel_size is 2, but 1 process.*torchrun --nproc_per_node 2"):
         start(2)
 
 

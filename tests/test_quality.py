@@ -15,9 +15,7 @@ from llama.perplexity import perplexity
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 ARGS = tiny_args()
-TEXT = (
-    "How far is a packed model from its baseline, at every position of a text new to both of them?"  # 3 x 31
-)
+TEXT = "How far is a packed model from its baseline, at every position of a text new to both of them?"  # 3 x 31
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +45,7 @@ def test_divergence_and_agreement_by_their_definitions(quality, llm, windows):
     other = Llama(tiny_model(ARGS, seed=1), ByteTokenizer(), chat_format="llama2")
     found = quality.compare(other, llm, windows)
     scores = [
-        torch.cat([slow.logits(tiny_weights(ARGS, seed), ARGS, part)[:-1] for part in windows])
-        for seed in (0, 1)
+        torch.cat([slow.logits(tiny_weights(ARGS, seed), ARGS, part)[:-1] for part in windows]) for seed in (0, 1)
     ]
     base, ours = (s.double().log_softmax(-1) for s in scores)
     assert found.divergence == pytest.approx((base.exp() * (base - ours)).sum(-1).mean().item(), rel=1e-4)

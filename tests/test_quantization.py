@@ -140,9 +140,7 @@ def slow_quantize(name: str, x: np.ndarray) -> bytes:
 
 
 @pytest.mark.parametrize("name", SIMPLE)
-@pytest.mark.filterwarnings(
-    "ignore::RuntimeWarning"
-)  # reciprocals of tiny scales overflow: that is the point
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # reciprocals of tiny scales overflow: that is the point
 def test_bytes_equal_a_slow_transcription_of_the_published_formula(name):
     blocks = sample_blocks(FORMATS[name].block)
     expected = b"".join(slow_quantize(name, block) for block in blocks.numpy())
@@ -178,11 +176,7 @@ def test_any_ggml_bytes_dequantize_as_in_the_gguf_package(name):
 @pytest.mark.parametrize("name", BIGDL_TYPES)
 def test_bytes_equal_bigdl_llm_where_it_is_installed(name):
     spec = importlib.util.find_spec("bigdl")
-    found = [
-        lib
-        for root in (spec.submodule_search_locations if spec else [])
-        for lib in Path(root).rglob("*_avx2.so")
-    ]
+    found = [lib for root in (spec.submodule_search_locations if spec else []) for lib in Path(root).rglob("*_avx2.so")]
     library = next((str(path) for path in found if path.name == "libllama_avx2.so"), None)
     if library is None:
         pytest.skip("bigdl-llm is not installed")
@@ -280,9 +274,7 @@ def test_large_weights_are_converted_in_parts_without_a_seam():
 
 
 def test_columns_that_are_not_whole_blocks_are_refused_with_formats_that_fit():
-    with pytest.raises(
-        LowBitError, match=r"packs 64 columns.*96 columns are not a multiple; choose q4_0, q4_1"
-    ):
+    with pytest.raises(LowBitError, match=r"packs 64 columns.*96 columns are not a multiple; choose q4_0, q4_1"):
         FORMATS["sym_int4"].quantize(torch.zeros(2, 96))
     with pytest.raises(LowBitError, match="choose no low-bit format"):
         FORMATS["q4_k"].quantize(torch.zeros(2, 100))
@@ -332,9 +324,7 @@ def test_unknown_and_contradicting_formats_are_refused():
         resolve_format(load_in_4bit=True, load_in_8bit=True)
 
 
-def make_linear(
-    name: str, rows: int = 21, blocks: int = 3, bias: bool = False, seed: int = 0
-) -> LowBitLinear:
+def make_linear(name: str, rows: int = 21, blocks: int = 3, bias: bool = False, seed: int = 0) -> LowBitLinear:
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, blocks * FORMATS[name].block, generator=generator)
     return LowBitLinear.from_weight(name, weight, torch.randn(rows, generator=generator) if bias else None)
@@ -393,9 +383,7 @@ def test_linears_that_differ_cannot_be_joined():
 
 
 def test_a_packed_weight_of_an_impossible_shape_is_refused():
-    with pytest.raises(
-        LowBitError, match=r"sym_int4 needs uint8 \(rows, a multiple of 34 bytes\), not .*\(4, 35\)"
-    ):
+    with pytest.raises(LowBitError, match=r"sym_int4 needs uint8 \(rows, a multiple of 34 bytes\), not .*\(4, 35\)"):
         LowBitLinear.from_packed("sym_int4", torch.zeros(4, 35, dtype=torch.uint8))
 
 
@@ -417,9 +405,7 @@ def test_a_new_format_is_a_class_and_a_row_and_works_without_a_kernel(signs):
 
 
 def test_with_fixed_rows_a_format_without_a_kernel_gives_each_row_the_same_bits(signs):
-    linear = LowBitLinear.from_weight(
-        "signs", torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    )
+    linear = LowBitLinear.from_weight("signs", torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
     linear.prepare(fixed_rows=4)
     assert torch.equal(linear(x), torch.cat([linear(row[None]) for row in x]))
@@ -429,9 +415,7 @@ def test_with_fixed_rows_a_format_without_a_kernel_gives_each_row_the_same_bits(
 @given(st.sampled_from(list(FORMATS)), st.integers(1, 40), st.integers(1, 3), st.integers(0, 2**31))
 def test_any_bytes_survive_the_kernel_layout(name, rows, blocks, seed):
     layout = FORMATS[name]
-    packed = torch.randint(
-        0, 256, (rows, blocks * layout.block_bytes), generator=torch.Generator().manual_seed(seed)
-    )
+    packed = torch.randint(0, 256, (rows, blocks * layout.block_bytes), generator=torch.Generator().manual_seed(seed))
     packed = packed.to(torch.uint8)
     restored = lowbit.from_tiles(lowbit.to_tiles(packed, layout), layout, rows, blocks * layout.block)
     assert torch.equal(restored, packed)

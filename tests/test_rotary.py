@@ -16,9 +16,7 @@ from llama.rotary import (
 )
 
 
-@pytest.mark.parametrize(
-    "scaling", [LinearScaling(4.0), Llama3Scaling(8.0), Llama3Scaling(3.0, 1.0, 2.0, 64)]
-)
+@pytest.mark.parametrize("scaling", [LinearScaling(4.0), Llama3Scaling(8.0), Llama3Scaling(3.0, 1.0, 2.0, 64)])
 def test_factors_are_what_the_frequencies_are_divided_by(scaling):
     plain = rope_frequencies(64, 500000.0, None)
     stretched = rope_frequencies(64, 500000.0, scaling)

@@ -29,9 +29,7 @@ ALMOST_ONE = 1 - 2.0**-53
 
 
 def row(params=None, tokens=(), num_prompt_tokens=0, key=(0, 0, 0), banned=(), **given):
-    return SampleRow(
-        (params or SamplingParams(**given)).resolve(), list(tokens), num_prompt_tokens, tuple(key), banned
-    )
+    return SampleRow((params or SamplingParams(**given)).resolve(), list(tokens), num_prompt_tokens, tuple(key), banned)
 
 
 def drawing(*numbers):
@@ -157,9 +155,7 @@ def test_penalties_and_bias_equal_the_twin_to_the_bit(num_batches):
         spied = [
             replace(
                 r,
-                params=replace(
-                    r.params, logits_processors=(lambda _, x, i=i: seen.setdefault(i, x.clone()),)
-                ),
+                params=replace(r.params, logits_processors=(lambda _, x, i=i: seen.setdefault(i, x.clone()),)),
             )
             for i, r in enumerate(rows)
         ]
@@ -224,9 +220,7 @@ def several_threads():
 
 
 @pytest.mark.parametrize(("vocab", "low_precision"), [(33003, False), (33003, True), (2048, True)])
-def test_a_row_alone_and_among_32_gets_the_same_token_and_logprob_to_the_bit(
-    vocab, low_precision, several_threads
-):
+def test_a_row_alone_and_among_32_gets_the_same_token_and_logprob_to_the_bit(vocab, low_precision, several_threads):
     generator = torch.Generator().manual_seed(vocab)
     logits = torch.randn(32, vocab, generator=generator) * 3
     if low_precision:
@@ -388,9 +382,7 @@ def test_the_global_generator_is_neither_read_nor_moved():
     assert sample(logits, rows) == first
 
 
-@pytest.mark.parametrize(
-    "given", [{"top_p": 1.0}, {"top_p": 0.999}, {"top_k": 4}, {"top_p": 1.0, "min_p": 0.1}]
-)
+@pytest.mark.parametrize("given", [{"top_p": 1.0}, {"top_p": 0.999}, {"top_k": 4}, {"top_p": 1.0, "min_p": 0.1}])
 @pytest.mark.parametrize("number", [0.0, ALMOST_ONE])
 def test_the_ends_of_the_random_numbers_never_choose_a_masked_token(given, number):
     logits = torch.full((1, 4000), -INF)
@@ -468,9 +460,7 @@ def test_the_repetition_penalty_is_that_of_transformers_to_the_bit():
     logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(6)) * 4
     tokens = [1, 5, 5, 250, 7, 1]
     seen = []
-    params = SamplingParams(
-        repetition_penalty=1.3, logits_processors=[lambda _, x: seen.append(x.clone()) or x]
-    )
+    params = SamplingParams(repetition_penalty=1.3, logits_processors=[lambda _, x: seen.append(x.clone()) or x])
     sample(logits, [row(params, tokens, 2)])
     assert torch.equal(seen[0], hf.RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([tokens]), logits)[0])
 
@@ -569,9 +559,7 @@ def test_a_row_whose_every_token_is_masked_is_not_finite(given):
 
 def test_a_banned_token_is_not_lifted_by_bias_or_processor():
     logits = torch.tensor([[0.0, 9.0, 1.0]])
-    params = SamplingParams(
-        temperature=0, logit_bias={1: 100.0}, logits_processors=[lambda _, x: x.clamp(min=0.0)]
-    )
+    params = SamplingParams(temperature=0, logit_bias={1: 100.0}, logits_processors=[lambda _, x: x.clamp(min=0.0)])
     assert sample(logits, [row(params)]).tokens == [1]
     assert sample(logits, [row(params, banned=(1, 1))]).tokens == [2]
 
@@ -629,9 +617,7 @@ def test_logprobs_are_the_models_own_whatever_is_done_to_the_logits():
         assert sampled.logprobs[i] == pytest.approx(expected[i, sampled.tokens[i]].item(), abs=1e-5)
         best = twin_ranking(logits[i])
         assert [token for token, _ in sampled.top[i]] == best[: r.params.logprobs]
-        assert [x for _, x in sampled.top[i]] == pytest.approx(
-            expected[i, best[: r.params.logprobs]].tolist()
-        )
+        assert [x for _, x in sampled.top[i]] == pytest.approx(expected[i, best[: r.params.logprobs]].tolist())
 
 
 def test_a_chosen_token_has_the_same_logprob_alone_and_among_the_best():

@@ -303,9 +303,7 @@ def skips_the_decrement_on_abort(monkeypatch):
 
 
 def counts_one_block_too_few(monkeypatch):
-    monkeypatch.setattr(
-        Scheduler, "_num_blocks_for", lambda self, n: (n + self.block_size - 2) // self.block_size
-    )
+    monkeypatch.setattr(Scheduler, "_num_blocks_for", lambda self, n: (n + self.block_size - 2) // self.block_size)
 
 
 def forgets_the_salt(monkeypatch):
@@ -446,9 +444,7 @@ def lets_the_newest_pass(monkeypatch):
 
 def stalls_while_others_wait(monkeypatch):
     admit = Scheduler._admit
-    monkeypatch.setattr(
-        Scheduler, "_admit", lambda self, request: len(request.tokens) < 9 and admit(self, request)
-    )
+    monkeypatch.setattr(Scheduler, "_admit", lambda self, request: len(request.tokens) < 9 and admit(self, request))
 
 
 FAULTS = {  # and the words of the check that catches each
@@ -658,9 +654,7 @@ def test_a_request_that_can_never_fit_is_refused_at_once():
     scheduler = Scheduler(4, 16)
     scheduler.add(Request(0, [1], 64))
     advice = "shorten it, lower max_tokens or raise kv_cache_memory"
-    with pytest.raises(
-        RequestTooLarge, match=f"^request 1 may grow to 65 tokens, the cache holds 64: {advice}$"
-    ):
+    with pytest.raises(RequestTooLarge, match=f"^request 1 may grow to 65 tokens, the cache holds 64: {advice}$"):
         scheduler.add(Request(1, [1], 65))
     assert scheduler.stats().num_waiting == 1
 
@@ -898,9 +892,7 @@ def test_in_a_large_pool_exactly_the_longest_common_prefix_is_found(block_size):
         salt = rng.choice([b"a", b"b"])
         longest = 0
         for other_salt, other in computed:
-            while (
-                salt == other_salt and longest < len(other) and tokens[: longest + 1] == other[: longest + 1]
-            ):
+            while salt == other_salt and longest < len(other) and tokens[: longest + 1] == other[: longest + 1]:
                 longest += 1
         request = run_alone(simulation, tokens, rng.randint(1, 9), salt=salt)
         assert request.num_cached_tokens == min(longest, len(tokens) - 1) // block_size * block_size
@@ -1058,9 +1050,7 @@ def test_extents_spell_out_the_same_blocks_in_the_fewest_runs(blocks):
     assert all(a + n != b for (a, n), (b, _) in pairwise(runs))
 
 
-@pytest.mark.parametrize(
-    "module", [llama.request, llama.blocks, llama.scheduler], ids=lambda module: module.__name__
-)
+@pytest.mark.parametrize("module", [llama.request, llama.blocks, llama.scheduler], ids=lambda module: module.__name__)
 def test_the_scheduler_needs_nothing_but_the_standard_library(module):
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     names = set()

@@ -26,9 +26,7 @@ def respond(llm: Llama, url: str, body: dict) -> dict:
 @pytest.mark.parametrize(
     "fields",
     [
-        dict(
-            n=None, presence_penalty=None, frequency_penalty=None, stop=None, logit_bias=None, min_tokens=None
-        ),
+        dict(n=None, presence_penalty=None, frequency_penalty=None, stop=None, logit_bias=None, min_tokens=None),
         dict(user=None, metadata=None, logprobs=None, top_logprobs=None, something_new=None),
         dict(stream=False, stream_options=None),
         dict(response_format={"type": "text"}),

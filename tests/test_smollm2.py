@@ -86,9 +86,7 @@ def oracle():
     return model
 
 
-@pytest.mark.parametrize(
-    ("num_prompts", "max_tokens"), [(10, 20), pytest.param(20, 64, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("num_prompts", "max_tokens"), [(10, 20), pytest.param(20, 64, marks=pytest.mark.slow)])
 def test_greedy_continuations_equal_those_of_transformers(llm, oracle, num_prompts, max_tokens):
     prompts = PROMPTS[:num_prompts]
     greedy = SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True)
@@ -129,9 +127,7 @@ def test_blocks_that_stay_packed_give_the_logits_of_the_unpacked_weights(llm):
 
 
 def test_the_default_model_answers_a_question(llm):
-    [answer] = llm.chat_completion(
-        [[{"role": "user", "content": "What is the capital of France?"}]], temperature=0.0
-    )
+    [answer] = llm.chat_completion([[{"role": "user", "content": "What is the capital of France?"}]], temperature=0.0)
     assert "Paris" in answer["generation"]["content"]
 
 

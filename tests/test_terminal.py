@@ -54,9 +54,7 @@ def llama(monkeypatch, capsys):
 
 
 def test_one_message_gives_one_answer_on_standard_output_alone(llama, checkpoint):
-    status, out, err = llama(
-        "chat", checkpoint, "hello", "--max-tokens", 8, "--temperature", 0, "--max-seq-len", 128
-    )
+    status, out, err = llama("chat", checkpoint, "hello", "--max-tokens", 8, "--temperature", 0, "--max-seq-len", 128)
     assert status == 0
     assert out.endswith("\n")
     assert "Loaded in" in err
@@ -319,9 +317,7 @@ def test_each_start_answers_anew_unless_a_seed_is_given(llama, checkpoint):
 
 
 def test_a_chat_in_a_terminal_shows_a_prompt_and_ends_on_a_line_of_its_own(checkpoint, tmp_path):
-    screen = Terminal(
-        [*LLAMA, "chat", str(checkpoint), "--max-tokens", "4", "--history", str(tmp_path / "h")]
-    )
+    screen = Terminal([*LLAMA, "chat", str(checkpoint), "--max-tokens", "4", "--history", str(tmp_path / "h")])
     screen.wait_for("--seed ")
     screen.wait_for(READY)
     screen.type("one\\\rtwo\r")
@@ -334,9 +330,7 @@ def test_a_chat_in_a_terminal_shows_a_prompt_and_ends_on_a_line_of_its_own(check
 
 
 def test_a_chat_whose_output_goes_through_a_pipe_still_shows_its_prompt(checkpoint):
-    screen = Terminal(
-        [*LLAMA, "chat", str(checkpoint), "--max-tokens", "4", "--temperature", "0"], output_in_pipe=True
-    )
+    screen = Terminal([*LLAMA, "chat", str(checkpoint), "--max-tokens", "4", "--temperature", "0"], output_in_pipe=True)
     assert "--seed" not in screen.wait_for(READY)  # nothing to repeat where the likeliest token is taken
     screen.type("hello\r")
     screen.wait_for(READY)
@@ -386,9 +380,7 @@ EXAMPLES = ["example_chat_completion.py", "example_text_completion.py"]
 
 @pytest.mark.parametrize("script", EXAMPLES)
 def test_the_examples_take_the_references_flags(checkpoint, script, monkeypatch, capsys):
-    flags = (
-        f"--ckpt_dir {checkpoint} --tokenizer_path {checkpoint.parent / 'tokenizer.model'} --temperature 0"
-    )
+    flags = f"--ckpt_dir {checkpoint} --tokenizer_path {checkpoint.parent / 'tokenizer.model'} --temperature 0"
     flags += " --max_seq_len 1000 --max_batch_size 6 --max_gen_len 4"
     monkeypatch.setattr(sys, "argv", [script, *flags.split()])
     run_path(ROOT / script, run_name="__main__")

@@ -82,9 +82,7 @@ def load_ggml() -> dict[str, ctypes._CFuncPtr]:
 class Linears:
     """One weight of each shape in a ggml type, and a graph of products for each number of activation rows."""
 
-    def __init__(
-        self, ggml: dict[str, ctypes._CFuncPtr], threads: int, kind: str, shapes: list[list[int]]
-    ) -> None:
+    def __init__(self, ggml: dict[str, ctypes._CFuncPtr], threads: int, kind: str, shapes: list[list[int]]) -> None:
         self.ggml, self.kind, self.shapes = ggml, TYPES[kind], shapes
         self.backend = ggml["cpu_init"]()
         ggml["cpu_set_n_threads"](self.backend, threads)

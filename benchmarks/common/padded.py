@@ -108,6 +108,4 @@ class PaddedModel:
             chosen = logits[:, -1].argmax(-1)
             tokens[:, position] = torch.where(given[:, position], tokens[:, position], chosen)
             previous = position
-        return [
-            row[len(prompt) : end].tolist() for row, prompt, end in zip(tokens, prompts, ends, strict=True)
-        ]
+        return [row[len(prompt) : end].tolist() for row, prompt, end in zip(tokens, prompts, ends, strict=True)]

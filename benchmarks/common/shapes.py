@@ -52,9 +52,7 @@ def vocabulary() -> Path:
     return Path(spec.submodule_search_locations[0], "data", "tokenizer.model.v1")
 
 
-def write_model(
-    directory: Path, args: ModelArgs, dtype: torch.dtype = torch.bfloat16, tokenizer: bool = True
-) -> None:
+def write_model(directory: Path, args: ModelArgs, dtype: torch.dtype = torch.bfloat16, tokenizer: bool = True) -> None:
     """A random model in Meta's layout: normal weights of deviation 0.02, norms of 1; a vocabulary of 32000 tokens."""
     generator = torch.Generator().manual_seed(0)
     weights = {name: torch.ones(size, dtype=dtype) for name, size in weight_shapes(args).items()}

@@ -19,9 +19,7 @@ class FormattedDialog:
     tokens: list[int]
 
 
-def format_dialog(
-    dialog: Dialog, tokenizer: Tokenizer, chat_format: str | ChatFormat | None = None
-) -> FormattedDialog:
+def format_dialog(dialog: Dialog, tokenizer: Tokenizer, chat_format: str | ChatFormat | None = None) -> FormattedDialog:
     """What the model is given for a dialog, in the format that `choose_format` chooses. Raises DialogError."""
     chosen = choose_format(chat_format, tokenizer)
     return FormattedDialog(chosen.text(dialog), chosen.encode(dialog))

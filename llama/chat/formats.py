@@ -92,9 +92,7 @@ class ChatFormat(ABC):
         for number, message in enumerate(messages, 1):
             allowed = self.roles[1:] if number > 1 and self.system_first else self.roles
             if message["role"] not in allowed:
-                raise DialogError(
-                    f"message {number} has role {message['role']!r}; allowed: {', '.join(allowed)}"
-                )
+                raise DialogError(f"message {number} has role {message['role']!r}; allowed: {', '.join(allowed)}")
 
     def is_unsafe(self, prompt: Prompt | Dialog) -> bool:
         """Whether any content holds one of `tags`, which the reference answers with UNSAFE_ERROR."""
@@ -208,8 +206,7 @@ class AlpacaFormat(ChatFormat):
     system_first = True
     stop = ("### Instruction:",)
     PREAMBLE: ClassVar[str] = (
-        "Below is an instruction that describes a task. "
-        "Write a response that appropriately completes the request."
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
     )
 
     def write(self, prompt: Prompt) -> Iterator[Segment]:
@@ -249,6 +246,5 @@ class VicunaFormat(ChatFormat):
 
 
 FORMATS: dict[str, type[ChatFormat]] = {
-    kind.name: kind
-    for kind in (Llama2Format, Llama3Format, ChatMLFormat, AtomFormat, AlpacaFormat, VicunaFormat)
+    kind.name: kind for kind in (Llama2Format, Llama3Format, ChatMLFormat, AtomFormat, AlpacaFormat, VicunaFormat)
 }

@@ -62,9 +62,7 @@ def _message(number: int, given: object) -> Message:
 def _part_text(number: int, part: object) -> str:
     text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
     if not isinstance(text, str):
-        raise DialogError(
-            f"message {number} has a part that is no text; give {{'type': 'text', 'text': text}} only"
-        )
+        raise DialogError(f"message {number} has a part that is no text; give {{'type': 'text', 'text': text}} only")
     return text
 
 

@@ -139,9 +139,7 @@ def _takes_shards(to: str, shards: int) -> bool:
 def _max_shard_size(to: str, size: int | str) -> int:
     takers = _takers("max_shard_size")
     if to not in takers:
-        raise ValueError(
-            f"a maximal shard size is for {', '.join(takers)}; for {to} give the number of shards"
-        )
+        raise ValueError(f"a maximal shard size is for {', '.join(takers)}; for {to} give the number of shards")
     return parse_size(size)
 
 
@@ -161,14 +159,10 @@ def _prepare(source: Path, destination: Path) -> list[str]:
     warnings = [f"removed {path.name}, left by an interrupted run" for path in clean_leftovers(destination)]
     new, old = destination.resolve(), source.resolve()
     if new == old or new in old.parents or (old.is_dir() and old in new.parents):
-        raise CheckpointError(
-            f"{destination}: is the source itself, inside it or around it; name another destination"
-        )
+        raise CheckpointError(f"{destination}: is the source itself, inside it or around it; name another destination")
     if destination.is_dir():
         known = BESIDE_WEIGHTS.union(*(row.suffixes for row in FORMATS.values()))
         for path in sorted(destination.iterdir()):
             if not path.is_file() or path.suffix not in known:
-                raise CheckpointError(
-                    f"{destination}: holds {path.name}, which is no checkpoint's; name another place"
-                )
+                raise CheckpointError(f"{destination}: holds {path.name}, which is no checkpoint's; name another place")
     return warnings

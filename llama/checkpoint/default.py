@@ -20,6 +20,4 @@ def default_model() -> Path:
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         for file in sorted(Path(folder).glob("*.gguf")):
             return file
-    raise FileNotFoundError(
-        f"no model was named and the default one is not installed; run: {INSTALL_DEFAULT}"
-    )
+    raise FileNotFoundError(f"no model was named and the default one is not installed; run: {INSTALL_DEFAULT}")

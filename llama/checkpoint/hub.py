@@ -33,9 +33,7 @@ WEIGHTS = (  # of these kinds, the first that is there is read, as in a director
 KNOWN = "safetensors, pytorch_model.bin, consolidated.NN.pth, .gguf"
 
 
-def resolve(
-    name_or_path: str | Path, *, endpoint: str | None = None, cache_dir: str | Path | None = None
-) -> Path:
+def resolve(name_or_path: str | Path, *, endpoint: str | None = None, cache_dir: str | Path | None = None) -> Path:
     """A path on this machine: the one given if it exists, else a download from the hub.
 
     Only what will be read is fetched (weights in one format, settings and tokenizer; of GGUF files one), into
@@ -75,9 +73,7 @@ def resolve(
             cache_dir=cache_dir,
         )
     except Exception as error:
-        raise FileNotFoundError(
-            f"{name}: the hub's files could not be fetched: {_one_line(error)}"
-        ) from error
+        raise FileNotFoundError(f"{name}: the hub's files could not be fetched: {_one_line(error)}") from error
     return Path(folder) / model
 
 

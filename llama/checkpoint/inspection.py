@@ -130,9 +130,7 @@ def estimate(
         dtype = PLAIN.get(precision, torch.bfloat16)
         shapes = plain if precision in PLAIN else packed
         weights = sum(_weight_bytes(name, whole, precision, world_size) for name, whole in shapes)
-        yield Estimate(
-            precision, weights, tokens * shape.bytes_per_token(choose_kv_dtype(kv_dtype, dtype)), free
-        )
+        yield Estimate(precision, weights, tokens * shape.bytes_per_token(choose_kv_dtype(kv_dtype, dtype)), free)
 
 
 def _weight_bytes(name: str, shape: tuple[int, ...], precision: str, world_size: int) -> int:

@@ -42,12 +42,8 @@ MODULES = (
     # the vocabulary is cut for embedding and output layer alike, so that tied weights stay one tensor
     Module("tok_embeddings", "model.embed_tokens", "token_embd", 0),
     Module("layers.N.attention_norm", "model.layers.N.input_layernorm", "blk.N.attn_norm"),
-    Module(
-        "layers.N.attention.wq", "model.layers.N.self_attn.q_proj", "blk.N.attn_q", 0, QKV, is_rotary=True
-    ),
-    Module(
-        "layers.N.attention.wk", "model.layers.N.self_attn.k_proj", "blk.N.attn_k", 0, QKV, is_rotary=True
-    ),
+    Module("layers.N.attention.wq", "model.layers.N.self_attn.q_proj", "blk.N.attn_q", 0, QKV, is_rotary=True),
+    Module("layers.N.attention.wk", "model.layers.N.self_attn.k_proj", "blk.N.attn_k", 0, QKV, is_rotary=True),
     Module("layers.N.attention.wv", "model.layers.N.self_attn.v_proj", "blk.N.attn_v", 0, QKV),
     Module("layers.N.attention.wo", "model.layers.N.self_attn.o_proj", "blk.N.attn_output", 1, OUT),
     Module("layers.N.ffn_norm", "model.layers.N.post_attention_layernorm", "blk.N.ffn_norm"),

@@ -82,9 +82,7 @@ class TokenizerFiles:
             files["tokenizer.model"] = self._proto
         vocabulary = self.tokenizer.vocabulary()
         if vocabulary.kind == "spm" and (vocabulary.charsmap or vocabulary.remove_extra_whitespaces):
-            self.warnings.append(
-                "no tokenizer.json is written for a sentencepiece model that normalizes text"
-            )
+            self.warnings.append("no tokenizer.json is written for a sentencepiece model that normalizes text")
             return files
         spec = write_spec(vocabulary, self.tokenizer.bos_id if self.tokenizer.add_bos else None)
         return files | {"tokenizer.json": json_bytes(spec)}
@@ -97,14 +95,10 @@ class TokenizerFiles:
                 "GGUF puts a space in front of every text; this tokenizer does not between control tokens"
             )
         if any(map(any, self._tokens.matching.values())):
-            self.warnings.append(
-                "GGUF cannot say that added tokens take white space along, or are whole words"
-            )
+            self.warnings.append("GGUF cannot say that added tokens take white space along, or are whole words")
         tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
         if len(tokens) > vocab_size:
-            self.warnings.append(
-                f"the last {len(tokens) - vocab_size} tokens have no embedding and are left out"
-            )
+            self.warnings.append(f"the last {len(tokens) - vocab_size} tokens have no embedding and are left out")
         padding = range(len(tokens), vocab_size)
         fields["tokenizer.ggml.tokens"] = tokens[:vocab_size] + [f"[PAD{id}]" for id in padding]
         fields["tokenizer.ggml.token_type"] = types[:vocab_size] + [int(TokenType.UNUSED) for _ in padding]

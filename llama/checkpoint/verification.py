@@ -70,14 +70,10 @@ def _shapes(checkpoint: Checkpoint) -> Iterator[Finding]:
         if name not in expected:
             problems.append(Finding(False, name, "is unexpected"))
         elif weight.shape != expected[name]:
-            problems.append(
-                Finding(False, name, f"has shape {list(weight.shape)}, expected {list(expected[name])}")
-            )
+            problems.append(Finding(False, name, f"has shape {list(weight.shape)}, expected {list(expected[name])}"))
     yield from problems
     if not problems:
-        yield Finding(
-            True, checkpoint.path.name, f"{len(weights)} weights have the names and shapes of the config"
-        )
+        yield Finding(True, checkpoint.path.name, f"{len(weights)} weights have the names and shapes of the config")
 
 
 def _values(checkpoint: Checkpoint) -> Iterator[Finding]:
@@ -93,6 +89,4 @@ def _value_problem(weight: Weight) -> Finding | None:
     except CheckpointError as error:
         return Finding(False, weight.name, str(error))
     wrong = tensor.numel() - int(tensor.isfinite().sum()) if tensor.is_floating_point() else 0
-    return (
-        Finding(False, weight.name, f"{wrong} of {tensor.numel()} values are not finite") if wrong else None
-    )
+    return Finding(False, weight.name, f"{wrong} of {tensor.numel()} values are not finite") if wrong else None

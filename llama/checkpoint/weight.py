@@ -99,21 +99,15 @@ class Weight:
         dim, start, stop = self.cut or (0, 0, self.shape[0])
         self._guarded(self.array.copy_to, out, dim, start, stop)
 
-    def read_packed(
-        self, dim: int | None = None, start: int = 0, stop: int | None = None
-    ) -> tuple[Tensor, str]:
+    def read_packed(self, dim: int | None = None, start: int = 0, stop: int | None = None) -> tuple[Tensor, str]:
         """The low-bit blocks, uint8 (rows, bytes per row), and the name of the stored type, such as "Q4_0".
 
         `start` and `stop` count weights, not bytes; along dimension 1 they must fall between blocks.
         """
         if not isinstance(self.array, PackedArray):
-            raise CheckpointError(
-                f"{self.file}: {self.name}: is stored as {self.stored}, not in low-bit blocks"
-            )
+            raise CheckpointError(f"{self.file}: {self.name}: is stored as {self.stored}, not in low-bit blocks")
         if self.cut and dim not in (None, self.cut[0]):
-            raise ValueError(
-                f"{self.name}: is cut along dimension {self.cut[0]} and cannot be cut along {dim} as well"
-            )
+            raise ValueError(f"{self.name}: is cut along dimension {self.cut[0]} and cannot be cut along {dim} as well")
         return self._read(self.array.packed, dim, start, stop), self.stored
 
     def entry(self, name: str, dtype: torch.dtype) -> Entry:

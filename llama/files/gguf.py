@@ -122,9 +122,7 @@ class GGUFFile:
             if header.name in self.tensors:
                 raise CheckpointError(f"{self.path}: {header.name}: occurs twice")
             if header.offset != end:
-                raise CheckpointError(
-                    f"{self.path}: {header.name}: is at byte {header.offset}, expected {end}"
-                )
+                raise CheckpointError(f"{self.path}: {header.name}: is at byte {header.offset}, expected {end}")
             end = _padded(header.offset + header.nbytes, alignment)
             if start + header.offset + header.nbytes > self.mapped.size:
                 raise CheckpointError(
@@ -159,9 +157,7 @@ def shortest(value: float) -> float:
     """The shortest decimal number that float32 rounds to `value`: 1e-05, not 9.999999747378752e-06."""
     if value != value or value in (float("inf"), float("-inf")):
         return value
-    return next(
-        short for digits in range(6, 10) if as_float32(short := float(f"{value:.{digits}g}")) == value
-    )
+    return next(short for digits in range(6, 10) if as_float32(short := float(f"{value:.{digits}g}")) == value)
 
 
 def as_float32(value: float) -> float:
@@ -183,9 +179,7 @@ class _Cursor:
         """Raises if `count` things of `least` bytes or more cannot be in what is left."""
         left = self.file.mapped.size - self.offset
         if count * least > left:
-            raise self.error(
-                f"{count} {what} are announced, but only {left} bytes are left; truncated or damaged"
-            )
+            raise self.error(f"{count} {what} are announced, but only {left} bytes are left; truncated or damaged")
 
     def skip(self, size: int) -> int:
         """Moves on by `size` bytes and gives the offset before."""
@@ -273,9 +267,7 @@ def _string(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def write_gguf(
-    path: Path, entries: Sequence[Entry], metadata: Mapping[str, Value], progress: Progress
-) -> None:
+def write_gguf(path: Path, entries: Sequence[Entry], metadata: Mapping[str, Value], progress: Progress) -> None:
     """Writes a version 3 file, one tensor at a time; `metadata` are its keys."""
     parts = [b"GGUF", struct.pack("<IQQ", 3, len(entries), len(metadata))]
     parts += [_string(key) + value.encode() for key, value in metadata.items()]

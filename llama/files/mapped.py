@@ -87,9 +87,7 @@ def check_size(path: Path, size: int) -> None:
     except FileNotFoundError:
         return  # unlinked or replaced: the mapping keeps the old file alive
     if now < size:
-        raise CheckpointError(
-            f"the file was {size} bytes long when it was opened and has {now} now; open it again"
-        )
+        raise CheckpointError(f"the file was {size} bytes long when it was opened and has {now} now; open it again")
 
 
 def map_pages(tensor: Tensor) -> None:

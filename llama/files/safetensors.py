@@ -85,9 +85,7 @@ def _span(path: Path, name: str, entry: Any, size: int) -> tuple[int, int]:
     """Where a tensor's bytes lie within the data, once its dtype, shape and offsets agree with each other."""
     dtype = entry.get("dtype") if isinstance(entry, dict) else None
     if not isinstance(dtype, str) or dtype not in STORED_TYPES:
-        raise CheckpointError(
-            f"{path}: {name}: dtype {shown(dtype)} is not supported; {', '.join(STORED_TYPES)} are"
-        )
+        raise CheckpointError(f"{path}: {name}: dtype {shown(dtype)} is not supported; {', '.join(STORED_TYPES)} are")
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2 or len(shape) > 8:
         raise CheckpointError(f"{path}: {name}: its shape or data_offsets are no lists of sizes")
@@ -106,9 +104,7 @@ def _are_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(size) is int and 0 <= size < 2**63 for size in value)
 
 
-def write_safetensors(
-    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], progress: Progress
-) -> None:
+def write_safetensors(path: Path, entries: Sequence[Entry], metadata: Mapping[str, str], progress: Progress) -> None:
     """Writes tensors one at a time; `metadata` is kept in the header.
 
     `{"format": "pt"}` says that PyTorch's names and row-major order are meant.

@@ -24,17 +24,13 @@ def staged(destination: Path, needed: int, is_directory: bool) -> Iterator[Path]
     bytes must be free. Raises CheckpointError in one line for a full or unwritable disk.
     """
     if destination.exists() and destination.is_dir() != is_directory:
-        raise CheckpointError(
-            f"{destination}: is {'no' if is_directory else 'a'} directory; name another destination"
-        )
+        raise CheckpointError(f"{destination}: is {'no' if is_directory else 'a'} directory; name another destination")
     parent = destination.absolute().parent
     try:
         parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(parent).free
         if free < needed:
-            raise CheckpointError(
-                f"{destination}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free"
-            )
+            raise CheckpointError(f"{destination}: needs {needed / 1e9:.2f} GB, but only {free / 1e9:.2f} GB are free")
         with (
             tempfile.TemporaryDirectory(prefix=_prefix(destination), dir=parent) as folder,
             _locked(Path(folder)),

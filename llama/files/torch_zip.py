@@ -63,9 +63,7 @@ def _problem(name: object, tensor: object) -> str | None:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         return f"only dense tensors are allowed, not {tensor.layout} on {tensor.device}"
     if not tensor.is_contiguous():
-        return (
-            f"strides {list(tensor.stride())} of shape {list(tensor.shape)} are not those of a dense tensor"
-        )
+        return f"strides {list(tensor.stride())} of shape {list(tensor.shape)} are not those of a dense tensor"
     if (tensor.storage_offset() + tensor.numel()) * tensor.element_size() > tensor.untyped_storage().nbytes():
         return "reaches beyond its storage"
     return None
@@ -191,9 +189,7 @@ _STORAGES = {
 }
 
 
-def write_torch_file(
-    path: Path, entries: Sequence[Entry], metadata: Mapping[str, Any], progress: Progress
-) -> None:
+def write_torch_file(path: Path, entries: Sequence[Entry], metadata: Mapping[str, Any], progress: Progress) -> None:
     """Writes a state dict as torch.save would, but one tensor at a time, so that torch.load can map it.
 
     The format keeps no `metadata`.

@@ -108,9 +108,7 @@ def linear_kernel(
         raw = tl.load(start, mask=there[:, :, None], other=0).to(tl.int32)  # (N, C, W)
         if BITS == 6:
             start = (block + HIGH + at // 4 * 32 + at % 2 * 16)[:, :, None] + w
-            pairs = (
-                tl.load(start, mask=there[:, :, None], other=0).to(tl.int32) >> (at % 4 // 2 * 2)[:, :, None]
-            )
+            pairs = tl.load(start, mask=there[:, :, None], other=0).to(tl.int32) >> (at % 4 // 2 * 2)[:, :, None]
 
         for part in tl.static_range(PARTS):
             scale = load_float(block + SCALE, there, SCALE_BYTES, UNIT)  # (N, C)

@@ -35,9 +35,7 @@ NF4_MIDDLES = (
     0.120255254, 0.20352125, 0.29201376, 0.38931254, 0.5016634, 0.6427869, 0.8614784,
 )  # fmt: skip  # between neighbouring levels, as BigDL-LLM rounds them to float32: they decide ties
 
-WEIGHTS_AT_ONCE = (
-    1 << 20
-)  # weights that are converted at a time: the temporaries stay small, and in the cache
+WEIGHTS_AT_ONCE = 1 << 20  # weights that are converted at a time: the temporaries stay small, and in the cache
 
 
 class LowBitError(ValueError):
@@ -163,9 +161,7 @@ class LowBitFormat:
         if count % world_size:
             what = "rows" if dim == 0 else f"blocks of {self.block} columns"
             sizes = ", ".join(str(size) for size in range(1, 65) if count % size == 0)
-            raise LowBitError(
-                f"{self.name}: {count} {what} do not divide among {world_size} ranks; use one of {sizes}"
-            )
+            raise LowBitError(f"{self.name}: {count} {what} do not divide among {world_size} ranks; use one of {sizes}")
         share = packed.shape[dim] // world_size
         return packed.narrow(dim, rank * share, share)
 
@@ -358,9 +354,7 @@ class Q4K(LowBitFormat):
         codes = to_codes((x + offset) * reciprocal(scale) + 0.5, 15)
         return self.pack(codes, steps.to(torch.uint8), unit, minimum_steps.to(torch.uint8), minimum_unit)
 
-    def pack(
-        self, codes: Tensor, scale: Tensor, unit: Tensor, minimum: Tensor, minimum_unit: Tensor
-    ) -> Tensor:
+    def pack(self, codes: Tensor, scale: Tensor, unit: Tensor, minimum: Tensor, minimum_unit: Tensor) -> Tensor:
         """Codes (n, 8, 32), scale and minimum uint8 (n, 8) below 64, their units float16 (n, 1)."""
         first, last = scale.chunk(2, dim=-1)
         minimum_first, minimum_last = minimum.chunk(2, dim=-1)

@@ -32,9 +32,7 @@ def operator(name: str) -> Callable[..., Any] | None:
 
 def serves(x: torch.Tensor, multiple: int = UNIT) -> bool:
     """Whether those kernels take x: on the CPU, in their types, its last dimension a multiple."""
-    return (
-        AVAILABLE and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and x.shape[-1] % multiple == 0
-    )
+    return AVAILABLE and x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and x.shape[-1] % multiple == 0
 
 
 def formats() -> frozenset[str]:

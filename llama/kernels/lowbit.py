@@ -122,9 +122,7 @@ def regions(form: LowBitFormat, flat: Tensor, tiles: int, blocks: int) -> Iterat
     position = 0
     for field in sorted(form.fields, key=lambda field: -field.size):
         size = tiles * blocks * TILE * field.size
-        region = flat[position : position + size].view(
-            tiles, blocks, field.size // field.unit, TILE, field.unit
-        )
+        region = flat[position : position + size].view(tiles, blocks, field.size // field.unit, TILE, field.unit)
         yield field, starts[field.name], region
         position += size
 

@@ -64,9 +64,7 @@ class Names:
         """Adds the control tokens and these words to a library's tokenizer. Gives our id of each of its new ids."""
         from tokenizers import AddedToken as Added
 
-        tokens = sorted(
-            [*((id, name) for id, name in self.by_id.items()), *((id, w) for w, id in words.items())]
-        )
+        tokens = sorted([*((id, name) for id, name in self.by_id.items()), *((id, w) for w, id in words.items())])
         flags = [matching.get(id, Matching())._asdict() for id, _ in tokens]
         library.add_tokens([Added(name, **flag) for (_, name), flag in zip(tokens, flags, strict=True)])
         ids = {library.token_to_id(name): id for id, name in tokens}
@@ -76,9 +74,7 @@ class Names:
 class Cutter:
     """Cuts text at added words and at control tokens, for vocabularies whose own library knows of neither."""
 
-    def __init__(
-        self, control: Mapping[str, int], words: Mapping[str, int], matching: Mapping[int, Matching]
-    ) -> None:
+    def __init__(self, control: Mapping[str, int], words: Mapping[str, int], matching: Mapping[int, Matching]) -> None:
         from tokenizers import Tokenizer, models
 
         self._names = Names(control)
@@ -115,9 +111,7 @@ MARKUP = frozenset(
 
 _CODE = re.compile(r"\{#.*?#\}|\{%.*?%\}|\{\{.*?\}\}", re.DOTALL)
 _LITERAL = re.compile(r"""'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)\"""", re.DOTALL)
-_LOOKS_UP = re.compile(
-    r"(\[|[=!]=|\bin|\bget\()\s*$"
-)  # what stands before a literal that is compared, or is a key
+_LOOKS_UP = re.compile(r"(\[|[=!]=|\bin|\bget\()\s*$")  # what stands before a literal that is compared, or is a key
 
 
 def written_by(template: str) -> str:

@@ -47,9 +47,7 @@ def _byte_level(vocabulary: Vocabulary, ids: dict[str, int], template: str | Non
     if rule is None:
         known = ", ".join(PRE_TOKENIZERS)
         raise TokenizerError(f"the pre-tokenizer {vocabulary.pre!r} is not known; known are {known}")
-    return Tokenizers(
-        byte_level_json(vocabulary, rule), vocabulary, template, rule.cut_long_runs
-    ), rule.add_bos
+    return Tokenizers(byte_level_json(vocabulary, rule), vocabulary, template, rule.cut_long_runs), rule.add_bos
 
 
 # --- reading ------------------------------------------------------------------------------------------------------

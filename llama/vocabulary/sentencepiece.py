@@ -89,9 +89,7 @@ class SentencePiece:
 
     def vocabulary(self) -> Vocabulary:
         if not self._is_bpe:
-            raise TokenizerError(
-                "this sentencepiece model is not BPE: a GGUF vocabulary cannot tokenize like it"
-            )
+            raise TokenizerError("this sentencepiece model is not BPE: a GGUF vocabulary cannot tokenize like it")
         return self.tokens
 
 

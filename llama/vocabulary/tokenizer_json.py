@@ -110,9 +110,7 @@ class TokenizerJson:
     `full` derives them. Raises TokenizerError, or what Python raises for a dict that is no tokenizer.json.
     """
 
-    def __init__(
-        self, spec: dict[str, Any], vocabulary: Vocabulary | None = None, prefix: str | None = None
-    ) -> None:
+    def __init__(self, spec: dict[str, Any], vocabulary: Vocabulary | None = None, prefix: str | None = None) -> None:
         """`prefix`: where sentencepiece-like text gets a space in front, "first", "always" or "never", whatever the
         file says; None: as the file says.
         """
@@ -123,9 +121,7 @@ class TokenizerJson:
         self.is_byte_level = [step["type"] for step in decoders] == ["ByteLevel"]
         if not self.is_byte_level and not (decoders and all(_is_piece_step(step) for step in decoders)):
             names = [step["type"] for step in decoders]
-            raise TokenizerError(
-                f"the decoder {names} is not known; byte-level and sentencepiece-like ones are"
-            )
+            raise TokenizerError(f"the decoder {names} is not known; byte-level and sentencepiece-like ones are")
         if prefix is not None and not self.is_byte_level:
             self.spec = spec | _llama_steps(prefix)
             decoders = _steps(self.spec["decoder"], "decoders")
@@ -153,9 +149,7 @@ class TokenizerJson:
             types[unknown] = int(TokenType.UNKNOWN)
         kind = "bpe" if self.is_byte_level else "spm"
         steps = _steps(self.spec.get("pre_tokenizer"), "pretokenizers")
-        prefix = next(
-            (step.get("prepend_scheme", "always") for step in steps if step["type"] == "Metaspace"), None
-        )
+        prefix = next((step.get("prepend_scheme", "always") for step in steps if step["type"] == "Metaspace"), None)
         base = Vocabulary(kind, tokens, types, add_space_prefix=add_space_prefix, prefix=prefix)
         added = self.spec.get("added_tokens") or []
         return base.with_added(AddedToken.from_json(token, token["id"]) for token in added)
@@ -170,11 +164,7 @@ class TokenizerJson:
         """
         from tokenizers import Tokenizer, models
 
-        words = {
-            token: id
-            for token, id in vocabulary.of_type(TokenType.USER_DEFINED).items()
-            if token not in special
-        }
+        words = {token: id for token, id in vocabulary.of_type(TokenType.USER_DEFINED).items() if token not in special}
         hidden = special | vocabulary.of_type(TokenType.UNKNOWN)
         model = self.spec["model"]
         # The pipeline is the library's to parse; the model would take twice as long by way of JSON.
@@ -344,9 +334,7 @@ def _pieces_spec(vocabulary: Vocabulary) -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": _added_tokens(
-            vocabulary, TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED
-        ),
+        "added_tokens": _added_tokens(vocabulary, TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED),
         **steps,
         "post_processor": None,
         "model": {

@@ -51,9 +51,7 @@ class Vocabulary:
     prefix: str | None = None  # before which texts transformers puts that space: "always", "first", "never"
     remove_extra_whitespaces: bool = False
     charsmap: bytes = b""  # sentencepiece's compiled normalisation; empty in Meta's files
-    matching: Mapping[int, Matching] = field(
-        default_factory=dict
-    )  # of added tokens that are found in a special way
+    matching: Mapping[int, Matching] = field(default_factory=dict)  # of added tokens that are found in a special way
 
     def of_type(self, *types: TokenType) -> dict[str, int]:
         """Tokens of these types and their ids, by id."""
@@ -77,8 +75,7 @@ class Vocabulary:
         markup = {
             token: id
             for token, id in self.of_type(TokenType.USER_DEFINED).items()
-            if token in MARKUP
-            or (token in written and not token.replace("▁", "").isspace() and token.strip("▁"))
+            if token in MARKUP or (token in written and not token.replace("▁", "").isspace() and token.strip("▁"))
         }
         return self.of_type(TokenType.CONTROL) | markup
 
@@ -153,8 +150,6 @@ class Codec(Protocol):
 def needed_cutter(vocabulary: Vocabulary, special_tokens: Mapping[str, int]) -> Cutter | None:
     """What cuts text at the tokens that were added from outside; None where none act on text."""
     added = vocabulary.of_type(TokenType.USER_DEFINED)
-    words = {
-        token: id for token, id in added.items() if id in vocabulary.matching and token not in special_tokens
-    }
+    words = {token: id for token, id in added.items() if id in vocabulary.matching and token not in special_tokens}
     acts = any(any(vocabulary.matching.get(id, ())) for id in special_tokens.values())
     return Cutter(special_tokens, words, vocabulary.matching) if words or acts else None

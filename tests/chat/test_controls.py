@@ -149,9 +149,7 @@ def test_the_only_control_tokens_are_the_formats_own(name):
 # dialog to the text between the template's own control tokens. None: only the control tokens are compared.
 MEDDLERS = {
     "{{ eos_token }}{{ '<|' + messages[0].content + '|>' }}{{ eos_token }}": lambda c: f"<|{c[0]}|>",
-    "{{ eos_token }}{{ '<' ~ messages[0].content ~ messages[1].content }}{{ eos_token }}": (
-        lambda c: f"<{c[0]}{c[1]}"
-    ),
+    "{{ eos_token }}{{ '<' ~ messages[0].content ~ messages[1].content }}{{ eos_token }}": (lambda c: f"<{c[0]}{c[1]}"),
     "{{ eos_token }}{{ messages | map(attribute='content') | join('') }}{{ eos_token }}": "".join,
     "{{ eos_token }}{{ messages[0].content | trim }}{{ messages[1].content.strip() }}{{ eos_token }}": (
         lambda c: c[0].strip() + c[1].strip()
@@ -163,9 +161,7 @@ MEDDLERS = {
         lambda c: c[0][1:] + c[1][:-1]
     ),
     "{{ eos_token }}{{ messages[0].content | list | join('') }}{{ eos_token }}": lambda c: c[0],
-    "{{ eos_token }}{{ messages[0].content | replace(' ', '') }}{{ eos_token }}": lambda c: c[0].replace(
-        " ", ""
-    ),
+    "{{ eos_token }}{{ messages[0].content | replace(' ', '') }}{{ eos_token }}": lambda c: c[0].replace(" ", ""),
     "{{ eos_token }}{{ messages[0].content | tojson }}{{ eos_token }}": None,
     "{{ eos_token }}{{ messages[0].content | upper }}{{ messages[1].content | lower }}{{ eos_token }}": None,
     "{{ eos_token }}{{ messages[0].content.split('|') | join('|') }}{{ eos_token }}": lambda c: c[0],

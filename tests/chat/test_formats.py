@@ -105,9 +105,7 @@ def test_llama2_segments_are_encoded_one_by_one(sentencepiece_file):
     """As the reference does: encode(one pair, bos, eos) + ... + encode(the last, bos)."""
     tokenizer = Tokenizer(str(sentencepiece_file))
     expected = [
-        *tokenizer.encode(
-            "[INST] <<SYS>>\n Be brief. \n<</SYS>>\n\n Hello? [/INST] Yes! ", bos=True, eos=True
-        ),
+        *tokenizer.encode("[INST] <<SYS>>\n Be brief. \n<</SYS>>\n\n Hello? [/INST] Yes! ", bos=True, eos=True),
         *tokenizer.encode("[INST] What is\n1 + 1? 你好 [/INST]", bos=True, eos=False),
     ]
     chosen = choose_format(None, tokenizer)
@@ -233,9 +231,7 @@ def test_an_unknown_role_is_an_error_and_never_text(name):
 
 
 def test_the_error_for_an_unknown_role_names_the_allowed_ones():
-    with pytest.raises(
-        DialogError, match=r"^message 2 has role 'bot'; allowed: system, user, assistant, tool$"
-    ):
+    with pytest.raises(DialogError, match=r"^message 2 has role 'bot'; allowed: system, user, assistant, tool$"):
         FORMATS["chatml"](ByteTokenizer()).encode([*turns("a"), {"role": "bot", "content": "b"}])
     with pytest.raises(DialogError, match=r"^message 2 has role 'system'; allowed: user, assistant$"):
         FORMATS["vicuna"](ByteTokenizer()).encode([*turns("a"), {"role": "system", "content": "b"}])

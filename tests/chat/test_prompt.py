@@ -24,15 +24,11 @@ def test_an_empty_dialog_is_refused(name):
         format_dialog([], tokenizer, name)
 
 
-@pytest.mark.parametrize(
-    "message", ["Hi", {"role": "user"}, {"content": "Hi"}, {"role": "user", "content": None}, 1]
-)
+@pytest.mark.parametrize("message", ["Hi", {"role": "user"}, {"content": "Hi"}, {"role": "user", "content": None}, 1])
 def test_a_message_of_another_form_is_refused(message):
     chosen = FORMATS["llama2"](ByteTokenizer())
     for ask in (chosen.encode, chosen.is_unsafe):
-        with pytest.raises(
-            DialogError, match=r"^message 1 is not of the form {'role': text, 'content': text}$"
-        ):
+        with pytest.raises(DialogError, match=r"^message 1 is not of the form {'role': text, 'content': text}$"):
             ask([message])
 
 

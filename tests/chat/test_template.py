@@ -72,9 +72,9 @@ def test_templates_have_what_transformers_gives_them():
     assert render("{{ '<{}:{:>3}>'.format('a', 1) }}{{ '%s%%' % 5 }}") == "<a:  1>5%"
     assert render("{% if true %}\n  {% set x = 1 %}\n{% endif %}\nx") == "x"  # trim_blocks, lstrip_blocks
     assert render("{% macro f(x) %}<{{ x }}>{% endmacro %}{{ f(1) ~ f('a') }}") == "<1><a>"
-    assert render(
-        "{% for a in [1, 2] %}{{ loop.index }}/{{ loop.length }}{{ ',' if not loop.last }}{% endfor %}"
-    ) == ("1/2,2/2")
+    assert render("{% for a in [1, 2] %}{{ loop.index }}/{{ loop.length }}{{ ',' if not loop.last }}{% endfor %}") == (
+        "1/2,2/2"
+    )
 
 
 def test_templates_see_only_role_and_content_of_a_message():
@@ -108,9 +108,7 @@ def test_control_strings_in_tools_and_options_stay_text():
 
 def test_a_templates_refusal_is_one_line():
     template = "{% if messages | length > 1 %}{{ raise_exception('one\nmessage ' ~ 'only') }}{% endif %}"
-    with pytest.raises(
-        DialogError, match=r"^the model's chat template refuses this dialog: one message only$"
-    ):
+    with pytest.raises(DialogError, match=r"^the model's chat template refuses this dialog: one message only$"):
         render(template, turns("a", "b"))
 
 
@@ -216,17 +214,13 @@ def test_a_format_cannot_make_a_short_value_long(template, message):
 
 def test_a_long_dialog_is_within_the_bounds():
     dialog = turns(*["word " * 200] * 999)
-    template = (
-        "{% for m in messages %}{{ m.role ~ m.content | trim | replace('word', 'another word') }}{% endfor %}"
-    )
+    template = "{% for m in messages %}{{ m.role ~ m.content | trim | replace('word', 'another word') }}{% endfor %}"
     assert render(template, dialog).count("another") == 999 * 200
     assert len(render(CHATML_TEMPLATE, turns("<" * 10**6))) > 10**6
 
 
 def test_a_broken_template_is_one_line_with_its_place():
-    with pytest.raises(
-        ChatFormatError, match=r"^the chat template fails: line 2: .*; give chat_format, one of llama2"
-    ):
+    with pytest.raises(ChatFormatError, match=r"^the chat template fails: line 2: .*; give chat_format, one of llama2"):
         render("{{ messages }}\n{% for %}")
 
 

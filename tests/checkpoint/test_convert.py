@@ -494,9 +494,7 @@ def test_a_file_that_may_not_grow_further_ends_with_one_line(tmp_path, source):
 @pytest.mark.parametrize(
     "moment", [pytest.param(2, marks=pytest.mark.slow), 12, pytest.param(24, marks=pytest.mark.slow)]
 )
-def test_a_killed_conversion_leaves_the_old_destination_and_is_cleaned_up_by_the_next(
-    tmp_path, source, moment
-):
+def test_a_killed_conversion_leaves_the_old_destination_and_is_cleaned_up_by_the_next(tmp_path, source, moment):
     convert(source, tmp_path / "copy", "meta", shards=4)
     before = state(tmp_path / "copy")
     code = """
@@ -528,9 +526,7 @@ def test_a_killed_conversion_leaves_the_old_destination_and_is_cleaned_up_by_the
 def test_a_name_with_wildcards_cleans_up_its_own_leftovers_alone(tmp_path, source):
     for name in ("c[o]py", "copy"):
         (tmp_path / f".{name}.partial-abc").mkdir()
-    assert convert(source, tmp_path / "c[o]py", "hf") == [
-        "removed .c[o]py.partial-abc, left by an interrupted run"
-    ]
+    assert convert(source, tmp_path / "c[o]py", "hf") == ["removed .c[o]py.partial-abc, left by an interrupted run"]
     assert (tmp_path / ".copy.partial-abc").is_dir()
 
 
@@ -585,9 +581,7 @@ def test_a_hundred_kills_at_random_moments_leave_a_whole_destination(tmp_path, s
 def test_converting_takes_the_memory_of_one_tensor(tmp_path):
     big = {"tok_embeddings.weight": torch.randn(8192, 512)}
     for layer in range(6):
-        big |= {
-            f"layers.{layer}.feed_forward.w{number}.weight": torch.randn(2048, 1024) for number in (1, 2, 3)
-        }
+        big |= {f"layers.{layer}.feed_forward.w{number}.weight": torch.randn(2048, 1024) for number in (1, 2, 3)}
     (tmp_path / "source").mkdir()
     values = {"dim": 512, "n_layers": 6, "n_heads": 8, "vocab_size": -1}
     (tmp_path / "source/params.json").write_text(json.dumps(values))
@@ -600,9 +594,7 @@ def test_converting_takes_the_memory_of_one_tensor(tmp_path):
             peak[0] = max(peak[0], anonymous_memory())
 
         convert(tmp_path / "source", tmp_path / name, to, dtype="bf16", progress=watch)
-        assert (
-            peak[0] - before < 48 << 20
-        )  # the largest tensor has 16 MB and 8 after the cast; all have 166 MB
+        assert peak[0] - before < 48 << 20  # the largest tensor has 16 MB and 8 after the cast; all have 166 MB
 
 
 def test_the_old_converters_arguments_find_the_directory(tmp_path):
@@ -613,9 +605,7 @@ def test_the_old_converters_arguments_find_the_directory(tmp_path):
     assert legacy_source(tmp_path, "7Bf") == tmp_path / "llama-2-7b-chat"
     assert legacy_source(str(tmp_path), "13B") == tmp_path / "llama-2-13b"
     assert legacy_source(tmp_path / "7B", "7B") == tmp_path / "7B"
-    with pytest.raises(
-        FileNotFoundError, match=r"no params\.json for model size 70B; looked in .*llama-2-70b"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no params\.json for model size 70B; looked in .*llama-2-70b"):
         legacy_source(tmp_path, "70B")
 
 

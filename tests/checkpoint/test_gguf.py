@@ -81,9 +81,7 @@ def test_every_ggml_type_is_read_as_the_gguf_package_reads_it(tmp_path, kind):
     assert torch.equal(whole.nan_to_num(7, 8, 9), expected.nan_to_num(7, 8, 9))
     columns = blocks * block
     part = array.read(1, columns // 4, columns // 4 * 3).float()
-    assert torch.equal(
-        part.nan_to_num(7, 8, 9), expected[:, columns // 4 : columns // 4 * 3].nan_to_num(7, 8, 9)
-    )
+    assert torch.equal(part.nan_to_num(7, 8, 9), expected[:, columns // 4 : columns // 4 * 3].nan_to_num(7, 8, 9))
     if isinstance(array, Blocks):
         assert torch.equal(array.packed(0, 1, 3), torch.from_numpy(packed[1:3]))
         assert torch.equal(array.packed(1, block, 2 * block), torch.from_numpy(packed[:, size:]))
@@ -121,12 +119,8 @@ def test_low_bit_weights_load_onto_ranks_and_equal_the_whole(tmp_path):
 def test_packed_blocks_of_a_rank_are_the_bytes_in_the_file(tmp_path):
     args, weights = sample(dim=96, n_heads=6, n_kv_heads=3, multiple_of=96)
     path = write_gguf(tmp_path / "model.gguf", args, weights, Kind.Q4_1)
-    wo = next(
-        weight for weight in open_checkpoint(path).weights() if weight.name == "layers.1.attention.wo.weight"
-    )
-    stored = next(
-        tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.1.attn_output.weight"
-    )
+    wo = next(weight for weight in open_checkpoint(path).weights() if weight.name == "layers.1.attention.wo.weight")
+    stored = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.1.attn_output.weight")
     packed, kind = wo.part(1, 2, 3).read_packed()
     assert kind == stored.tensor_type.name == "Q4_1"
     assert torch.equal(packed, torch.tensor(np.split(stored.data, 3, axis=1)[2]))
@@ -169,19 +163,11 @@ def test_llama3_scaling_is_read_from_the_factors_that_llama_cpp_stores(tmp_path,
         else:
             smooth = (original / wavelength - low) / (high - low)
             factors.append(1 / ((1 - smooth) / scaling.factor + smooth))
-    assert torch.allclose(
-        torch.tensor(factors), rope_factors(args.head_dim, args.rope_theta, scaling), rtol=1e-5
-    )
+    assert torch.allclose(torch.tensor(factors), rope_factors(args.head_dim, args.rope_theta, scaling), rtol=1e-5)
     tensors = [(h.name, read(GGUFFile(path), h)) for h in GGUFFile(path).tensors.values()]
     values = {"rope.scaling.original_context_length": original}
-    values |= (
-        {"rope.scaling.low_freq_factor": low, "rope.scaling.high_freq_factor": high}
-        if original != 8192
-        else {}
-    )
-    edit(
-        path, **{f"llama.{key}": Value(6 if isinstance(v, float) else UINT32, v) for key, v in values.items()}
-    )
+    values |= {"rope.scaling.low_freq_factor": low, "rope.scaling.high_freq_factor": high} if original != 8192 else {}
+    edit(path, **{f"llama.{key}": Value(6 if isinstance(v, float) else UINT32, v) for key, v in values.items()})
     metadata = GGUFFile(path).scalars()
     kinds = {str: STRING, int: UINT32, float: 6}
     header = {key: Value(kinds[type(value)], value) for key, value in metadata.items()}
@@ -290,9 +276,7 @@ def test_the_scaling_type_none_never_scales(model):
 def test_a_directory_stands_for_the_one_gguf_file_in_it(model):
     assert open_checkpoint(model.parent).args == open_checkpoint(model).args
     model.with_name("other.gguf").write_bytes(model.read_bytes())
-    with pytest.raises(
-        CheckpointError, match=r"holds 2 .* name one of them, such as model\.gguf; others: other"
-    ):
+    with pytest.raises(CheckpointError, match=r"holds 2 .* name one of them, such as model\.gguf; others: other"):
         open_checkpoint(model.parent)
 
 
@@ -309,9 +293,7 @@ def test_a_split_file_is_read_whole_from_any_of_its_parts(tmp_path):
     for path in (*parts, tmp_path):
         assert_equal(state(path), weights)
     parts[1].unlink()
-    with pytest.raises(
-        CheckpointError, match=r"is one of 3 files, of which m-00002-of-00003\.gguf is missing"
-    ):
+    with pytest.raises(CheckpointError, match=r"is one of 3 files, of which m-00002-of-00003\.gguf is missing"):
         open_checkpoint(parts[2])
 
 

@@ -37,9 +37,7 @@ def pack(values: torch.Tensor, bits: int = 4, order=range(8)) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.int32)
 
 
-def quantize(
-    outputs: int, inputs: int, group_size: int, method: str, act_order: bool, seed: int, bits: int = 4
-):
+def quantize(outputs: int, inputs: int, group_size: int, method: str, act_order: bool, seed: int, bits: int = 4):
     """Random quantized parts of one linear, and the matrix (out, in) that they stand for, entry by entry."""
     generator = torch.Generator().manual_seed(seed)
     num_groups = -(-inputs // group_size)
@@ -73,9 +71,7 @@ def write(path, method: str, group_size: int = 16, act_order: bool = False, shap
         if not name.endswith("_proj.weight"):
             stored[name] = matrices[name] = weight
             continue
-        parts, matrices[name] = quantize(
-            *weight.shape, group_size, method, act_order, seed, config.get("bits", 4)
-        )
+        parts, matrices[name] = quantize(*weight.shape, group_size, method, act_order, seed, config.get("bits", 4))
         stored |= {f"{name.removesuffix('.weight')}.{part}": tensor for part, tensor in parts.items()}
     quantization = {"quant_method": "awq" if method == "awq" else "gptq", "bits": 4, "group_size": group_size}
     quantization |= {} if method == "awq" else {"checkpoint_format": method}
@@ -86,9 +82,7 @@ def write(path, method: str, group_size: int = 16, act_order: bool = False, shap
     return path / "model", path / "plain"
 
 
-@pytest.mark.parametrize(
-    "group_size", [8, 16, 1000]
-)  # 1000: one group for all inputs, as group_size -1 means
+@pytest.mark.parametrize("group_size", [8, 16, 1000])  # 1000: one group for all inputs, as group_size -1 means
 @pytest.mark.parametrize(
     ("method", "act_order"),
     [("gptq", False), ("gptq", True), ("gptq_v2", False), ("gptq_v2", True), ("awq", False)],
@@ -108,9 +102,7 @@ def test_four_bit_directories_are_dequantized_entry_by_entry(tmp_path, method, a
 def test_gptq_without_group_indices_takes_the_inputs_in_order(tmp_path):
     path, plain = write(tmp_path, "gptq")
     tensors = load_file(path / "model.safetensors")
-    save_file(
-        {name: t for name, t in tensors.items() if not name.endswith("g_idx")}, path / "model.safetensors"
-    )
+    save_file({name: t for name, t in tensors.items() if not name.endswith("g_idx")}, path / "model.safetensors")
     found, expected = state(path), state(plain)
     assert all(torch.equal(found[name].float(), weight) for name, weight in expected.items())
 
@@ -171,9 +163,7 @@ def test_eight_bits_around_their_middle_stay_packed(tmp_path):
     change(path, "qzeros", lambda tensor: torch.full_like(tensor, 0x7F7F7F7F))  # each 128, less one
     model = kept(path)
     assert packed_names(model) == LINEARS
-    assert {linear.format.name for linear in model.modules() if isinstance(linear, LowBitLinear)} == {
-        "sym_int8"
-    }
+    assert {linear.format.name for linear in model.modules() if isinstance(linear, LowBitLinear)} == {"sym_int8"}
     assert_same_weights(model, kept(path, "none"))
 
 

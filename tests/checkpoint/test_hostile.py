@@ -51,9 +51,7 @@ class Sample:
         spans = []
         with zipfile.ZipFile(self.file) as archive:
             for member in archive.infolist():
-                lengths = struct.unpack(
-                    "<HH", self.data[member.header_offset + 26 : member.header_offset + 30]
-                )
+                lengths = struct.unpack("<HH", self.data[member.header_offset + 26 : member.header_offset + 30])
                 start = member.header_offset + 30 + sum(lengths)
                 if "/data/" in member.filename:
                     spans.append((start, start + member.file_size))
@@ -122,9 +120,7 @@ def test_twenty_thousand_fuzzed_headers_are_errors_or_load(model):
 @pytest.mark.parametrize("name", ["params.json", "config.json", "model.safetensors.index.json"])
 def test_fuzzed_settings_are_errors_or_load(tmp_path, name):
     args, weights = sample()
-    path = (
-        write_meta(tmp_path, args, weights) if name == "params.json" else write_hf(tmp_path, args, weights, 2)
-    )
+    path = write_meta(tmp_path, args, weights) if name == "params.json" else write_hf(tmp_path, args, weights, 2)
     data = (path / name).read_bytes()
     cases = [*truncations(data, [], random.Random(6)), *fuzzed(data, range(len(data)), 300, random.Random(7))]
     sweep(path, path / name, cases, None)

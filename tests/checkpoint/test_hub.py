@@ -44,18 +44,14 @@ class Hub(http.server.BaseHTTPRequestHandler):
             self.send(json.dumps({"id": "org/name", "sha": COMMIT, "siblings": siblings}).encode(), with_body)
         elif path.startswith(f"/org/name/resolve/{COMMIT}/") and path.split("/", 5)[5] in names:
             file = self.folder / path.split("/", 5)[5]
-            self.send(
-                file.read_bytes(), with_body, {"ETag": f'"{self.digest(file)}"', "X-Repo-Commit": COMMIT}
-            )
+            self.send(file.read_bytes(), with_body, {"ETag": f'"{self.digest(file)}"', "X-Repo-Commit": COMMIT})
         else:
             self.send(b"", with_body, {"X-Error-Code": "RepoNotFound"}, status=404)
 
     def digest(self, file) -> str:
         return hashlib.sha1(file.read_bytes()).hexdigest()
 
-    def send(
-        self, data: bytes, with_body: bool, headers: dict[str, str] | None = None, status: int = 200
-    ) -> None:
+    def send(self, data: bytes, with_body: bool, headers: dict[str, str] | None = None, status: int = 200) -> None:
         self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
             self.send_header(name, value)
@@ -200,19 +196,13 @@ def test_a_download_is_used_again_without_the_network(hub):
 
 
 def test_what_the_hub_does_not_know_or_cannot_give_is_one_line(hub):
-    with pytest.raises(
-        FileNotFoundError, match="org/other: no such directory here, and the hub does not"
-    ) as error:
+    with pytest.raises(FileNotFoundError, match="org/other: no such directory here, and the hub does not") as error:
         hub.fetch("org/other")
     assert "\n" not in str(error.value)
-    with pytest.raises(
-        CheckpointError, match="org/name: the hub has it, but with no weights in a known format"
-    ):
+    with pytest.raises(CheckpointError, match="org/name: the hub has it, but with no weights in a known format"):
         hub.fetch()
     hub.close()
-    with pytest.raises(
-        FileNotFoundError, match="org/name: no such directory here, and the hub does not"
-    ) as error:
+    with pytest.raises(FileNotFoundError, match="org/name: no such directory here, and the hub does not") as error:
         hub.fetch()
     assert "\n" not in str(error.value)
 
@@ -231,9 +221,7 @@ def test_a_path_that_exists_never_asks_the_hub(tmp_path, monkeypatch):
     assert resolve(tmp_path) == tmp_path
 
 
-@pytest.mark.parametrize(
-    "name", ["/absent/model", "./org/name", "~/model", "model.gguf", "a/b/c", "../x", "org/"]
-)
+@pytest.mark.parametrize("name", ["/absent/model", "./org/name", "~/model", "model.gguf", "a/b/c", "../x", "org/"])
 def test_what_looks_like_a_path_is_never_asked_of_the_hub(name, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="no such file or directory; give"):

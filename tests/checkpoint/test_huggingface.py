@@ -36,12 +36,8 @@ SHAPES = {
     "llama3_scaling": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, **LLAMA3}},
     "linear_scaling": {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     "yarn": {"rope_parameters": YARN},
-    "yarn_in_its_own_way": {
-        "rope_parameters": YARN | {"beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 0.9}
-    },
-    "yarn_without_whole_pairs": {
-        "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False}
-    },
+    "yarn_in_its_own_way": {"rope_parameters": YARN | {"beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 0.9}},
+    "yarn_without_whole_pairs": {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False}},
     "dynamic_within_its_context": {"rope_parameters": DYNAMIC},
     "dynamic_beyond_its_context": {"rope_parameters": DYNAMIC, "max_position_embeddings": 64},
     "head_size_of_its_own": {"head_dim": 24},
@@ -93,12 +89,7 @@ def test_a_directory_that_transformers_wrote_gives_its_logits(tmp_path, transfor
 
 @pytest.mark.parametrize(
     ("shape", "to"),
-    [
-        (shape, to)
-        for shape in SHAPES
-        for to in ("hf", "meta", "gguf")
-        if to != "gguf" or shape not in NOT_IN_GGUF
-    ],
+    [(shape, to) for shape in SHAPES for to in ("hf", "meta", "gguf") if to != "gguf" or shape not in NOT_IN_GGUF],
 )
 def test_what_is_converted_gives_the_logits_of_transformers(tmp_path, transformers, shape, to):
     model = oracle(transformers, **SHAPES[shape])
@@ -143,9 +134,7 @@ def test_our_own_model_written_for_transformers_gives_our_logits(tmp_path, trans
         source = write_meta(tmp_path / f"meta{number}", args, weights)
         write_sentencepiece(source / "tokenizer.model")
         convert(source, tmp_path / f"hf{number}", "hf", shards=3)
-        model = transformers.LlamaForCausalLM.from_pretrained(
-            tmp_path / f"hf{number}", dtype=torch.float32
-        ).eval()
+        model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / f"hf{number}", dtype=torch.float32).eval()
         assert torch.allclose(logits(model), logits(loaded(source)), rtol=0, atol=1e-4)
 
 
@@ -350,9 +339,7 @@ def index_of(path, change):
     return path
 
 
-@pytest.mark.parametrize(
-    "name", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", "", 7, "a\\b"]
-)
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/b.safetensors", "..", ".", "", 7, "a\\b"])
 def test_an_index_cannot_leave_its_directory(tmp_path, name):
     args, weights = sample()
     path = write_hf(tmp_path / "model", args, weights, 3)
@@ -366,9 +353,7 @@ def test_an_index_that_does_not_fit_its_files_is_refused(tmp_path):
     args, weights = sample()
     first = write_hf(tmp_path / "1", args, weights, 3)
     index_of(first, lambda places: places.update({"model.extra.weight": "model-00002-of-00003.safetensors"}))
-    with pytest.raises(
-        CheckpointError, match=r"00002-of-00003\.safetensors: model\.extra\.weight: is missing"
-    ):
+    with pytest.raises(CheckpointError, match=r"00002-of-00003\.safetensors: model\.extra\.weight: is missing"):
         open_checkpoint(first)
     second = write_hf(tmp_path / "2", args, weights, 3)
     (second / "model-00003-of-00003.safetensors").unlink()

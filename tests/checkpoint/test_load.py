@@ -30,9 +30,7 @@ def whole(parts: list[Transformer], name: str, shape: tuple[int, ...]) -> torch.
     if pieces[0].shape == shape:
         assert all(torch.equal(piece, pieces[0]) for piece in pieces)
         return pieces[0]
-    dim = next(
-        axis for axis, (part, full) in enumerate(zip(pieces[0].shape, shape, strict=True)) if part != full
-    )
+    dim = next(axis for axis, (part, full) in enumerate(zip(pieces[0].shape, shape, strict=True)) if part != full)
     return torch.cat(pieces, dim)
 
 
@@ -232,9 +230,7 @@ def test_a_module_may_take_its_weight_itself(tmp_path):
     for layer in model.layers:
         layer.attention.wo = Packed()
     load_weights(model, checkpoint, rank=1, world_size=2, dtype=torch.bfloat16)
-    stored = next(
-        tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.0.attn_output.weight"
-    )
+    stored = next(tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.0.attn_output.weight")
     assert model.layers[0].attention.wo.kind == "Q4_0"
     assert torch.equal(model.layers[0].attention.wo.packed, torch.tensor(stored.data[:, 18:]))
 

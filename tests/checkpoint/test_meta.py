@@ -108,12 +108,8 @@ def test_rotary_settings_and_the_context_that_they_imply(tmp_path, changes, scal
     assert checkpoint.unknown_keys == ()
 
 
-@pytest.mark.parametrize(
-    ("dim", "n_layers", "factor"), [(2048, 16, 32), (3072, 28, 32), (4096, 32, 8), (2048, 15, 8)]
-)
-def test_llama_3_2_small_models_are_scaled_by_32_though_their_files_do_not_say_so(
-    tmp_path, dim, n_layers, factor
-):
+@pytest.mark.parametrize(("dim", "n_layers", "factor"), [(2048, 16, 32), (3072, 28, 32), (4096, 32, 8), (2048, 15, 8)])
+def test_llama_3_2_small_models_are_scaled_by_32_though_their_files_do_not_say_so(tmp_path, dim, n_layers, factor):
     shape = {"dim": dim, "n_layers": n_layers, "n_heads": 8, "use_scaled_rope": True}
     (tmp_path / "params.json").write_text(json.dumps(shape))
     weights = {
@@ -183,9 +179,7 @@ def test_impossible_settings_are_refused_in_one_line(model, changes, message):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    "text", ["", "[1]", "{", '{"dim": 1, "dim": 2}', '{"a": NaN}', "[" * 200_000, "\xff"]
-)
+@pytest.mark.parametrize("text", ["", "[1]", "{", '{"dim": 1, "dim": 2}', '{"a": NaN}', "[" * 200_000, "\xff"])
 def test_broken_json_is_refused(model, text):
     (model / "params.json").write_text(text, encoding="latin-1")
     with pytest.raises(CheckpointError, match=r"params\.json"):
@@ -211,9 +205,7 @@ def test_shards_that_do_not_fit_together_are_refused(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"layers\.0\.attention\.wq\.weight: the shards' shapes or types do not fit"
     ):
-        open_checkpoint(
-            broken(2, lambda weights: weights.update({"layers.0.attention.wq.weight": torch.zeros(8, 3)}))
-        )
+        open_checkpoint(broken(2, lambda weights: weights.update({"layers.0.attention.wq.weight": torch.zeros(8, 3)})))
     with pytest.raises(CheckpointError, match=r"norm\.weight: has another shape in another shard"):
         open_checkpoint(broken(3, lambda weights: weights.update({"norm.weight": torch.zeros(5)})))
     with pytest.raises(CheckpointError, match=r"consolidated\.01\.pth: tok_embeddings\.weight: is missing"):
@@ -235,9 +227,7 @@ def test_shards_of_unequal_size_are_joined_as_they_are(tmp_path):
             lambda weights, rows=rows: weights.update({"layers.0.attention.wq.weight": matrix[rows].clone()}),
         )
     assert_equal(state(path), weights)
-    wq = next(
-        weight for weight in open_checkpoint(path).weights() if weight.name == "layers.0.attention.wq.weight"
-    )
+    wq = next(weight for weight in open_checkpoint(path).weights() if weight.name == "layers.0.attention.wq.weight")
     for start, stop in ((0, 24), (10, 50), (24, 64), (5, 6), (3, 3)):
         assert torch.equal(wq.read(0, start, stop), matrix[start:stop])
         assert torch.equal(wq.read(1, start, stop), matrix[:, start:stop])

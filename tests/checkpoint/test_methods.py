@@ -38,9 +38,7 @@ FP4 = (
     -0.25,
 )
 Parts = dict[str, Tensor]  # of one matrix, by the last part of their names
-Make = Callable[
-    [int, int, torch.Generator], tuple[Parts, Tensor]
-]  # and what they stand for, float32 (out, in)
+Make = Callable[[int, int, torch.Generator], tuple[Parts, Tensor]]  # and what they stand for, float32 (out, in)
 
 
 def bytes_of(value: dict) -> Tensor:

@@ -41,11 +41,7 @@ def test_a_git_lfs_pointer_says_what_it_is_and_what_to_run(tmp_path):
 
 
 def test_an_adapters_directory_says_that_it_is_one_and_what_to_do(tmp_path):
-    (tmp_path / "adapter_config.json").write_text(
-        '{"peft_type": "LORA", "base_model_name_or_path": "org/base"}'
-    )
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "org/base"}')
     (tmp_path / "adapter_model.safetensors").write_bytes(b"x")
-    with pytest.raises(
-        CheckpointError, match=r"holds an adapter \(LoRA\) of 'org/base' and no model: merge it"
-    ):
+    with pytest.raises(CheckpointError, match=r"holds an adapter \(LoRA\) of 'org/base' and no model: merge it"):
         open_checkpoint(tmp_path)

@@ -44,9 +44,7 @@ TABLE = row_table([(2, [(5, 1)]), (0, [(880, 20), (16, 300), (400, 7)]), (3, [(0
 @compiled
 @pytest.mark.parametrize("int8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "head_dim"), [(4, 4, 16), (9, 3, 64), (8, 1, 128), (14, 2, 48)]
-)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 4, 16), (9, 3, 64), (8, 1, 128), (14, 2, 48)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_rows_attend_as_their_twin_defines(variant, heads, kv_heads, head_dim, dtype, int8):
     needs(variant)

@@ -32,9 +32,7 @@ def needs(variant: str) -> None:
         pytest.skip(f"this machine cannot run {variant}")
 
 
-def problem(
-    name: str, rows: int, outputs: int = 37, dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, ...]:
+def problem(name: str, rows: int, outputs: int = 37, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     """x (rows, columns), the plain and the kernel layout, a bias; one block more than many rows share a decoding of."""
     form = FORMATS[name]
     columns = 256 + form.block
@@ -124,9 +122,7 @@ def test_extreme_codes_do_not_overflow(variant):
     for name, byte in product(SERVED, (0x00, 0x80, 0xFF)):
         layout = FORMATS[name]
         blocks = torch.full((TILE, layout.block_bytes), byte, dtype=torch.uint8)
-        for field, start in (
-            (field, sum(f.size for f in layout.fields[:i])) for i, field in enumerate(layout.fields)
-        ):
+        for field, start in ((field, sum(f.size for f in layout.fields[:i])) for i, field in enumerate(layout.fields)):
             if field.name in ("scale", "minimum", "unit", "minimum_unit"):
                 one = torch.ones(1, dtype=torch.float32 if field.size == 4 else torch.float16)
                 blocks[:, start : start + field.size] = one.view(torch.uint8)
@@ -164,9 +160,7 @@ def test_any_leading_dimensions_and_strides_are_taken():
 def test_the_machines_best_kernel_is_the_default():
     x, _, interleaved, _ = problem("sym_int4", 2)
     default = lowbit.lowbit_linear(x, interleaved, None, "sym_int4", 37)
-    assert torch.equal(
-        default, lowbit.lowbit_linear(x, interleaved, None, "sym_int4", 37, lowbit.variants()[0])
-    )
+    assert torch.equal(default, lowbit.lowbit_linear(x, interleaved, None, "sym_int4", 37, lowbit.variants()[0]))
 
 
 @compiled
@@ -219,9 +213,7 @@ def test_a_prepared_linear_agrees_with_the_unprepared_one(dtype):
 
 @compiled
 def test_a_linear_computes_in_the_variant_it_is_told():
-    linear = LowBitLinear.from_weight(
-        "sym_int8", torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
-    )
+    linear = LowBitLinear.from_weight("sym_int8", torch.randn(16, 64, generator=torch.Generator().manual_seed(0)))
     x = torch.randn(2, 64, generator=torch.Generator().manual_seed(1))
     linear.prepare().variant = "tiles"
     torch.testing.assert_close(linear(x), F.linear(x, linear.dequantize()), rtol=1e-5, atol=1e-5)

@@ -20,9 +20,7 @@ OUTPUTS = 37
 SERVED = [name for name, form in FORMATS.items() if form.triton]
 
 
-def problem(
-    name: str, rows: int, blocks: int = 3, dtype: torch.dtype = torch.float32
-) -> tuple[torch.Tensor, ...]:
+def problem(name: str, rows: int, blocks: int = 3, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     """x (rows, columns), the packed weight, a bias."""
     generator = torch.Generator().manual_seed(rows)
     columns = blocks * FORMATS[name].block
@@ -63,9 +61,7 @@ def test_any_bytes_mean_what_the_layout_says(name):
     layout = FORMATS[name]
     packed = torch.randint(0, 256, (OUTPUTS, layout.block_bytes), generator=torch.Generator().manual_seed(0))
     packed = packed.to(torch.uint8)
-    for field, end in (
-        (field, sum(f.size for f in layout.fields[: i + 1])) for i, field in enumerate(layout.fields)
-    ):
+    for field, end in ((field, sum(f.size for f in layout.fields[: i + 1])) for i, field in enumerate(layout.fields)):
         if field.name in ("scale", "minimum", "unit", "minimum_unit"):
             packed[:, end - 1] = packed[:, end - 1] & 0x83 | 0x38  # an ordinary exponent
     packed = packed.to(DEVICE)
@@ -119,9 +115,7 @@ def test_a_linear_on_a_gpu_is_multiplied_by_triton():
 
 def test_without_triton_pytorchs_operators_do_its_work(monkeypatch):
     monkeypatch.setattr(quantization, "find_spec", lambda name: None)
-    assert (
-        quantization.fastest_product(FORMATS["nf4"], torch.device("cuda")) is quantization.product_in_chunks
-    )
+    assert quantization.fastest_product(FORMATS["nf4"], torch.device("cuda")) is quantization.product_in_chunks
     assert not quantization.has_kernels("nf4", "cuda")
 
 

@@ -14,9 +14,7 @@ class ByteTokenizer:
         *("[TOOL]", "[/TOOL]", "HALT", "\n\n\n\n"),  # added words and white space, as real vocabularies have
     )
 
-    def __init__(
-        self, controls=CONTROLS, *, bos="<s>", eos="</s>", add_bos=True, template=None, kind="bytes"
-    ):
+    def __init__(self, controls=CONTROLS, *, bos="<s>", eos="</s>", add_bos=True, template=None, kind="bytes"):
         self.special_tokens = {token: 256 + place for place, token in enumerate(controls)}
         self.n_words = 256 + len(controls)
         self.bos_id = self.special_tokens.get(bos, -1)
@@ -131,11 +129,7 @@ def plain_vicuna(dialog, ids):
     pieces = [ids["<s>"], system + " "]
     for message in rest:
         content = message["content"].strip()
-        pieces += (
-            ["USER: " + content + " "]
-            if message["role"] == "user"
-            else ["ASSISTANT: " + content, ids["</s>"]]
-        )
+        pieces += ["USER: " + content + " "] if message["role"] == "user" else ["ASSISTANT: " + content, ids["</s>"]]
     return [*pieces, "ASSISTANT:"]
 
 

@@ -192,9 +192,7 @@ def byte_vocabulary(size: int) -> Vocabulary:
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     types = [TokenType.UNKNOWN, *[TokenType.CONTROL] * 2, *[TokenType.BYTE] * 256]
     words = ["▁", "e", "l", "o", "lo", "el", "▁e"]
-    tokens += words[: size - len(tokens)] + [
-        f"word{number}" for number in range(size - len(tokens) - len(words))
-    ]
+    tokens += words[: size - len(tokens)] + [f"word{number}" for number in range(size - len(tokens) - len(words))]
     types += [TokenType.NORMAL] * (len(tokens) - len(types))
     scores = [0.0] * 259 + [-float(number) for number in range(len(tokens) - 259)]
     return Vocabulary("spm", tokens, [int(kind) for kind in types], scores, add_space_prefix=True)

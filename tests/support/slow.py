@@ -96,9 +96,7 @@ def logits(
         h = h + linear(mixed.reshape(n, -1), f"{layer}.attention.wo")
         x = norm(h, weights[f"{layer}.ffn_norm.weight"], args.norm_eps)
         gate = linear(x, f"{layer}.feed_forward.w1")
-        h = h + linear(
-            gate * gate.sigmoid() * linear(x, f"{layer}.feed_forward.w3"), f"{layer}.feed_forward.w2"
-        )
+        h = h + linear(gate * gate.sigmoid() * linear(x, f"{layer}.feed_forward.w3"), f"{layer}.feed_forward.w2")
     x = norm(h, weights["norm.weight"], args.norm_eps)
     return x @ weights["tok_embeddings.weight" if args.tie_word_embeddings else "output.weight"].T
 

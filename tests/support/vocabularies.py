@@ -163,9 +163,7 @@ def train_sentencepiece(**options) -> bytes:
     """A tiny model as Meta's are made, unless `options` say otherwise."""
     model = io.BytesIO()
     plain = dict(model_type="bpe", byte_fallback=True, normalization_rule_name="identity")
-    plain |= dict(
-        remove_extra_whitespaces=False, vocab_size=360, character_coverage=1.0, hard_vocab_limit=False
-    )
+    plain |= dict(remove_extra_whitespaces=False, vocab_size=360, character_coverage=1.0, hard_vocab_limit=False)
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS), model_writer=model, minloglevel=2, **(plain | options)
     )
@@ -182,9 +180,7 @@ def train_byte_level() -> tokenizers.Tokenizer:
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     tokenizer.train_from_iterator(
         CORPUS,
-        trainers.BpeTrainer(
-            vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
-        ),
+        trainers.BpeTrainer(vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False),
     )
     tokenizer.add_tokens([AddedToken("<think>", normalized=False), AddedToken("    ", normalized=False)])
     return tokenizer
@@ -201,9 +197,7 @@ def pieces_json(proto: bytes) -> tokenizers.Tokenizer:
         for at in range(1, len(piece))
         if piece[:at] in ids and piece[at:] in ids
     ]
-    tokenizer = tokenizers.Tokenizer(
-        models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    )
+    tokenizer = tokenizers.Tokenizer(models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -235,9 +229,7 @@ def make_files(folder: Path) -> dict[str, Path]:
     files["sentencepiece"].write_bytes(train_sentencepiece(user_defined_symbols=added))
     files["unigram"].write_bytes(train_sentencepiece(model_type="unigram"))
     files["nfkc"].write_bytes(
-        train_sentencepiece(
-            normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True, byte_fallback=False
-        )
+        train_sentencepiece(normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True, byte_fallback=False)
     )
     files["tiktoken"].write_bytes(tiktoken_lines())
     train_byte_level().save(str(files["byte-level json"]))

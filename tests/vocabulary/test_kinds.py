@@ -188,9 +188,7 @@ def test_pre_tokenizers_cut_digits_and_contractions_as_their_models_do(tmp_path)
 VECTORS = Path(os.environ.get("LLAMA_CPP_MODELS", "/nowhere"))
 
 
-@pytest.mark.skipif(
-    not VECTORS.is_dir(), reason="LLAMA_CPP_MODELS does not name llama.cpp's folder of vocabularies"
-)
+@pytest.mark.skipif(not VECTORS.is_dir(), reason="LLAMA_CPP_MODELS does not name llama.cpp's folder of vocabularies")
 @pytest.mark.parametrize(
     "name",
     [

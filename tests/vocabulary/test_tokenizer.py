@@ -208,9 +208,7 @@ def test_an_id_outside_the_vocabulary_is_refused(tiny):
     for tokenizer in tiny.values():
         for id in (-1, tokenizer.n_words):
             for use in (StreamDecoder(tokenizer).push, tokenizer.decode, tokenizer.token_bytes):
-                with pytest.raises(
-                    ValueError, match=rf"token id {id} is outside .* 0 to {tokenizer.n_words - 1}"
-                ):
+                with pytest.raises(ValueError, match=rf"token id {id} is outside .* 0 to {tokenizer.n_words - 1}"):
                     use(id)
 
 

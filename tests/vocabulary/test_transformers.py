@@ -135,9 +135,7 @@ def model_and_decoder(folder: Path, **config: Any) -> None:
         "bar": {"lstrip": False, "rstrip": True, "special": False},
         "baz": {"lstrip": False, "rstrip": False, "special": False, "single_word": True},
     }
-    decoder = {
-        str(size + i): {"content": token} | flags | more for i, (token, more) in enumerate(tokens.items())
-    }
+    decoder = {str(size + i): {"content": token} | flags | more for i, (token, more) in enumerate(tokens.items())}
     write_config(folder, CHATML, tokenizer_class="LlamaTokenizer", added_tokens_decoder=decoder, **config)
 
 
@@ -179,9 +177,7 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
     "tokenizer.model, not legacy": lambda folder: only_a_model(folder, legacy=False),
     "tokenizer.model and added_tokens.json": model_and_added_tokens_json,
     "tokenizer.model and added_tokens_decoder": lambda folder: model_and_decoder(folder, legacy=False),
-    "tokenizer.model, legacy, and added_tokens_decoder": lambda folder: model_and_decoder(
-        folder, legacy=True
-    ),
+    "tokenizer.model, legacy, and added_tokens_decoder": lambda folder: model_and_decoder(folder, legacy=True),
     "metaspace first": lambda folder: metaspace(folder, "first", split=False),
     "metaspace always, split": lambda folder: metaspace(folder, "always", split=True),
     "metaspace never": lambda folder: metaspace(folder, "never", split=False),

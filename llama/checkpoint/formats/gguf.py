@@ -34,9 +34,7 @@ from ..tokenizer_files import TokenizerFiles
 from ..weight import Weight
 
 PLAIN_TYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
-CHUNK = (
-    1 << 16
-)  # numbers that are dequantized at a time: more, and what readers leave in their heaps doubles the peak
+CHUNK = 1 << 16  # numbers that are dequantized at a time: more, and what readers leave in their heaps doubles the peak
 ROPE_FACTORS = "rope_freqs.weight"
 FILE_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}
 SAMPLING = {  # keys of general.sampling, and the names they have here
@@ -227,11 +225,7 @@ def _refuse_other_mathematics(settings: Settings, file: GGUFFile) -> None:
             raise CheckpointError(f"{file.path}: {key} differs from layer to layer, which is not supported")
     settings.ignore("llama.vocab_size")
     settings.ignore(
-        *(
-            key
-            for key in settings.values
-            if key.split(".")[0] in ("general", "tokenizer", "quantize", "split")
-        )
+        *(key for key in settings.values if key.split(".")[0] in ("general", "tokenizer", "quantize", "split"))
     )
 
 
@@ -254,9 +248,7 @@ def _scaling(settings: Settings, args: ModelArgs, files: list[GGUFFile]) -> Rope
         return _llama3(stored, args, low, high, original or 8192, headers[0][0].path)
     if factor is None or factor == 1.0 or kind == "none":
         return None
-    return (
-        LinearScaling(factor) if kind == "linear" else _yarn(settings, factor, original or args.max_seq_len)
-    )
+    return LinearScaling(factor) if kind == "linear" else _yarn(settings, factor, original or args.max_seq_len)
 
 
 def _yarn(settings: Settings, factor: float, original: int) -> YarnScaling:
@@ -274,27 +266,15 @@ def _yarn(settings: Settings, factor: float, original: int) -> YarnScaling:
     )
 
 
-def _llama3(
-    factors: Tensor, args: ModelArgs, low: float, high: float, original: int, file: Path
-) -> RopeScaling | None:
+def _llama3(factors: Tensor, args: ModelArgs, low: float, high: float, original: int, file: Path) -> RopeScaling | None:
     """The scaling whose factors these are; None where they change nothing."""
-    if (
-        factors.shape != (args.head_dim // 2,)
-        or not bool((factors >= 1).all())
-        or not factors.isfinite().all()
-    ):
-        raise CheckpointError(
-            f"{file}: {ROPE_FACTORS}: {args.head_dim // 2} factors of at least 1 are expected"
-        )
+    if factors.shape != (args.head_dim // 2,) or not bool((factors >= 1).all()) or not factors.isfinite().all():
+        raise CheckpointError(f"{file}: {ROPE_FACTORS}: {args.head_dim // 2} factors of at least 1 are expected")
     if bool((factors == 1).all()):
         return None
     scaling = Llama3Scaling(float(factors.max()), low, high, original)
-    if low >= high or not torch.allclose(
-        factors, rope_factors(args.head_dim, args.rope_theta, scaling), rtol=1e-4
-    ):
-        raise CheckpointError(
-            f"{file}: {ROPE_FACTORS}: not Llama 3's rope scaling; other kinds are not supported"
-        )
+    if low >= high or not torch.allclose(factors, rope_factors(args.head_dim, args.rope_theta, scaling), rtol=1e-4):
+        raise CheckpointError(f"{file}: {ROPE_FACTORS}: not Llama 3's rope scaling; other kinds are not supported")
     return scaling
 
 
@@ -312,9 +292,7 @@ def _stop_ids(settings: Settings) -> tuple[int, ...]:
 def plan_gguf(checkpoint: Checkpoint, tokenizer: TokenizerFiles | None, *, dtype: torch.dtype) -> Plan:
     """One GGUF file; vectors (norms, biases) are float32, as llama.cpp wants them."""
     if dtype not in TYPE_NUMBERS:
-        raise CheckpointError(
-            f"GGUF is written in fp32, fp16 or bf16, not {str(dtype).removeprefix('torch.')}"
-        )
+        raise CheckpointError(f"GGUF is written in fp32, fp16 or bf16, not {str(dtype).removeprefix('torch.')}")
     plan = Plan({"": list(_entries(checkpoint, dtype))}, metadata=_metadata(checkpoint, dtype))
     if tokenizer is None:
         plan.warnings.append("no tokenizer was found; programs cannot tokenize with this file")
@@ -399,8 +377,4 @@ def _scaling_metadata(args: ModelArgs) -> dict[str, Value]:
 
 def _sampling(checkpoint: Checkpoint) -> dict[str, Value]:
     defaults = checkpoint.generation_defaults
-    return {
-        f"general.sampling.{key}": _number(defaults[name])
-        for key, name in SAMPLING.items()
-        if name in defaults
-    }
+    return {f"general.sampling.{key}": _number(defaults[name]) for key, name in SAMPLING.items() if name in defaults}

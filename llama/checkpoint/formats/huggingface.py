@@ -90,9 +90,7 @@ def plain_arrays(settings: Settings, args: ModelArgs, files: list[TensorFile]) -
         for name, tensor in file.tensors.items():
             if name.endswith(".qweight"):
                 module = name.removesuffix(".qweight")
-                raise CheckpointError(
-                    f"{file.path}: {module}: is in four bits, but no config names the method"
-                )
+                raise CheckpointError(f"{file.path}: {module}: is in four bits, but no config names the method")
             yield name, Mapped(tensor, file.check), file.path
 
 
@@ -165,9 +163,7 @@ def _sliding_window(settings: Settings, defaults: dict[str, int]) -> int | None:
 def _refuse_other_architectures(settings: Settings) -> None:
     kind = settings.text("model_type", "llama")
     if kind not in DEFAULTS:
-        raise CheckpointError(
-            f"{settings.file}: model_type {shown(kind)} is not supported; llama and mistral are"
-        )
+        raise CheckpointError(f"{settings.file}: model_type {shown(kind)} is not supported; llama and mistral are")
     settings.ignore("architectures")
     for name in settings.values.get("architectures") or ():
         if name not in ARCHITECTURES:
@@ -265,12 +261,8 @@ def plan_huggingface(
         plan.warnings.append("no tokenizer was found; transformers will not tokenize for this directory")
     else:
         plan.small_files |= tokenizer.for_huggingface()
-    if args.sliding_window is not None and (
-        args.attention_bias or args.attention_output_bias or args.mlp_bias
-    ):
-        raise CheckpointError(
-            f"{checkpoint.path}: Hugging Face has no model with a sliding window and biases"
-        )
+    if args.sliding_window is not None and (args.attention_bias or args.attention_output_bias or args.mlp_bias):
+        raise CheckpointError(f"{checkpoint.path}: Hugging Face has no model with a sliding window and biases")
     return plan
 
 

@@ -115,18 +115,14 @@ def _weights(args: ModelArgs, shards: list[TensorFile]) -> Iterator[Weight]:
         pieces = tuple(Mapped(shard.tensors[name], shard.check) for shard in shards)
         shapes = [piece.shape for piece in pieces]
         if len(shapes[0]) not in (1, 2):
-            raise CheckpointError(
-                f"{first.path}: {name}: has shape {list(shapes[0])}; 1 or 2 dimensions are expected"
-            )
+            raise CheckpointError(f"{first.path}: {name}: has shape {list(shapes[0])}; 1 or 2 dimensions are expected")
         dim = _stored_split(args, name, pieces)
         if len(pieces) == 1 or dim is None:
             if len(set(shapes)) > 1:
                 raise CheckpointError(f"{first.path}: {name}: has another shape in another shard")
             yield Weight(name, pieces[0], first.path)
             continue
-        kinds = {
-            (piece.stored, len(piece.shape), *piece.shape[:dim], *piece.shape[dim + 1 :]) for piece in pieces
-        }
+        kinds = {(piece.stored, len(piece.shape), *piece.shape[:dim], *piece.shape[dim + 1 :]) for piece in pieces}
         if len(kinds) > 1:
             raise CheckpointError(f"{first.path}: {name}: the shards' shapes or types do not fit together")
         yield Weight(name, Joined(pieces, dim), first.path)
@@ -204,9 +200,9 @@ def plan_meta(
     weights = list(_with_output(checkpoint))
     files = {
         f"consolidated.{rank:02d}.pth": [
-            weight.part(
-                embedding_dim if weight.name == EMBEDDING else split_dim(weight.name), rank, shards
-            ).entry(weight.name, dtype)
+            weight.part(embedding_dim if weight.name == EMBEDDING else split_dim(weight.name), rank, shards).entry(
+                weight.name, dtype
+            )
             for weight in weights
         ]
         for rank in range(shards)
@@ -267,8 +263,7 @@ def hidden_rounding(args: ModelArgs) -> tuple[int, float | None]:
     return 1, next(
         multiplier
         for digits in range(3, 18)
-        if _hidden_dim(args.dim, 1, multiplier := round((args.hidden_dim + 0.5) / base, digits))
-        == args.hidden_dim
+        if _hidden_dim(args.dim, 1, multiplier := round((args.hidden_dim + 0.5) / base, digits)) == args.hidden_dim
     )
 
 
@@ -297,9 +292,5 @@ def _warnings(args: ModelArgs, tokenizer: TokenizerFiles | None) -> list[str]:
         "biases": args.attention_bias or args.attention_output_bias or args.mlp_bias,
         "this kind of tokenizer": tokenizer is not None and not tokenizer.is_sentencepiece,
     }
-    lines = [
-        f"Meta's Llama 2 code cannot run this model: it lacks {what}"
-        for what, wrong in lacks.items()
-        if wrong
-    ]
+    lines = [f"Meta's Llama 2 code cannot run this model: it lacks {what}" for what, wrong in lacks.items() if wrong]
     return lines if tokenizer is not None else [*lines, "no tokenizer was found; put a tokenizer.model there"]

@@ -50,20 +50,14 @@ def find_weight_files(path: Path) -> WeightFiles:
             incomplete[candidate] = f"{absent}: its file {listed[absent]} is missing"
             continue
         files = [path / file for file in dict.fromkeys(listed.values())]
-        why = {
-            other: incomplete.get(other, f"{candidate.name} is read")
-            for other in present
-            if other != candidate
-        }
+        why = {other: incomplete.get(other, f"{candidate.name} is read") for other in present if other != candidate}
         passed_over = tuple(f"{other}: is passed over: {reason}" for other, reason in why.items())
         return WeightFiles(files, index, listed if index else {}, passed_over)
     for index, problem in incomplete.items():
         raise CheckpointError(f"{index}: {problem}")
     unlisted = _unlisted(path)
     if not unlisted:
-        raise CheckpointError(
-            f"{path}: config.json is there, but neither model.safetensors nor pytorch_model.bin is"
-        )
+        raise CheckpointError(f"{path}: config.json is there, but neither model.safetensors nor pytorch_model.bin is")
     return WeightFiles(unlisted)
 
 
@@ -73,12 +67,7 @@ def weight_map(index: Path) -> dict[str, str]:
     if not isinstance(entries, dict) or not entries:
         raise CheckpointError(f"{index}: weight_map is missing or empty")
     for tensor, file in entries.items():
-        if (
-            not isinstance(file, str)
-            or PurePath(file).name != file
-            or file in ("", ".", "..")
-            or "\\" in file
-        ):
+        if not isinstance(file, str) or PurePath(file).name != file or file in ("", ".", "..") or "\\" in file:
             raise CheckpointError(f"{index}: {tensor}: {shown(file)} is no plain file name")
     return entries
 

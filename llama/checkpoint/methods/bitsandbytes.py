@@ -76,16 +76,12 @@ class TableMatrix(QuantizedMatrix):
         form, inputs = FORMATS["nf4"], self.size[1]
         is_nf4 = torch.equal(self.table, torch.tensor(NF4_LEVELS))
         in_blocks = self.block % form.block == 0 and inputs % self.block == 0
-        is_held = (
-            is_nf4 and in_blocks and not isinstance(self.absmax, NestedScales) and are_halves(self.absmax)
-        )
+        is_held = is_nf4 and in_blocks and not isinstance(self.absmax, NestedScales) and are_halves(self.absmax)
         return form if is_held else None
 
     def codes(self, first: int, last: int) -> Tensor:
         """Codes uint8 of these blocks, one after the other; the last block may be a short one."""
-        packed = self.packed.read(
-            0, first * self.block // 2, min(last * self.block // 2, self.packed.shape[0])
-        )
+        packed = self.packed.read(0, first * self.block // 2, min(last * self.block // 2, self.packed.shape[0]))
         return torch.stack([packed >> 4, packed & 15], dim=-1).flatten()
 
     def values(self, rows: slice) -> Tensor:
@@ -109,9 +105,7 @@ class TableMatrix(QuantizedMatrix):
 class BitsAndBytes(Method):
     """Linear4bit and Linear8bitLt; what is stored says which of them a layer is."""
 
-    states: ClassVar[tuple[str, ...]] = tuple(
-        f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4")
-    )
+    states: ClassVar[tuple[str, ...]] = tuple(f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
     parts = (
         *("weight", "SCB", "weight_format", *states),
         *("weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"),
@@ -138,9 +132,7 @@ class BitsAndBytes(Method):
     def _four_bits(self, where: Where, parts: Parts, stored: Mapped) -> Array:
         require(where, parts, "weight.absmax", "weight.quant_map")
         data = stored.tensor.flatten().numpy().tobytes()
-        state = Settings(
-            parse_json(data, where.file, MAX_STATE_BYTES), where.file, f"{where.module}.quant_state."
-        )
+        state = Settings(parse_json(data, where.file, MAX_STATE_BYTES), where.file, f"{where.module}.quant_state.")
         size, block = state.values.get("shape"), state.integer("blocksize", REQUIRED, low=2)
         if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
             raise state.error("shape", size, "the sizes of a matrix are expected")
@@ -148,9 +140,7 @@ class BitsAndBytes(Method):
         weight = parts["weight"]
         packed = Mapped(weight.tensor.reshape(-1).view(torch.uint8), weight.check)
         if packed.shape != (-(-count // 2),) or block % 2:
-            raise CheckpointError(
-                f"{where}.weight: {packed.nbytes} bytes are not {size} in blocks of {block}"
-            )
+            raise CheckpointError(f"{where}.weight: {packed.nbytes} bytes are not {size} in blocks of {block}")
         absmax = parts["weight.absmax"]
         nested = "weight.nested_absmax" in parts
         check(where, "weight.absmax", absmax, (-(-count // block),), is_number=not nested)

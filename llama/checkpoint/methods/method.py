@@ -172,6 +172,4 @@ def require(where: Where, parts: Parts, *names: str) -> None:
 def check(where: Where, part: str, array: Mapped, shape: tuple[int, ...], is_number: bool) -> None:
     """Raises CheckpointError unless a part has this shape, and is of a floating type or not."""
     if array.shape != shape or array.tensor.is_floating_point() != is_number:
-        raise CheckpointError(
-            f"{where}.{part}: is {array.stored} {list(array.shape)}, expected {list(shape)}"
-        )
+        raise CheckpointError(f"{where}.{part}: is {array.stored} {list(array.shape)}, expected {list(shape)}")

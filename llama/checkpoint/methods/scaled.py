@@ -140,18 +140,14 @@ def scaled(
     Scales are one number, (out,), (out, 1), (out, groups of columns) or one a tile.
     """
     if len(numbers.shape) != 2 or len(scales.shape) > 2:
-        raise CheckpointError(
-            f"{where}: {list(scales.shape)} scales do not fit {list(numbers.shape)} numbers"
-        )
+        raise CheckpointError(f"{where}: {list(scales.shape)} scales do not fit {list(numbers.shape)} numbers")
     scales = Mapped(scales.tensor.reshape(-1, scales.shape[1] if len(scales.shape) == 2 else 1), scales.check)
     (outputs, inputs), (down, across) = numbers.shape, scales.shape
     high, wide = (_share(*sizes) for sizes in zip(numbers.shape, scales.shape, block or (1, 1), strict=True))
     if high * down < outputs or wide * across < inputs:
         raise CheckpointError(f"{where}: {down} x {across} scales do not fit {outputs} x {inputs} numbers")
     if zeros is not None and zeros.shape != scales.shape:
-        raise CheckpointError(
-            f"{where}: {list(zeros.shape)} zero points do not fit {list(scales.shape)} scales"
-        )
+        raise CheckpointError(f"{where}: {list(zeros.shape)} zero points do not fit {list(scales.shape)} scales")
     if groups is not None:
         check(where, "weight_g_idx", groups, (inputs,), is_number=False)
         found = groups.read(0, 0, inputs)
@@ -229,9 +225,7 @@ class CompressedTensors(Method):
             require(where, parts, "weight_scale")
             numbers = eight_bits(where, parts["weight"])
             if zeros is not None:
-                zeros = Mapped(
-                    zeros.tensor.reshape(-1, zeros.shape[-1] if len(zeros.shape) == 2 else 1), zeros.check
-                )
+                zeros = Mapped(zeros.tensor.reshape(-1, zeros.shape[-1] if len(zeros.shape) == 2 else 1), zeros.check)
             return scaled(where, numbers, parts["weight_scale"], zeros, self.block)
         require(where, parts, "weight_shape", "weight_scale")
         size = tuple(parts["weight_shape"].tensor.flatten().tolist())
@@ -268,9 +262,7 @@ def is_plain(weight: Mapped) -> bool:
 def eight_bits(where: Where, weight: Mapped) -> Mapped:
     """Raises CheckpointError unless it is stored in 8-bit integers or floats."""
     if weight.dtype not in (torch.int8, *FP8):
-        raise CheckpointError(
-            f"{where}.weight: is {weight.stored}; int8, {' or '.join(map(str, FP8))} is expected"
-        )
+        raise CheckpointError(f"{where}.weight: is {weight.stored}; int8, {' or '.join(map(str, FP8))} is expected")
     return weight
 
 

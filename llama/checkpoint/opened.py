@@ -83,7 +83,7 @@ def assemble(
     for weight in weights:
         if by_name[weight.name] is not weight:
             raise CheckpointError(f"{weight.file}: {weight.name}: occurs twice")
-        if module_of(weight.name) and not weight.dtype.is_floating_point:
+        if module_of(weight.name) and not (weight.dtype.is_floating_point and weight.dtype.itemsize > 1):
             raise CheckpointError(
                 f"{weight.file}: {weight.name}: holds {weight.stored}, and the settings do not say what that means"
             )

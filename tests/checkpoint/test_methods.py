@@ -282,6 +282,35 @@ def test_matrices_that_were_left_as_they_are_load_as_they_are(tmp_path):
         assert all(torch.equal(weight, expected[name]) for name, weight in state(path).items())
 
 
+def test_scales_of_activations_and_caches_change_nothing(tmp_path):
+    path, plain = write(tmp_path, scaled(E4M3, **SCALE), FP8, ODD)
+    tensors = load_file(path / "model.safetensors")
+    names = (
+        "self_attn.k_scale",
+        "self_attn.v_scale",
+        "self_attn.k_proj.output_scale",
+        "mlp.up_proj.output_scale",
+    )
+    tensors |= {f"model.layers.0.{name}": torch.ones(1) for name in names}
+    save_file(tensors, path / "model.safetensors")
+    expected = state(plain)
+    for name, weight in state(path).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-6, atol=0)
+
+
+def test_numbers_of_8_bits_that_no_config_explains_are_refused(tmp_path):
+    path, _ = write(
+        tmp_path, lambda *size: ({"weight": scaled(E4M3)(*size)[0]["weight"]}, torch.zeros(1)), {}, ODD
+    )
+    config = json.loads((path / "config.json").read_text())
+    del config["quantization_config"]
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match="holds float8_e4m3fn, and the settings do not say what that means"
+    ):
+        open_checkpoint(path)
+
+
 @pytest.mark.parametrize(
     ("quantization", "message"),
     [

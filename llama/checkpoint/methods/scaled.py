@@ -21,7 +21,6 @@ from .method import Method, Parts, QuantizedMatrix, Where, are_halves, check, pa
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 ACTIVATIONS = (  # what is stored beside a matrix and does not change it
     "input_scale", "input_scale_ub", "input_zero_point", "output_scale", "output_zero_point", "activation_scale",
-    "k_scale", "v_scale",
 )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from .inventory import BIASES, module_of
 from .settings import Settings
 from .weight import Weight
 
+NO_HEAD = "this format cannot say that there is no output layer: the embedding will be taken for one"
 _LAYER = re.compile(r"layers\.(\d{1,6})\.")
 
 

@@ -53,7 +53,7 @@ def untied(checkpoint: Checkpoint) -> Checkpoint:
 
     Embeddings are looked up row by row and stay as they are; the output layer is a product and can be packed.
     """
-    if not checkpoint.args.tie_word_embeddings:
+    if not checkpoint.args.tie_word_embeddings or not checkpoint.has_head:
         return checkpoint
 
     def weights() -> Iterator[Weight]:

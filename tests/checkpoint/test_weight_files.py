@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import assert_equal, loaded, sample, state, write_gguf, write_hf
 
-from llama.checkpoint import CheckpointError, convert, inspect, open_checkpoint, verify
+from llama.checkpoint import CheckpointError, convert, inspect, open_checkpoint, save_low_bit, verify
 
 
 def two_models(tmp_path):
@@ -154,6 +154,20 @@ def test_a_model_without_head_is_stored_without_prefix_too(tmp_path):
     assert not checkpoint.has_head
     del weights["output.weight"]
     assert_equal(state(checkpoint), weights)
+
+
+def test_a_model_without_head_stays_one_where_the_format_can_say_so(tmp_path):
+    args, weights = sample(dim=128, n_heads=4, n_kv_heads=2, hidden_dim=256)
+    del weights["output.weight"]
+    source = write_hf(
+        tmp_path / "source", args, weights, architectures=["MistralModel"], model_type="mistral"
+    )
+    assert convert(source, tmp_path / "hf", "hf")
+    save_low_bit(open_checkpoint(source), tmp_path / "lowbit", "sym_int4")
+    for name in ("hf", "lowbit"):
+        assert not open_checkpoint(tmp_path / name).has_head
+    for to, name in (("meta", "meta"), ("gguf", "m.gguf")):
+        assert any("there is no output layer" in line for line in convert(source, tmp_path / name, to))
 
 
 def test_a_model_without_head_that_is_tied_has_one(tmp_path):

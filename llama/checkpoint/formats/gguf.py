@@ -28,7 +28,7 @@ from ...rotary import (
 )
 from ..arrays import Array, Mapped, PackedArray
 from ..inventory import FROM_GGUF, TO_GGUF, rename
-from ..opened import Checkpoint, assemble
+from ..opened import NO_HEAD, Checkpoint, assemble
 from ..settings import REQUIRED, Settings, generation_settings, validate_args
 from ..tokenizer_files import TokenizerFiles
 from ..weight import Weight
@@ -300,6 +300,8 @@ def plan_gguf(checkpoint: Checkpoint, tokenizer: TokenizerFiles | None, *, dtype
         plan.metadata |= tokenizer.for_gguf(checkpoint.args.vocab_size, checkpoint.stop_ids)
     if checkpoint.args.sliding_window is not None:
         plan.warnings.append("llama.cpp ignores the sliding window of this architecture")
+    if not checkpoint.has_head:
+        plan.warnings.append(NO_HEAD)
     return plan
 
 

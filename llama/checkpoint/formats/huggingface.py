@@ -288,7 +288,7 @@ def _config(checkpoint: Checkpoint, dtype: torch.dtype, tokenizer: TokenizerFile
     kind = "llama" if args.sliding_window is None else "mistral"
     scaling = args.rope_scaling
     values: dict[str, Any] = {
-        "architectures": [f"{kind.capitalize()}ForCausalLM"],
+        "architectures": [f"{kind.capitalize()}{'ForCausalLM' if checkpoint.has_head else 'Model'}"],
         "model_type": kind,
         "hidden_size": args.dim,
         "intermediate_size": args.hidden_dim,
@@ -302,7 +302,7 @@ def _config(checkpoint: Checkpoint, dtype: torch.dtype, tokenizer: TokenizerFile
         "rope_theta": args.rope_theta,
         "rope_scaling": None if scaling is None else rope_section(scaling),
         "vocab_size": args.vocab_size,
-        "tie_word_embeddings": args.tie_word_embeddings,
+        "tie_word_embeddings": args.tie_word_embeddings and checkpoint.has_head,
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
     if kind == "llama":

@@ -18,7 +18,7 @@ from ...model import ModelArgs, validate_ranks
 from ...rotary import DynamicScaling, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from ..arrays import Joined, Mapped
 from ..inventory import split_dim
-from ..opened import Checkpoint, assemble
+from ..opened import NO_HEAD, Checkpoint, assemble
 from ..settings import REQUIRED, Settings, generation_config, rope_scaling, rope_section, validate_args
 from ..tokenizer_files import TokenizerFiles, find_tokenizer
 from ..weight import Weight
@@ -208,6 +208,8 @@ def plan_meta(
         for rank in range(shards)
     }
     plan = Plan(files, warnings=_warnings(args, tokenizer))
+    if not checkpoint.has_head:
+        plan.warnings.append(NO_HEAD)
     plan.small_files["params.json"] = json_bytes(_params(args, is_sentencepiece))
     if generation := _generation(checkpoint):
         plan.small_files["generation_config.json"] = json_bytes(generation)

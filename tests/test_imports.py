@@ -157,6 +157,16 @@ def loaded(code: str, names: list[str]) -> list[str]:
     return done.stdout.split()
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_file_needs_what_windows_lacks_to_be_imported(path):
+    posix = {"fcntl", "grp", "posix", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty"}
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            assert not posix & {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module not in posix
+
+
 def test_importing_llama_pulls_in_no_server_and_no_library_that_one_process_does_not_need():
     heavy = ["fairscale", "transformers", "fastapi", "uvicorn", "huggingface_hub", "fire", "triton", "gguf"]
     heavy += ["rich", "pydantic", "jinja2", "sentencepiece", "tiktoken", "tokenizers"]

@@ -299,15 +299,11 @@ def test_scales_of_activations_and_caches_change_nothing(tmp_path):
 
 
 def test_numbers_of_8_bits_that_no_config_explains_are_refused(tmp_path):
-    path, _ = write(
-        tmp_path, lambda *size: ({"weight": scaled(E4M3)(*size)[0]["weight"]}, torch.zeros(1)), {}, ODD
-    )
+    path, _ = write(tmp_path, lambda *size: ({"weight": scaled(E4M3)(*size)[0]["weight"]}, torch.zeros(1)), {}, ODD)
     config = json.loads((path / "config.json").read_text())
     del config["quantization_config"]
     (path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        CheckpointError, match="holds float8_e4m3fn, and the settings do not say what that means"
-    ):
+    with pytest.raises(CheckpointError, match="holds float8_e4m3fn, and the settings do not say what that means"):
         open_checkpoint(path)
 
 

@@ -159,9 +159,7 @@ def test_a_model_without_head_is_stored_without_prefix_too(tmp_path):
 def test_a_model_without_head_stays_one_where_the_format_can_say_so(tmp_path):
     args, weights = sample(dim=128, n_heads=4, n_kv_heads=2, hidden_dim=256)
     del weights["output.weight"]
-    source = write_hf(
-        tmp_path / "source", args, weights, architectures=["MistralModel"], model_type="mistral"
-    )
+    source = write_hf(tmp_path / "source", args, weights, architectures=["MistralModel"], model_type="mistral")
     assert convert(source, tmp_path / "hf", "hf")
     save_low_bit(open_checkpoint(source), tmp_path / "lowbit", "sym_int4")
     for name in ("hf", "lowbit"):

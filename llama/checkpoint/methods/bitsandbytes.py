@@ -123,7 +123,7 @@ class BitsAndBytes(Method):
         if is_plain(weight):
             return weight
         require(where, parts, "SCB")
-        if "weight_format" in parts and int(parts["weight_format"].tensor.flatten()[0]) != 0:
+        if "weight_format" in parts and parts["weight_format"].tensor.tolist() not in (0, [0]):
             raise CheckpointError(f"{where}.weight_format: only matrices stored row by row can be read")
         numbers = eight_bits(where, weight)
         check(where, "SCB", parts["SCB"], numbers.shape[:1], is_number=True)
@@ -131,9 +131,11 @@ class BitsAndBytes(Method):
 
     def _four_bits(self, where: Where, parts: Parts, stored: Mapped) -> Array:
         require(where, parts, "weight.absmax", "weight.quant_map")
-        data = stored.tensor.flatten().numpy().tobytes()
+        if stored.dtype != torch.uint8:
+            raise CheckpointError(f"{where}.weight.quant_state: is {stored.stored}; the bytes of JSON are expected")
+        data = bytes(stored.tensor.flatten().tolist())
         state = Settings(parse_json(data, where.file, MAX_STATE_BYTES), where.file, f"{where.module}.quant_state.")
-        size, block = state.values.get("shape"), state.integer("blocksize", REQUIRED, low=2)
+        size, block = state.values.get("shape"), state.integer("blocksize", REQUIRED, low=2, high=1 << 16)
         if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
             raise state.error("shape", size, "the sizes of a matrix are expected")
         count = size[0] * size[1]
@@ -143,6 +145,8 @@ class BitsAndBytes(Method):
             raise CheckpointError(f"{where}.weight: {packed.nbytes} bytes are not {size} in blocks of {block}")
         absmax = parts["weight.absmax"]
         nested = "weight.nested_absmax" in parts
+        if nested and absmax.dtype != torch.uint8:
+            raise CheckpointError(f"{where}.weight.absmax: is {absmax.stored}, expected uint8")
         check(where, "weight.absmax", absmax, (-(-count // block),), is_number=not nested)
         check(where, "weight.quant_map", parts["weight.quant_map"], (16,), is_number=True)
         table = parts["weight.quant_map"].tensor.float()

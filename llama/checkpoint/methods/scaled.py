@@ -140,10 +140,10 @@ def scaled(
     """
     if len(numbers.shape) != 2 or len(scales.shape) > 2:
         raise CheckpointError(f"{where}: {list(scales.shape)} scales do not fit {list(numbers.shape)} numbers")
-    scales = Mapped(scales.tensor.reshape(-1, scales.shape[1] if len(scales.shape) == 2 else 1), scales.check)
+    scales = table(scales)
     (outputs, inputs), (down, across) = numbers.shape, scales.shape
     high, wide = (_share(*sizes) for sizes in zip(numbers.shape, scales.shape, block or (1, 1), strict=True))
-    if high * down < outputs or wide * across < inputs:
+    if min(outputs, inputs) < 1 or high * down < outputs or wide * across < inputs:
         raise CheckpointError(f"{where}: {down} x {across} scales do not fit {outputs} x {inputs} numbers")
     if zeros is not None and zeros.shape != scales.shape:
         raise CheckpointError(f"{where}: {list(zeros.shape)} zero points do not fit {list(scales.shape)} scales")
@@ -173,7 +173,7 @@ class Fp8(Method):
     parts = ("weight", "weight_scale", "weight_scale_inv", *ACTIVATIONS)
 
     def __init__(self, settings: Settings) -> None:
-        self.block = tile(settings, settings.values.get("weight_block_size"))
+        self.block = tile(settings, "weight_block_size")
 
     def matrix(self, where: Where, parts: Parts) -> Array:
         require(where, parts, "weight")
@@ -199,21 +199,21 @@ class CompressedTensors(Method):
     widths = (2, 4, 8)  # others lie differently in older and newer files
 
     def __init__(self, settings: Settings) -> None:
-        groups = [group for group in (settings.values.get("config_groups") or {}).values() if group]
-        named = [settings.values.get("format"), *(group.get("format") for group in groups)]
-        sparsity = settings.values.get("sparsity_config") or {}
-        for found in (*named, sparsity.get("format")):
-            if found is not None and found not in (*self.formats, "mixed-precision"):
+        groups = sections(settings.section("config_groups"))
+        for one in (settings, settings.section("sparsity_config"), *groups):
+            named = None if one is None else one.text("format")
+            if named is not None and named not in (*self.formats, "mixed-precision"):
                 raise CheckpointError(
-                    f"{settings.file}: quantization 'compressed-tensors' in format {shown(found)} is not supported; "
+                    f"{settings.file}: quantization 'compressed-tensors' in format {shown(named)} is not supported; "
                     f"{', '.join(self.formats)} are"
                 )
-        if (settings.values.get("transform_config") or {}).get("config_groups"):
+        transforms = settings.section("transform_config")
+        if transforms is not None and sections(transforms.section("config_groups")):
             raise CheckpointError(f"{settings.file}: {settings.prefix}transform_config is not supported")
-        weights = [group.get("weights") or {} for group in groups]
-        tiles = [one["block_structure"] for one in weights if one.get("block_structure")]
-        tiles += [[1, one["group_size"]] for one in weights if (one.get("group_size") or 0) > 0]
-        self.block = tile(settings, next(iter(tiles), None))
+        weights = [one for group in groups if (one := group.section("weights")) is not None]
+        tiles = [tile(one, "block_structure") for one in weights]
+        tiles += [(1, size) for one in weights if (size := one.integer("group_size", low=-1) or 0) > 0]
+        self.block = next(filter(None, tiles), None)
 
     def matrix(self, where: Where, parts: Parts) -> Array:
         zeros = parts.get("weight_zero_point")
@@ -223,11 +223,10 @@ class CompressedTensors(Method):
                 return parts["weight"]
             require(where, parts, "weight_scale")
             numbers = eight_bits(where, parts["weight"])
-            if zeros is not None:
-                zeros = Mapped(zeros.tensor.reshape(-1, zeros.shape[-1] if len(zeros.shape) == 2 else 1), zeros.check)
-            return scaled(where, numbers, parts["weight_scale"], zeros, self.block)
+            return scaled(where, numbers, parts["weight_scale"], zeros and table(zeros), self.block)
         require(where, parts, "weight_shape", "weight_scale")
-        size = tuple(parts["weight_shape"].tensor.flatten().tolist())
+        check(where, "weight_shape", parts["weight_shape"], (2,), is_number=False)
+        size = tuple(parts["weight_shape"].tensor.tolist())
         words = parts["weight_packed"]
         bits = next((bits for bits in self.widths if words.shape == self._words(size, bits)), None)
         if bits is None or words.dtype != torch.int32:
@@ -250,7 +249,7 @@ class CompressedTensors(Method):
     @staticmethod
     def _words(size: tuple[int, ...], bits: int) -> tuple[int, ...]:
         """The shape of integers of this shape, packed into int32 along the last dimension."""
-        return (*size[:-1], -(-size[-1] * bits // 32)) if size else ()
+        return *size[:-1], -(-size[-1] * bits // 32)
 
 
 def is_plain(weight: Mapped) -> bool:
@@ -265,10 +264,22 @@ def eight_bits(where: Where, weight: Mapped) -> Mapped:
     return weight
 
 
-def tile(settings: Settings, value: object) -> tuple[int, int] | None:
+def table(array: Mapped) -> Mapped:
+    """One number, or one a row, as a column."""
+    return array if len(array.shape) > 1 else Mapped(array.tensor.reshape(-1, 1), array.check)
+
+
+def sections(settings: Settings | None) -> list[Settings]:
+    """The objects of an object."""
+    found = [] if settings is None else [settings.section(key) for key in settings.values]
+    return [one for one in found if one is not None]
+
+
+def tile(settings: Settings, key: str) -> tuple[int, int] | None:
     """The rows and columns that share a scale, from a config; None where it names none."""
+    value = settings.values.get(key)
     if value is None:
         return None
     if isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value):
         return value[0], value[1]
-    raise settings.error("weight_block_size", value, "two sizes are expected")
+    raise settings.error(key, value, "two sizes are expected")

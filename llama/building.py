@@ -29,6 +29,7 @@ from llama.runner import BLOCK_SIZE, Runner, count_blocks
 from llama.scheduler import Scheduler
 from llama.streams import tell
 from llama.tokenizer import Tokenizer
+from llama.vocabulary import TokenType
 
 
 @dataclass(frozen=True)
@@ -153,13 +154,14 @@ def make_engine(
 
 
 def validate_vocabulary(tokenizer: Tokenizer, args: ModelArgs) -> list[str]:
-    """Warns of a tokenizer that is larger than the model's table by tokens that text never becomes.
+    """Warns of a tokenizer that is larger than the model's table by tokens that were added to it, or that nothing uses.
 
-    It may be smaller, since tables are padded. Raises ValueError where text can become what the model does not have.
+    It may be smaller, since tables are padded. Raises ValueError where ordinary text becomes what the model has not.
     """
     if tokenizer.n_words <= args.vocab_size:
         return []
     sizes = f"the tokenizer has {tokenizer.n_words} tokens, but the model's vocabulary {args.vocab_size}"
-    if set(range(args.vocab_size, tokenizer.n_words)) <= set(tokenizer.special_tokens.values()):
-        return [f"{sizes}: prompts with the control tokens beyond it are refused"]
+    added = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNUSED)
+    if all(type in added for type in tokenizer.codec.tokens.types[args.vocab_size :]):
+        return [f"{sizes}: prompts with the added tokens beyond it are refused"]
     raise ValueError(f"{sizes}: they do not belong together; give the model's own tokenizer_path")

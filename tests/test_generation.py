@@ -1,6 +1,7 @@
 """The reference's contract: signatures, prompt ids, results, messages; then what goes beyond it."""
 
 import inspect
+import json
 from pathlib import Path
 
 import numpy
@@ -323,6 +324,20 @@ def test_a_tokenizer_that_is_larger_than_the_models_vocabulary_is_refused(checkp
     save_tokenizer(tmp_path / "tokenizer.model", vocab_size=410)
     with pytest.raises(ValueError, match=r"the tokenizer has 4\d\d tokens, but the model's vocabulary 400"):
         Llama.build(checkpoint, tmp_path / "tokenizer.model")
+
+
+def test_added_tokens_without_an_embedding_warn_and_refuse_only_the_prompts_that_hold_them(
+    checkpoint, tmp_path, capsys
+):
+    path = save_tokenizer(tmp_path / "tokenizer.model")
+    size = Tokenizer(path).n_words
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|pad|>": size, "glucosamine": size + 3}))
+    llm = Llama.build(checkpoint, path, dtype="fp32", kv_cache_memory=1 << 22)
+    assert f"has {size + 4} tokens, but the model's vocabulary 400: prompts with the added" in capsys.readouterr().err
+    params = SamplingParams(max_tokens=1)
+    assert len(llm.complete(["take it"], params)) == 1
+    with pytest.raises(ValueError, match=str(size + 3)):
+        llm.complete(["take glucosamine"], params)
 
 
 def test_a_cache_that_cannot_hold_one_sequence_is_refused_with_what_would_fit(checkpoint):

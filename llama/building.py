@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 
 from llama import parallel
-from llama.chat import ChatFormat, choose_format
+from llama.chat import FORMATS, ChatFormat, choose_format
+from llama.chat.selection import read_template
 from llama.checkpoint import (
     Checkpoint,
     default_model,
@@ -112,7 +113,9 @@ def read_tokenizer(
     checkpoint: Checkpoint, tokenizer_path: str | Path | None, chat_format: str | None
 ) -> tuple[Tokenizer, ChatFormat, list[str]]:
     """The tokenizer, the chat format, and what to warn of; a thread does it while weights are read."""
-    tokenizer = checkpoint.open_tokenizer(tokenizer_path)
+    own = chat_format is None or chat_format in FORMATS
+    template = None if own else read_template(chat_format)  # whose markup text must not become
+    tokenizer = checkpoint.open_tokenizer(tokenizer_path, template)
     warnings = validate_vocabulary(tokenizer, checkpoint.args)
     return tokenizer, choose_format(chat_format, tokenizer), warnings
 

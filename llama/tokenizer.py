@@ -40,8 +40,10 @@ class Tokenizer:
         sp_model: the SentencePieceProcessor, for sentencepiece vocabularies.
     """
 
-    def __init__(self, model_path: str | os.PathLike[str] | GGUFFile) -> None:
+    def __init__(self, model_path: str | os.PathLike[str] | GGUFFile, chat_template: str | None = None) -> None:
         """Open a vocabulary, in a GGUF file that is open already or at a path.
+
+        `chat_template`: the Jinja template to use instead of the model's own; it says what is markup, too.
 
         Raises FileNotFoundError, or TokenizerError (a ValueError) for what is not one.
         """
@@ -56,7 +58,7 @@ class Tokenizer:
                 f"{self._path} is a directory: give the tokenizer.model, tokenizer.json or .gguf file in it"
             )
         with naming(self._path):
-            self.kind, self.codec, controls = open_vocabulary(source)
+            self.kind, self.codec, controls = open_vocabulary(source, chat_template)
             self.n_words: int = self.codec.n_words
             self.sp_model = self.codec.sp_model
             self.special_tokens: dict[str, int] = self.codec.special_tokens

@@ -50,18 +50,18 @@ class Checkpoint:
     settings: dict[str, Any] = field(default_factory=dict)
     """The parsed header as it was found: params.json, config.json or scalar GGUF metadata."""
 
-    def open_tokenizer(self, given: str | Path | None = None) -> Tokenizer:
+    def open_tokenizer(self, given: str | Path | None = None, chat_template: str | None = None) -> Tokenizer:
         """The tokenizer in the file `given`, else the one that was found with the checkpoint.
 
         Raises FileNotFoundError where there is none, TokenizerError for a damaged one.
         """
         if given is not None:
-            return Tokenizer(given)
+            return Tokenizer(given, chat_template)
         if self.tokenizer_path is None:
             raise FileNotFoundError(
                 f"no tokenizer in {self.path}, beside it or one directory above: give tokenizer_path"
             )
-        return Tokenizer(self.header or self.tokenizer_path)
+        return Tokenizer(self.header or self.tokenizer_path, chat_template)
 
 
 def assemble(

@@ -33,7 +33,7 @@ class Kind:
     """A kind of file: whether one begins like it (`matches` sees its first 256 bytes), and how it is opened."""
 
     matches: Callable[[bytes], Any]
-    open: Callable[[Path], tuple[Codec, Controls]]
+    open: Callable[[Path, str | None], tuple[Codec, Controls]]
 
 
 KINDS: dict[str, Kind] = {
@@ -44,15 +44,15 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def open_vocabulary(source: Path | GGUFFile) -> tuple[str, Codec, Controls]:
+def open_vocabulary(source: Path | GGUFFile, chat_template: str | None = None) -> tuple[str, Codec, Controls]:
     """The row of KINDS that a file is of, told by its content, and what it holds. Raises TokenizerError."""
     if isinstance(source, GGUFFile):
-        return "gguf", *from_gguf(source)
+        return "gguf", *from_gguf(source, chat_template)
     with open_file(source) as file:
         head = file.read(256)
     for name, kind in KINDS.items():
         if kind.matches(head):
-            return name, *kind.open(source)
+            return name, *kind.open(source, chat_template)
     raise TokenizerError(f"no vocabulary of a known kind ({', '.join(KINDS)}): it begins with {head[:8]!r}")
 
 

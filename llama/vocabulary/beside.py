@@ -58,8 +58,11 @@ class Beside:
         return replace(controls, **changes, chat_template=self.chat_template)
 
 
-def read_beside(folder: Path) -> Beside:
-    """What lies beside a vocabulary; nothing of it has to be there. Raises TokenizerError."""
+def read_beside(folder: Path, chat_template: str | None = None) -> Beside:
+    """What lies beside a vocabulary; nothing of it has to be there. Raises TokenizerError.
+
+    `chat_template`: what to use instead of the model's own.
+    """
     config: dict[str, Any] = {}  # of two files that say something, the later one counts
     for name in ("generation_config.json", "special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -69,7 +72,7 @@ def read_beside(folder: Path) -> Beside:
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text("utf-8")
-    return Beside(config, tuple(_added(config, folder / "added_tokens.json")), template)
+    return Beside(config, tuple(_added(config, folder / "added_tokens.json")), chat_template or template)
 
 
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

@@ -18,12 +18,12 @@ MODELS = {"spm": "llama", "bpe": "gpt2"}
 """What `tokenizer.ggml.model` says of a vocabulary, by its kind here."""
 
 
-def from_gguf(source: Path | GGUFFile) -> tuple[Codec, Controls]:
+def from_gguf(source: Path | GGUFFile, chat_template: str | None = None) -> tuple[Codec, Controls]:
     """The vocabulary of a file, opened already or not."""
     file = source if isinstance(source, GGUFFile) else GGUFFile(source)
     vocabulary = read_vocabulary(file)
     ids = {name: token_id(file, name) for name in ("unknown", "bos", "eos", "padding", "eot", "eom")}
-    template = file.metadata.get("tokenizer.chat_template")
+    template = chat_template or file.metadata.get("tokenizer.chat_template")
     make = _pieces if vocabulary.kind == "spm" else _byte_level
     codec, add_bos = make(vocabulary, ids, template)
     return codec, Controls(

@@ -20,9 +20,9 @@ BPE = 2
 """The type of model that Meta's files are; sentencepiece has others, with no place in GGUF's "llama"."""
 
 
-def from_sentencepiece(path: Path) -> tuple[Codec, Controls]:
+def from_sentencepiece(path: Path, chat_template: str | None = None) -> tuple[Codec, Controls]:
     """The model in a file, with what the files beside it say."""
-    proto, beside = path.read_bytes(), read_beside(path.parent)
+    proto, beside = path.read_bytes(), read_beside(path.parent, chat_template)
     vocabulary = replace(read_proto(proto), prefix=beside.prefix).with_added(beside.added)
     codec = SentencePiece(proto, vocabulary, beside.chat_template)
     model = codec.sp_model

@@ -29,7 +29,7 @@ MAX_CHARS = 400_000  # tiktoken panics far above this (Meta's file keeps both li
 MAX_RUN = 25_000  # of white space, or of anything else: tiktoken grows slow on longer ones
 
 
-def from_tiktoken(path: Path) -> tuple[Codec, Controls]:
+def from_tiktoken(path: Path, chat_template: str | None = None) -> tuple[Codec, Controls]:
     """The ranks in a file, with what the files beside it say."""
     lines = (line.split() for line in path.read_bytes().splitlines() if line)
     ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
@@ -37,7 +37,7 @@ def from_tiktoken(path: Path) -> tuple[Codec, Controls]:
     has_bytes = all(bytes([byte]) in ranks for byte in range(256))
     if list(ranks.values()) != list(range(len(ranks))) or not has_bytes:
         raise TokenizerError("the ranks are not 0, 1, 2, ... once each, or a single byte has none")
-    beside = read_beside(path.parent)
+    beside = read_beside(path.parent, chat_template)
     codec = Tiktoken(ranks, beside.added, beside.chat_template)
     names = ("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>")
     controls = Controls(*(codec.special_tokens.get(name, -1) for name in names), add_bos=True)

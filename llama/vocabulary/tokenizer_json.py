@@ -24,12 +24,12 @@ PIECE_ENCODERS = {"Replace", "Prepend", "Metaspace"}
 """How sentencepiece-like files turn spaces into "▁"."""
 
 
-def from_tokenizer_json(path: Path) -> tuple[Codec, Controls]:
+def from_tokenizer_json(path: Path, chat_template: str | None = None) -> tuple[Codec, Controls]:
     """The tokenizer in a file, with what the files beside it say."""
     spec = read_object(path)
     if not isinstance(spec.get("model"), dict) or "vocab" not in spec["model"]:
         raise TokenizerError("JSON, but no tokenizer.json: it has no model with a vocabulary")
-    beside = read_beside(path.parent)
+    beside = read_beside(path.parent, chat_template)
     source = TokenizerJson(spec, prefix=beside.prefix)
     codec = Tokenizers(source, source.vocabulary.with_added(beside.added), beside.chat_template)
     first = source.first_token()

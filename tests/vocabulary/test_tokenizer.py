@@ -363,3 +363,18 @@ def test_a_gguf_file_may_have_empty_tokens_many_unknown_ones_and_bad_ids(tiny, t
 def test_bos_is_refused_where_there_is_none(tiny):
     with pytest.raises(ValueError, match="has no BOS token: encode with bos=False"):
         tiny["byte-level json"].encode("a", True, False)
+
+
+def test_markup_is_what_the_template_in_use_writes_and_other_added_words_are_text(files, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(files["byte-level json"].read_bytes())
+    think = Tokenizer(path).vocabulary().tokens.index("<think>")
+    assert think in plain(Tokenizer(path), "<think>")
+    for template in ("{{ '<think>' }}", "text <think>", "{% set x = content.split('<think>') %}"):
+        tokenizer = Tokenizer(path, template)
+        assert tokenizer.chat_template == template
+        assert tokenizer.special_tokens["<think>"] == think
+        assert think not in plain(tokenizer, "<think>")
+        assert tokenizer.encode_pieces([think, "a"])[0] == think
+    for template in ("{# <think> #}", "{{ message['<think>'] }}", "{% if role == '<think>' %}{% endif %}"):
+        assert think in plain(Tokenizer(path, template), "<think>")

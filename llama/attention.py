@@ -19,15 +19,16 @@ from llama.kernels.attention import attend_rows, row_table
 from llama.kernels.library import serves
 from llama.rotary import Rotary
 
-SHORT_SPAN = {torch.float32: 256, torch.bfloat16: 16}
+SHORT_SPAN = {torch.float32: 512, torch.bfloat16: 16}
 """Rows up to which a span goes through the compiled operator, by what the model computes in.
 
 `benchmarks/attention.py`, one thread, AMD EPYC (Zen 3, AVX2), contexts of 128, 512 and 2048, float32, the operator's
-time over the tiles': SmolLM2's shape 2 rows 0.07 to 0.23, 16 rows 0.20 to 0.64, 64 rows 0.41 to 0.72, 256 rows 0.62 to
-0.83; a model of 1.1B 0.13 to 0.55, 0.40 to 0.91, 0.49 to 0.87, 0.63 to 0.78. Beyond 256 rows a whole prompt is at most
-some percent faster, and each row reads all keys again. Models compute in bfloat16 where the processor has instructions
-for it, which tiles use and the operator does not: 16 rows is where a tile's fixed cost is paid, an estimate.
+time over the tiles': SmolLM2's shape 2 rows 0.07 to 0.23, 16 rows 0.20 to 0.64, 64 rows 0.41 to 0.72, 512 rows 0.57 to
+0.88; a model of 1.1B 0.13 to 0.55, 0.40 to 0.91, 0.49 to 0.87, 0.54 to 0.57.
+Models compute in bfloat16 where the processor has instructions for it,
+which tiles use and the operator does not: 16 rows is where a tile's fixed cost is paid, an estimate.
 """
+SHORT_SCORES = 1 << 20  # of one head: with 4096 tokens 256 rows took 0.90 and 0.99, and 512 rows 1.27 and 0.96
 SHORT_CONTEXT = 4096
 """Tokens that rows see, up to which that holds. More leave the processor's cache from row to row, and only a few rows
 are faster one by one (4 rows at 8192 tokens: 0.82 and 0.85; 16 rows: 1.54 and 1.47).
@@ -230,7 +231,8 @@ class FixedRows:
 def is_short(span: Span, short: int, window: int | None) -> bool:
     """Whether a span's rows are computed one by one: up to `short` of them, fewer where they see many tokens."""
     num_seen = span.context - first_seen(span.start, window)
-    return span.num_rows <= (short if num_seen <= SHORT_CONTEXT else min(short, LONG_CONTEXT_ROWS))
+    most = SHORT_SCORES // num_seen if num_seen <= SHORT_CONTEXT else LONG_CONTEXT_ROWS
+    return span.num_rows <= min(short, most)
 
 
 def rotate_and_store(qkv: Tensor, rotary: Rotary, slots: Tensor, keys: Store, values: Store) -> Tensor:

@@ -63,7 +63,9 @@ def run(code: str, checkout: Path, *arguments: str) -> tuple[float, float]:
     """Seconds by the clock and of the processor, in a process of its own with the package from `checkout`."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "STARTED": str(time.time())}
     command = [sys.executable, "-c", AROUND.format(code=code), *arguments]
-    done = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, env=environment, cwd=checkout, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    )
     clock, used = done.stdout.splitlines()[-1].split()
     return float(clock), float(used)
 

@@ -520,14 +520,14 @@ def test_queries_are_answered_though_the_first_hundreds_are_all_refused():
 
 
 def test_run_holds_the_prompts_in_flight_and_no_more(monkeypatch):
-    monkeypatch.setattr("llama.engine.MAX_OPEN", 8)
+    monkeypatch.setattr("llama.engine.MAX_OPEN", 64)
 
     class Prompt(list):
         alive = WeakSet()
         __hash__ = object.__hash__
 
     def queries() -> Iterator[Query]:
-        for i in range(300):
+        for i in range(3000):
             prompt = Prompt([i % 256, 1 + i % 7])
             Prompt.alive.add(prompt)
             yield Query(prompt, params(**{**GREEDY, "max_tokens": 1 + i % 4}))
@@ -536,8 +536,8 @@ def test_run_holds_the_prompts_in_flight_and_no_more(monkeypatch):
 
     most, engine = [], make_engine()
     ended = [event for events in engine.run(queries()) for event in events if event.completion]
-    assert sorted(event.request_id for event in ended) == list(range(300))
-    assert max(most) <= 16
+    assert sorted(event.request_id for event in ended) == list(range(3000))
+    assert max(most) <= 128
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, dict(temperature=0.9, seed=5, ignore_eos=True)])
@@ -546,9 +546,9 @@ def test_threads_that_share_an_engine_get_what_each_would_get_alone(sampling):
     alone = [run(make_engine(), (prompt, params(**sampling))) for prompt in batch]
     engine = make_engine()
     with ThreadPoolExecutor(8) as pool:
-        calls = [pool.submit(run, engine, (batch[i % 8], params(**sampling))) for i in range(48)]
+        calls = [pool.submit(run, engine, (batch[i % 8], params(**sampling))) for i in range(400)]
         found = [call.result() for call in calls]
-    assert found == [alone[i % 8] for i in range(48)]
+    assert found == [alone[i % 8] for i in range(400)]
     assert engine.stats().num_referenced_blocks == 0
 
 

@@ -75,6 +75,15 @@ class PackedArray(Array):
         """The blocks of a part, uint8 (rows, bytes of a row). Raises CheckpointError inside a block."""
 
 
+def read_by_copy(array: Array, dim: int, start: int, stop: int) -> Tensor:
+    """A part of an array whose `copy_to` does the work."""
+    shape = list(array.shape)
+    shape[dim] = stop - start
+    out = torch.empty(shape, dtype=array.dtype)
+    array.copy_to(out, dim, start, stop)
+    return out
+
+
 @dataclass(frozen=True)
 class Mapped(Array):
     """An array that lies in a mapped file as it is; parts are views, never copies."""
@@ -131,10 +140,7 @@ class Joined(Array):
     def read(self, dim: int, start: int, stop: int) -> Tensor:
         part = self.mapped(dim, start, stop)
         if part is None:
-            shape = list(self.shape)
-            shape[dim] = stop - start
-            part = torch.empty(shape, dtype=self.dtype)
-            self.copy_to(part, dim, start, stop)
+            part = read_by_copy(self, dim, start, stop)
         return part
 
     def mapped(self, dim: int, start: int, stop: int) -> Tensor | None:

@@ -26,7 +26,7 @@ from ...rotary import (
     rope_factors,
     yarn_magnitude,
 )
-from ..arrays import Array, Mapped, PackedArray
+from ..arrays import Array, Mapped, PackedArray, read_by_copy
 from ..inventory import FROM_GGUF, TO_GGUF, rename
 from ..opened import NO_HEAD, Checkpoint, assemble
 from ..settings import REQUIRED, Settings, generation_settings, validate_args
@@ -71,11 +71,7 @@ class Blocks(PackedArray):
         return self.header.nbytes
 
     def read(self, dim: int, start: int, stop: int) -> Tensor:
-        shape = list(self.shape)
-        shape[dim] = stop - start
-        out = torch.empty(shape)
-        self.copy_to(out, dim, start, stop)
-        return out
+        return read_by_copy(self, dim, start, stop)
 
     def copy_to(self, out: Tensor, dim: int, start: int, stop: int) -> None:
         block, columns = BLOCKS[self.header.kind][1], self.shape[-1]

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...files.errors import CheckpointError
 from ...kernels.bits import unpack_bits
 from ...kernels.formats import LowBitFormat, row_chunks
-from ..arrays import Array, LowBitMatrix, Mapped
+from ..arrays import Array, LowBitMatrix, Mapped, read_by_copy
 from ..settings import Settings
 
 
@@ -75,11 +75,7 @@ class QuantizedMatrix(Array):
         raise NotImplementedError
 
     def read(self, dim: int, start: int, stop: int) -> Tensor:
-        shape = list(self.shape)
-        shape[dim] = stop - start
-        out = torch.empty(shape)
-        self.copy_to(out, dim, start, stop)
-        return out
+        return read_by_copy(self, dim, start, stop)
 
     def copy_to(self, out: Tensor, dim: int, start: int, stop: int) -> None:
         first, last = (start, stop) if dim == 0 else (0, self.shape[0])

@@ -4,10 +4,11 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 build = runpy.run_path("llama/kernels/build.py")  # by path: the package needs torch to import
+version = runpy.run_path("llama/version.py")["VERSION"]
 
 setup(
     name="llama-native",
-    version="0.1.0",
+    version=version,
     description="A native-PyTorch engine for Llama models: any device, any checkpoint, any number of ranks",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",

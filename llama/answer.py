@@ -13,6 +13,10 @@ Pooling = Literal["mean", "last"]
 POOLINGS: tuple[Pooling, ...] = ("mean", "last")
 
 
+class PromptTooLong(ValueError):
+    """The prompt has more tokens than the model's context."""
+
+
 @dataclass(frozen=True)
 class Query:
     """A prompt and what is asked for: `params.n` answers to it, or with `pooling` one vector of its states.
@@ -55,6 +59,7 @@ class Completion:
     error: str | None = None  # what went wrong, where the finish reason is "error"
     refused: bool = False  # the chat format refuses the dialog: the text says so
     embedding: tuple[float, ...] | None = None  # where pooling was asked for
+    num_cached_tokens: int = field(default=0, compare=False)  # of the prompt, that need not be computed
     place: int = field(default=0, compare=False)  # of its query among those that were given
     index: int = field(default=0, compare=False)  # which of the query's n answers
 

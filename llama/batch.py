@@ -15,7 +15,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from io import TextIOWrapper
 from pathlib import Path
@@ -27,7 +27,7 @@ from filelock import FileLock, Timeout
 from llama.answer import Completion, Query
 from llama.files.staging import staged
 from llama.generation import Llama
-from llama.service import Call
+from llama.service import MODEL_ENDPOINTS, Call, find_endpoint
 
 LINE_ENDS = {ord(end): f"\\u{ord(end):04x}" for end in "\x85\u2028\u2029"}  # which some readers split lines at
 
@@ -123,7 +123,8 @@ class Batch:
                 continue
             if refusal is None:
                 try:
-                    line.call = Call.open(self.llm, entry.get("url"), entry.get("body"))
+                    endpoint = find_endpoint(MODEL_ENDPOINTS, entry.get("url"))
+                    line.call = Call.open(self.llm, endpoint, entry.get("body"))
                 except ValueError as error:
                     refusal = str(error)
             if refusal is not None:
@@ -165,7 +166,7 @@ class Batch:
     def _take(self, completion: Completion, out: TextIO) -> None:
         """One more completion of a line; the last one has it answered."""
         line = self._waiting[completion.place]
-        line.completions.append(completion)
+        line.completions.append(replace(completion, place=completion.place - line.places.start))
         self.counts.tokens += len(completion.tokens)
         if len(line.completions) < line.call.num_completions:
             return

@@ -163,6 +163,7 @@ class Choice:
             prompt_logprobs=self.prompt_logprobs if self.wants_prompt_logprobs else None,
             error=error,
             embedding=self.pool.vector() if self.pool and finish_reason == "length" else None,
+            num_cached_tokens=self.request.num_cached_tokens,
             index=self.index,
         )
         return replace(event, completion=completion)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 
-from llama.answer import POOLINGS, Completion, Event, FinishReason, Inbox, Logprob, Query
+from llama.answer import POOLINGS, Completion, Event, FinishReason, Inbox, Logprob, PromptTooLong, Query
 from llama.choice import Choice, Pool, StopText, Turn
 from llama.request import Request, Slice, Step
 from llama.runner import Output, Pack, Runner, pick
@@ -165,7 +165,7 @@ class Engine:
         try:
             while True:
                 while len(inbox.places) < MAX_OPEN and (item := next(waiting, None)):
-                    if refusals := self._admit(inbox, *item, strict):
+                    if refusals := self.admit(inbox, *item, strict):
                         yield refusals
                 if not inbox.places:
                     return
@@ -177,9 +177,36 @@ class Engine:
                     events = inbox.take()
                 yield events
         finally:
-            for request_id in list(inbox.places):
-                self._inboxes.pop(request_id, None)
-                self.abort(request_id)
+            self.leave(inbox)
+
+    def admit(self, inbox: Inbox, place: int, query: Query, strict: bool = False) -> list[Event]:
+        """Takes a query in whose events go to `inbox`; returns the events of one that is refused.
+
+        With `strict` a query that can never run raises ValueError.
+        """
+        if query.refusal is not None:
+            answer = Completion(query.refusal, [], "error", error=query.refusal, refused=True)
+        else:
+            try:
+                with self._lock:
+                    request_id = self.add(query)
+                    self._inboxes[request_id] = inbox
+                    inbox.expect(request_id, place, query.params.n)
+                return []
+            except ValueError as error:
+                if strict:
+                    raise
+                answer = Completion("", [], "error", error=str(error))
+        return [
+            Event(place, index, text=answer.text, completion=replace(answer, place=place, index=index))
+            for index in range(query.params.n)
+        ]
+
+    def leave(self, inbox: Inbox) -> None:
+        """Ends what is left of an inbox's requests; nobody is told."""
+        for request_id in list(inbox.places):
+            self._inboxes.pop(request_id, None)
+            self.abort(request_id)
 
     def stats(self) -> EngineStats:
         scheduler = self.scheduler.stats()
@@ -204,7 +231,7 @@ class Engine:
         if not tokens:
             raise ValueError("the prompt is empty: give at least one token")
         if len(tokens) > self.max_seq_len:
-            raise ValueError(
+            raise PromptTooLong(
                 f"the prompt has {len(tokens)} tokens, but max_seq_len is {self.max_seq_len}: "
                 "shorten the prompt or raise max_seq_len"
             )
@@ -222,26 +249,6 @@ class Engine:
                 f"this model was built in process {self._process}, and a forked child cannot use it: "
                 "build it in the child, or start processes with the method 'spawn'"
             )
-
-    def _admit(self, inbox: Inbox, place: int, query: Query, strict: bool) -> list[Event]:
-        """Takes a query in for a caller of `run`; the events of one that is refused."""
-        if query.refusal is not None:
-            answer = Completion(query.refusal, [], "error", error=query.refusal, refused=True)
-        else:
-            try:
-                with self._lock:
-                    request_id = self.add(query)
-                    self._inboxes[request_id] = inbox
-                    inbox.expect(request_id, place, query.params.n)
-                return []
-            except ValueError as error:
-                if strict:
-                    raise
-                answer = Completion("", [], "error", error=str(error))
-        return [
-            Event(place, index, text=answer.text, completion=replace(answer, place=place, index=index))
-            for index in range(query.params.n)
-        ]
 
     def _deliver(self) -> list[Event]:
         """The events so far; those of a caller of `run` are put into its inbox too, and nobody else's are kept."""

@@ -57,7 +57,8 @@ def test_every_kind_of_request_gets_its_kind_of_answer(llm, tmp_path):
     assert [choice["index"] for choice in bodies["chat"]["choices"]] == [0, 1]
     dialog = [{"role": "user", "content": "hello"}]
     [expected] = llm.chat([dialog], SamplingParams(temperature=0.0, max_tokens=4))
-    assert bodies["chat"]["choices"][0]["message"] == {"role": "assistant", "content": expected.text}
+    message = {"role": "assistant", "content": expected.text, "refusal": None, "annotations": []}
+    assert bodies["chat"]["choices"][0]["message"] == message
 
     [choice] = bodies["text"]["choices"]
     assert choice["text"].startswith("quick fox")

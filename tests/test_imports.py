@@ -22,16 +22,16 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A file or folder imports only from rows above its own. Quoted in docs/architecture.md.
 ROWS = """
-files  device  streams  progress  parallel  linear  kernels  request  sampling_params
+files  device  streams  progress  parallel  linear  kernels  request  sampling_params  version
 cache  rotary  quantization  vocabulary  blocks  sampling  options  keyboard  program
 attention  tokenizer  scheduler
 model  chat  answer
-checkpoint  runner  protocol  choice
+checkpoint  runner  choice
 engine
 building
 generation
 service  perplexity  terminal
-batch
+batch  server
 report
 __init__  __main__
 """

@@ -8,7 +8,8 @@ from support.tiny import ByteTokenizer, tiny_args, tiny_model
 
 from llama import Llama
 from llama.answer import Completion, Logprob
-from llama.service import Call, text_offsets
+from llama.service import ENDPOINTS, Call
+from llama.service.openai import text_offsets
 
 USER = {"role": "user", "content": "hi"}
 
@@ -19,7 +20,7 @@ def llm() -> Llama:
 
 
 def respond(llm: Llama, url: str, body: dict) -> dict:
-    call = Call.open(llm, url, body)
+    call = Call.open(llm, ENDPOINTS[url], body)
     return call.respond(llm, list(llm.run(call.queries)))
 
 
@@ -72,7 +73,7 @@ def test_what_says_nothing_is_taken_as_not_given(llm, fields):
 )
 def test_what_would_change_the_answer_and_is_not_served_is_refused(llm, fields, message):
     with pytest.raises(ValueError, match=message):
-        Call.open(llm, "/v1/chat/completions", {"messages": [USER], **fields})
+        Call.open(llm, ENDPOINTS["/v1/chat/completions"], {"messages": [USER], **fields})
 
 
 def test_max_completion_tokens_comes_before_max_tokens(llm):
@@ -98,7 +99,7 @@ def test_text_offsets_of_an_echoed_prompt_begin_with_the_prompt(llm):
 
 def test_ids_of_a_padded_table_have_no_text(llm):
     """A model's table may have more rows than the tokenizer has tokens, and such a row may be among the likeliest."""
-    call = Call.open(llm, "/v1/completions", {"prompt": "x", "logprobs": 1})
+    call = Call.open(llm, ENDPOINTS["/v1/completions"], {"prompt": "x", "logprobs": 1})
     token = llm.tokenizer.n_words + 3
     completion = Completion("", [token], "length", logprobs=[Logprob(token, -1.0, ((token, -1.0),))])
     logprobs = call.respond(llm, [completion])["choices"][0]["logprobs"]
@@ -115,6 +116,6 @@ def test_embeddings_in_base64_are_the_same_numbers(llm):
 
 
 def test_a_completion_that_failed_is_no_answer(llm):
-    call = Call.open(llm, "/v1/completions", {"prompt": "x"})
+    call = Call.open(llm, ENDPOINTS["/v1/completions"], {"prompt": "x"})
     with pytest.raises(RuntimeError, match=r"^out of luck$"):
         call.respond(llm, [Completion("", [], "error", error="out of luck")])

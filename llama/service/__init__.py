@@ -1,0 +1,23 @@
+"""What a request means, once: for each endpoint what its body asks of the model, and the answer."""
+
+from llama.service.call import Call, Endpoint, find_endpoint
+from llama.service.chat import CHAT
+from llama.service.completions import COMPLETIONS
+from llama.service.embeddings import EMBEDDINGS
+from llama.service.frames import Frames
+from llama.service.refusal import Refusal, failure
+from llama.service.tokens import DETOKENIZE, TOKENIZE
+
+__all__ = ["ENDPOINTS", "MODEL_ENDPOINTS", "Call", "Endpoint", "Frames", "Refusal", "failure", "find_endpoint"]
+
+# What the model answers, which batch files may ask too.
+MODEL_ENDPOINTS = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": COMPLETIONS,
+    "/v1/embeddings": EMBEDDINGS,
+}
+ENDPOINTS = {
+    **MODEL_ENDPOINTS,
+    "/tokenize": TOKENIZE,
+    "/detokenize": DETOKENIZE,
+}

@@ -1,0 +1,141 @@
+"""OpenAI's /v1/completions. Source: OpenAI's API reference, "Completions (legacy)"."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from llama.answer import Completion, Event, Query
+from llama.generation import Llama
+from llama.service.call import Call, Endpoint
+from llama.service.fields import Ignored, Prompts, SamplingBody, Unserved
+from llama.service.frames import Delta, OpenAIFrames, deltas, json_line, server_sent
+from llama.service.openai import (
+    StreamOptions,
+    TextOffsets,
+    Usage,
+    UsageFrames,
+    head,
+    opened_head,
+    text_logprobs,
+    text_offsets,
+)
+from llama.service.refusal import Refusal
+from llama.tokenizer import Tokenizer
+
+DEFAULT_MAX_TOKENS = 16  # where a body gives none
+MOST_PROMPTS = 2048
+
+
+class CompletionRequest(SamplingBody):
+    prompt: Prompts
+    logprobs: int | None = None
+    echo: bool = False
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    cache_salt: str = ""
+    best_of: int | None = None
+    suffix: Unserved = None
+    user: Ignored = None
+    metadata: Ignored = None
+    store: Ignored = None
+    service_tier: Ignored = None
+
+    def own_params(self) -> dict[str, Any]:
+        return {
+            "logprobs": self.logprobs,
+            "prompt_logprobs": self.logprobs if self.echo else None,
+            "echo": self.echo,
+            "max_tokens": DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens,
+        }
+
+
+def completion_queries(llm: Llama, body: CompletionRequest) -> list[Query]:
+    if body.stream_options is not None and not body.stream:
+        raise Refusal("stream_options are given without stream: set stream to true", param="stream_options")
+    if body.best_of is not None and body.best_of != (body.n or 1):
+        raise Refusal(
+            f"best_of is {body.best_of}: this is not served, every answer is given; leave it out",
+            param="best_of",
+            code="unsupported_parameter",
+        )
+    params = body.params().resolve(llm.defaults)
+    salt = body.cache_salt.encode()
+    return [Query(tokens, params, salt=salt) for tokens in prompt_tokens(llm, "prompt", body.prompt)]
+
+
+def prompt_tokens(llm: Llama, field: str, prompts: Prompts) -> list[list[int]]:
+    """The ids of a text, of token ids, or of each in a list of either."""
+    if not prompts:
+        raise Refusal(f"{field} is empty: give a text, token ids, or a list of either", param=field)
+    single = isinstance(prompts, str) or isinstance(prompts[0], int)
+    if not single and len(prompts) > MOST_PROMPTS:
+        raise Refusal(f"{field} holds {len(prompts)} texts: give at most {MOST_PROMPTS}", param=field)
+    return llm.prompt_tokens([prompts] if single else prompts)
+
+
+def completion_response(llm: Llama, call: Call, completions: Sequence[Completion]) -> dict[str, Any]:
+    choices = [
+        {
+            "index": index,
+            "text": completion.text,
+            "logprobs": completion_logprobs(completion, llm.tokenizer),
+            "finish_reason": completion.finish_reason,
+        }
+        for index, completion in enumerate(completions)
+    ]
+    return {
+        **head(call, "cmpl", "text_completion"),
+        "choices": choices,
+        "usage": Usage.of(call.queries, completions).to_json(),
+    }
+
+
+def completion_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """Of all its tokens, an echoed prompt's among them."""
+    if completion.logprobs is None:
+        return None
+    entries = [*(completion.prompt_logprobs or ()), *completion.logprobs]
+    offsets = text_offsets(completion, tokenizer)
+    return {**text_logprobs(entries, completion.tokens, tokenizer), "text_offset": offsets}
+
+
+class CompletionFrames(OpenAIFrames):
+    """What each choice says, with its end; then the usage, if that is wanted. Answers are counted prompt by prompt."""
+
+    def __init__(self, llm: Llama, call: Call):
+        self._tokenizer = llm.tokenizer
+        self._queries = call.queries
+        self._opened = opened_head(call, "cmpl", "text_completion")
+        self._usage = UsageFrames(Usage.of(call.queries), call.body.stream_options)
+        self._offsets: dict[int, TextOffsets] = defaultdict(lambda: TextOffsets(llm.tokenizer))
+
+    def push(self, events: Sequence[Event]) -> str:
+        return "".join(map(self._frame, deltas(events)))
+
+    def end(self) -> str:
+        usage = server_sent(self._usage.last(self._opened)) if self._usage.at_end else ""
+        return usage + super().end()
+
+    def _frame(self, delta: Delta) -> str:
+        self._usage.usage.take(delta)
+        params = self._queries[delta.place].params
+        is_whole = params.echo and params.logprobs is not None  # the prompt's are known at the end only
+        if not delta.says_something or (is_whole and delta.completion is None):
+            return ""
+        index = delta.place * params.n + delta.index
+        text = delta.completion.text if is_whole else delta.text
+        logprobs = "null"
+        if is_whole:
+            logprobs = json_line(completion_logprobs(delta.completion, self._tokenizer))
+        elif params.logprobs is not None:
+            offsets = self._offsets[index].take(delta.tokens)
+            found = text_logprobs(delta.logprobs, delta.tokens, self._tokenizer)
+            logprobs = json_line({**found, "text_offset": offsets})
+        finish = json_line(delta.finish_reason)
+        choice = f'{{"index":{index},"text":{json_line(text)},"logprobs":{logprobs},"finish_reason":{finish}}}'
+        return server_sent(f'{self._opened},"choices":[{choice}]{self._usage.tail}')
+
+
+COMPLETIONS = Endpoint(CompletionRequest, completion_queries, completion_response, CompletionFrames)

@@ -1,0 +1,72 @@
+"""/tokenize and /detokenize, as clients of vLLM and llama.cpp ask, and lm-eval. Nothing of them reaches the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llama.answer import Completion, Query
+from llama.chat import Prompt
+from llama.generation import Llama
+from llama.service.call import Call, Endpoint
+from llama.service.chat import ChatMessage
+from llama.service.fields import Body, Ids, Ignored
+from llama.service.openai import token_bytes
+from llama.service.refusal import Refusal
+
+
+class TokenizeRequest(Body):
+    prompt: str | None = None
+    content: str | None = None  # llama.cpp's name of it
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool = True
+    add_special: bool | None = None  # llama.cpp's name of it
+    with_pieces: bool = False
+    add_generation_prompt: Ignored = None
+
+
+class DetokenizeRequest(Body):
+    tokens: Ids
+
+
+def no_queries(llm: Llama, body: Body) -> list[Query]:
+    """For what is answered without the model."""
+    return []
+
+
+def tokenize_response(llm: Llama, call: Call, completions: Sequence[Completion]) -> dict[str, Any]:
+    body = call.body
+    given = [text for text in (body.prompt, body.content) if text is not None]
+    if len(given) + (body.messages is not None) != 1:
+        raise Refusal("give one of prompt, content and messages", param="prompt")
+    if body.messages is not None:
+        messages = [message.model_dump(include={"role", "content"}) for message in body.messages]
+        tokens = llm.chat_format.encode(Prompt(tuple(messages)))
+    else:
+        special = body.add_special_tokens if body.add_special is None else body.add_special
+        tokens = llm.tokenizer.encode(given[0], bos=special and llm.tokenizer.add_bos, eos=False)
+    if body.with_pieces:
+        pieces = [{"id": token, "piece": piece(token_bytes(token, llm.tokenizer))} for token in tokens]
+        return {"tokens": pieces, "count": len(tokens), "max_model_len": llm.max_seq_len}
+    return {"tokens": tokens, "count": len(tokens), "max_model_len": llm.max_seq_len}
+
+
+def piece(content: bytes) -> str | list[int]:
+    """A token's text, or its bytes where they are no text by themselves."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        return list(content)
+
+
+def detokenize_response(llm: Llama, call: Call, completions: Sequence[Completion]) -> dict[str, Any]:
+    num_words = llm.tokenizer.n_words
+    outside = next((token for token in call.body.tokens if not 0 <= token < num_words), None)
+    if outside is not None:
+        raise Refusal(f"tokens holds {outside}: ids run from 0 to {num_words - 1}", param="tokens")
+    text = llm.tokenizer.decode(call.body.tokens)
+    return {"prompt": text, "content": text}
+
+
+TOKENIZE = Endpoint(TokenizeRequest, no_queries, tokenize_response)
+DETOKENIZE = Endpoint(DetokenizeRequest, no_queries, detokenize_response, prompt="tokens")

@@ -35,6 +35,9 @@ setup(
         "psutil>=6; sys_platform != 'linux'",  # free memory; Linux tells it in a file
         "prompt_toolkit>=3.0.36",
     ],
-    extras_require={"hub": ["huggingface-hub>=1.0"]},
+    extras_require={
+        "hub": ["huggingface-hub>=1.0"],
+        "server": ["fastapi>=0.115", "uvicorn>=0.34", "prometheus-client>=0.21"],
+    },
     entry_points={"console_scripts": ["llama=llama.__main__:main"]},
 )

@@ -14,6 +14,7 @@ import typer
 
 from llama.options import MODEL, SAMPLER, takes
 from llama.program import fail, running
+from llama.server.settings import SERVER, ServerSettings
 from llama.streams import note, tell
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs
@@ -121,6 +122,25 @@ def batch(
     counts = report.run_batch(Batch(llm, source, target))
     if llm.rank == 0 and counts.failed:
         sys.exit(1)
+
+
+@app.command()
+@takes(listen=SERVER, load=MODEL)
+def serve(model: Model = None, *, listen: dict[str, Any], load: dict[str, Any]) -> None:
+    """Serve a model to OpenAI's clients, over HTTP."""
+    try:
+        from llama.server.run import run_server
+    except ModuleNotFoundError as error:
+        raise RuntimeError(f"{error.name} is missing: pip install 'llama-native[server]'") from error
+    from llama.checkpoint import DEFAULT_SETTINGS
+
+    def built() -> Llama:
+        llm = build(model, load | {"seed": None})  # each start draws its own
+        if model is None:
+            llm.defaults = llm.defaults | DEFAULT_SETTINGS
+        return llm
+
+    run_server(built, ServerSettings(**listen))
 
 
 @app.command()

@@ -1,0 +1,1 @@
+"""`llama serve`: the endpoints of `llama.service` over HTTP, on one engine. Needs the extra [server]."""

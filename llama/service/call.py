@@ -41,6 +41,7 @@ class Endpoint:
     frames: Callable[[Llama, Call], Frames] | None = None  # None: it is answered in one piece only
     error_json: Callable[[Refusal], dict[str, Any]] = Refusal.to_json
     prompt: str = "prompt"  # the field that holds it
+    needs_model: bool = False  # over HTTP, where a client has to name one
 
 
 @dataclass(frozen=True)

@@ -157,4 +157,4 @@ class ChatFrames(OpenAIFrames):
         return server_sent(f'{self._opened},"choices":[{choice}]{self._usage.tail}')
 
 
-CHAT = Endpoint(ChatRequest, chat_queries, chat_response, ChatFrames, prompt="messages")
+CHAT = Endpoint(ChatRequest, chat_queries, chat_response, ChatFrames, prompt="messages", needs_model=True)

@@ -138,4 +138,4 @@ class CompletionFrames(OpenAIFrames):
         return server_sent(f'{self._opened},"choices":[{choice}]{self._usage.tail}')
 
 
-COMPLETIONS = Endpoint(CompletionRequest, completion_queries, completion_response, CompletionFrames)
+COMPLETIONS = Endpoint(CompletionRequest, completion_queries, completion_response, CompletionFrames, needs_model=True)

@@ -47,4 +47,4 @@ def embedding_response(llm: Llama, call: Call, completions: Sequence[Completion]
     return {"object": "list", "model": call.model, "data": data, "usage": usage}
 
 
-EMBEDDINGS = Endpoint(EmbeddingRequest, embedding_queries, embedding_response, prompt="input")
+EMBEDDINGS = Endpoint(EmbeddingRequest, embedding_queries, embedding_response, prompt="input", needs_model=True)

@@ -1,0 +1,167 @@
+"""The application: the rows of `llama.service` as routes, and what a server tells of itself."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from llama.server.models import slots
+from llama.server.response import CallResponse, refusal_response
+from llama.server.server import Server
+from llama.service import ENDPOINTS, Endpoint, Refusal, failure
+from llama.version import VERSION
+
+_log = logging.getLogger(__name__)
+
+STATUSES = {
+    400: "The request cannot be answered; the message says why.",
+    401: "No valid API key came with the request.",
+    403: "The request came under a name, or from a page, that is not allowed.",
+    404: "There is no such path or model.",
+    405: "The path has another method.",
+    408: "The request or its answer took too long.",
+    413: "The body is too large.",
+    415: "The body is no JSON.",
+    429: "Too many requests are at work or waiting.",
+    500: "The answer failed.",
+    503: "The model is loading, or the server is stopping.",
+}
+
+
+def make_app(server: Server) -> FastAPI:
+    """The routes; what stands around them is `run`'s to add."""
+    app = FastAPI(title="llama", version=VERSION, docs_url="/docs", redoc_url=None)
+    responses = {status: {"description": text} for status, text in STATUSES.items()}
+    for url, endpoint in ENDPOINTS.items():
+        body = {"required": True, "content": {"application/json": {"schema": ref(endpoint)}}}
+        app.add_api_route(
+            url,
+            handler(server, endpoint),
+            methods=["POST"],
+            summary=(endpoint.body.__doc__ or url).splitlines()[0],
+            response_class=Response,
+            responses={**responses, 200: {"description": "The answer.", "content": content_types(endpoint)}},
+            openapi_extra={"requestBody": body},
+        )
+    add_information(app, server, responses)
+    add_errors(app)
+    document_bodies(app)
+    return app
+
+
+def content_types(endpoint: Endpoint) -> dict[str, Any]:
+    return {"application/json": {"schema": {"type": "object"}}} | (
+        {"text/event-stream": {"schema": {"type": "string"}}} if endpoint.frames else {}
+    )
+
+
+def ref(endpoint: Endpoint) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{endpoint.body.__name__}"}
+
+
+def handler(server: Server, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
+    async def handle(request: Request) -> Response:
+        return CallResponse(server, await server.open(endpoint, await request.body()))
+
+    return handle
+
+
+def add_information(app: FastAPI, server: Server, responses: dict[int, dict[str, Any]]) -> None:
+    """What is asked by GET."""
+
+    def get(path: str, needs_model: bool = True) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+            async def answer(request: Request) -> Response:
+                if needs_model:
+                    server.check_available()
+                return JSONResponse(function(**request.path_params))
+
+            app.add_api_route(path, answer, methods=["GET"], summary=function.__doc__, responses=responses)
+            return function
+
+        return decorate
+
+    @get("/health", needs_model=False)
+    def health() -> dict[str, Any]:
+        """Whether requests are answered: 503 while loading or stopping."""
+        server.check_available()
+        return {"status": "ok"}
+
+    @get("/version", needs_model=False)
+    def version() -> dict[str, Any]:
+        """The server's version."""
+        return {"version": VERSION}
+
+    @get("/v1/models")
+    def models() -> dict[str, Any]:
+        """The models that are served."""
+        return {"object": "list", "data": [server.model.to_json()]}
+
+    @get("/v1/models/{name:path}")
+    def model(name: str) -> dict[str, Any]:
+        """One of the models that are served."""
+        if name != server.model.name:
+            raise Refusal(f"no model is called {name[:100]!r}", param="model", code="model_not_found", status=404)
+        return server.model.to_json()
+
+    @get("/props")
+    def props() -> dict[str, Any]:
+        """The model's properties, as llama.cpp has them."""
+        return server.model.props(server.llm.engine.stats())
+
+    @get("/slots")
+    def slot_list() -> list[dict[str, Any]]:
+        """What is at work, as llama.cpp has it."""
+        return slots(server.llm.engine.stats())
+
+    @get("/tokenizer_info")
+    def tokenizer_info() -> dict[str, Any]:
+        """What the tokenizer is, as vLLM has it."""
+        return server.model.tokenizer_info()
+
+
+def add_errors(app: FastAPI) -> None:
+    """Every error has the form of its wire, and none tells how the server is made."""
+
+    def error_json(request: Request) -> Callable[[Refusal], dict[str, Any]]:
+        endpoint = ENDPOINTS.get(request.scope["path"])
+        return endpoint.error_json if endpoint else Refusal.to_json
+
+    @app.exception_handler(Refusal)
+    async def refused(request: Request, error: Refusal) -> Response:
+        return refusal_response(error, error_json(request))
+
+    @app.exception_handler(HTTPException)
+    async def wrong_path(request: Request, error: HTTPException) -> Response:
+        code = "not_found" if error.status_code == 404 else None
+        message = f"{request.method} {request.scope['path'][:200]}: {error.detail}"
+        refusal = Refusal(message, code=code, status=error.status_code)
+        return refusal_response(refusal, error_json(request))
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        _log.error("a request has failed", exc_info=error)
+        return refusal_response(failure("something went wrong; the server's log says what"), error_json(request))
+
+
+def document_bodies(app: FastAPI) -> None:
+    """Adds the bodies' schemas, which routes only refer to, to the description that FastAPI makes."""
+    made = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            schema = made()
+            bodies = {endpoint.body for endpoint in ENDPOINTS.values()}
+            modes = [(body, "validation") for body in sorted(bodies, key=lambda body: body.__name__)]
+            _, definitions = models_json_schema(modes, ref_template="#/components/schemas/{model}")
+            schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
+        return app.openapi_schema
+
+    app.openapi = openapi

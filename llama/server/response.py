@@ -1,0 +1,119 @@
+"""A call's answer on its connection: in one piece, or as it comes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from llama.answer import Completion
+from llama.server.server import Server
+from llama.server.stream import CallStream
+from llama.service import Call, Refusal, failure
+
+PATIENCE = 5.0  # seconds that a stream's head waits for the first event, so that an error can still be a status
+STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # no proxy holds it back
+
+
+def refusal_response(refusal: Refusal, error_json: Callable[[Refusal], Any] = Refusal.to_json) -> Response:
+    """What a client gets in place of an answer."""
+    headers = {} if refusal.retry_after is None else {"retry-after": str(refusal.retry_after)}
+    return JSONResponse(error_json(refusal), refusal.status, headers)
+
+
+class CallResponse(Response):
+    """Answers a call. What it holds of the engine is given back when it returns, whatever happened.
+
+    A client that leaves ends its call; one that does not read for `send_timeout` seconds is left.
+    """
+
+    def __init__(self, server: Server, call: Call):
+        self.server = server
+        self.call = call
+        self.background = None
+        self.status_code = 200
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        stream = self.server.engine.open(self.call)
+        answer = self._stream if self.call.body.is_streamed else self._whole
+        answering = asyncio.create_task(answer(stream, scope, receive, self._limited(send)))
+        leaving = asyncio.create_task(left(receive))
+        try:
+            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+            if answering.done():
+                answering.result()
+        finally:
+            answering.cancel()
+            leaving.cancel()
+            self.server.engine.close(stream)
+            await asyncio.gather(answering, leaving, return_exceptions=True)
+
+    async def _whole(self, stream: CallStream, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            completions: list[Completion] = []
+            async with asyncio.timeout(self.server.settings.timeout):
+                async for events in stream.rounds():
+                    completions += [event.completion for event in events if event.completion]
+            body = await self.server.in_pool(self.call.respond, self.server.llm, completions)
+            response = JSONResponse(body)
+        except (Refusal, RuntimeError, TimeoutError) as error:
+            response = refusal_response(self._refusal(error), self.call.endpoint.error_json)
+        await response(scope, receive, send)
+
+    async def _stream(self, stream: CallStream, scope: Scope, receive: Receive, send: Send) -> None:
+        frames = self.call.frames(self.server.llm)
+        is_begun = False
+
+        async def write(text: str) -> None:
+            nonlocal is_begun
+            if not is_begun:
+                headers = STREAM_HEADERS | {"content-type": f"{frames.media_type}; charset=utf-8"}
+                raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+                await send({"type": "http.response.start", "status": 200, "headers": raw})
+                is_begun = True
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+
+        try:
+            silence = self.server.settings.ping or None
+            async with asyncio.timeout(self.server.settings.timeout):
+                async for events in stream.rounds(PATIENCE, silence):
+                    if text := frames.push(events) if events else frames.ping:
+                        await write(text)
+            await write(frames.end())
+        except (RuntimeError, TimeoutError) as error:
+            if not is_begun:
+                response = refusal_response(self._refusal(error), self.call.endpoint.error_json)
+                return await response(scope, receive, send)
+            await write(frames.fail(self._refusal(error)))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _refusal(self, error: Exception) -> Refusal:
+        if isinstance(error, Refusal):
+            return error
+        if isinstance(error, TimeoutError):
+            most = self.server.settings.timeout
+            return Refusal(f"the answer took longer than {most:g} s", status=408, kind="timeout_error", code="timeout")
+        if self.server.is_draining:
+            return self.server.unavailable()
+        return failure(str(error))
+
+    def _limited(self, send: Send) -> Send:
+        """`send`, which gives a client only so long to read."""
+
+        async def limited(message: dict[str, object]) -> None:
+            try:
+                async with asyncio.timeout(self.server.settings.send_timeout):
+                    await send(message)
+            except TimeoutError:
+                raise ConnectionAbortedError("the client does not read") from None
+
+        return limited
+
+
+async def left(receive: Receive) -> None:
+    """Returns when the client is gone; the request's body has been read by now."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,116 @@
+"""What all requests share: the engine's thread, the model, a pool for what takes long, and the limits."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from llama.generation import Llama
+from llama.server.engine_thread import EngineThread
+from llama.server.models import ServedModel
+from llama.server.settings import ServerSettings
+from llama.service import Call, Endpoint, Refusal
+
+RETRY_AFTER = 1  # seconds
+
+
+class Server:
+    """What the routes share. `llm` and `model` are there once the engine's thread is `ready`."""
+
+    def __init__(self, build: Callable[[], Llama], settings: ServerSettings):
+        self.settings = settings
+        self.engine = EngineThread(build, asyncio.get_running_loop())
+        self.is_draining = False
+        self._pool = ThreadPoolExecutor(settings.num_workers, thread_name_prefix="request")
+
+    @property
+    def is_ready(self) -> bool:
+        ready = self.engine.ready
+        return ready.done() and ready.exception() is None and not self.engine.ended.done()
+
+    @property
+    def llm(self) -> Llama:
+        return self.engine.ready.result()
+
+    @property
+    def model(self) -> ServedModel:
+        return self._model
+
+    async def start(self) -> None:
+        """Loads the model. Raises what kept it from loading."""
+        self.engine.start()
+        llm = await self.engine.ready
+        self._model = ServedModel.of(llm, self.settings.name)
+
+    async def close(self) -> None:
+        """Ends the engine's thread, if it is at work."""
+        if self.is_ready:
+            self.engine.stop()
+            await self.engine.ended
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def unavailable(self) -> Refusal:
+        message = "the server is stopping" if self.is_draining else "Loading model"
+        return Refusal(message, status=503, kind="unavailable_error", code="unavailable", retry_after=RETRY_AFTER)
+
+    def check_available(self) -> None:
+        """Raises Refusal while the model is loading, and once a stop was asked for."""
+        if self.is_draining or not self.is_ready:
+            raise self.unavailable()
+
+    async def in_pool(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls what may take long where the event loop does not wait for it."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+    async def open(self, endpoint: Endpoint, body: bytes) -> Call:
+        """The call that a body asks for. Raises Refusal."""
+        self.check_available()
+        if len(self.engine.streams) >= self.settings.max_queue:
+            raise Refusal(
+                f"{self.settings.max_queue} requests are at work or waiting: try again",
+                status=429,
+                kind="rate_limit_error",
+                code="queue_full",
+                retry_after=RETRY_AFTER,
+            )
+        return await self.in_pool(self._open, endpoint, body)
+
+    def _open(self, endpoint: Endpoint, body: bytes) -> Call:
+        parsed = read_body(body)
+        given = parsed.get("model") if isinstance(parsed, dict) else None
+        if endpoint.needs_model and not given:
+            raise Refusal(
+                f"model: give the model's name ({self.model.name} is served; GET /v1/models lists them)",
+                param="model",
+                code="missing_required_parameter",
+            )
+        if self.settings.strict_model and given not in (None, self.model.name):
+            raise Refusal(
+                f"the model {str(given)[:100]!r} is not served: give {self.model.name}",
+                param="model",
+                code="model_not_found",
+                status=404,
+            )
+        call = Call.open(
+            self.llm,
+            endpoint,
+            parsed,
+            model=given or self.model.name,
+            can_stream=endpoint.frames is not None,
+            ignore_unknown=self.settings.ignore_unknown,
+        )
+        most = max((query.params.n for query in call.queries), default=1)
+        if most > self.settings.max_n:
+            raise Refusal(f"n is {most}: at most {self.settings.max_n} answers are given to a prompt", param="n")
+        return call
+
+
+def read_body(body: bytes) -> Any:
+    """Raises Refusal for what is no JSON, or is nested too deeply to be meant."""
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise Refusal(f"the body is no JSON: {error}", code="invalid_json") from error

@@ -1,0 +1,39 @@
+"""What a server can be told: one table, from which the command has its options."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, get_type_hints
+
+from llama.options import Option, Options
+
+
+def _setting(default: Any, help: str, **option: Any) -> Any:
+    return field(default=default, metadata={"option": {"help": help, **option}})
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How `llama serve` listens, and what it bears. Times are seconds."""
+
+    host: str = _setting("127.0.0.1", "The address to listen at; 0.0.0.0 is all.")
+    port: int = _setting(8000, "The port to listen at; 0 takes a free one.", least=0)
+    name: str | None = _setting(None, "What the model is called in /v1/models; its path's name if left out.")
+    strict_model: bool = _setting(False, "Refuse requests for a model of another name.")
+    ignore_unknown: bool = _setting(False, "Ignore fields that are not known instead of refusing them.")
+    max_queue: int = _setting(128, "Requests taken in at one time, at work or waiting; more get 429.", least=1)
+    max_n: int = _setting(16, "The most answers to one request.", least=1)
+    max_body: int = _setting(4 << 20, "The most bytes of a request's body.", least=1)
+    timeout: float = _setting(3600.0, "How long a request may take.", least=1)
+    send_timeout: float = _setting(30.0, "How long a client may take to read what was sent.", least=1)
+    ping: float = _setting(15.0, "How long a stream may be silent before a comment is sent; 0: for ever.", least=0)
+    shutdown_timeout: float = _setting(30.0, "How long requests may go on once a stop was asked for.", least=0)
+    num_workers: int = _setting(2, "Threads for templates and tokenizing.", least=1)
+
+
+def _option(name: str, type: Any, default: Any, known: dict[str, Any]) -> Option:
+    return Option(name, type=type, default=None if default is MISSING else default, **known)
+
+
+_TYPES = get_type_hints(ServerSettings)
+SERVER = Options(_option(f.name, _TYPES[f.name], f.default, f.metadata["option"]) for f in fields(ServerSettings))

@@ -263,8 +263,12 @@ class Llama:
         queries = [Query(*pair) for pair in zip(tokens, self._resolved(params, len(tokens)), strict=True)]
         return sorted(self.run(queries, strict=True), key=attrgetter("place", "index"))
 
-    def chat(self, dialogs: Sequence[Dialog], params: Params = None) -> list[Completion]:
-        """Answers dialogs; as `complete`. A dialog that its format refuses as unsafe gets the refusal as text."""
+    def chat(self, dialogs: Sequence[Dialog | Prompt], params: Params = None) -> list[Completion]:
+        """Answers dialogs; as `complete`. A dialog that its format refuses as unsafe gets the refusal as text.
+
+        `Prompt(dialog, continues=True)` goes on from the dialog's last message, the assistant's: the text is what
+        is new.
+        """
         resolved = self._resolved(params, len(dialogs))
         queries = [self.chat_query(*pair) for pair in zip(dialogs, resolved, strict=True)]
         return sorted(self.run(queries, strict=True), key=attrgetter("place", "index"))
@@ -286,7 +290,7 @@ class Llama:
         for event in self.stream(Query(tokens, self._resolved(params, 1)[0])):
             yield event.text
 
-    def stream_chat(self, dialog: Dialog, params: SamplingParams | None = None) -> Iterator[str]:
+    def stream_chat(self, dialog: Dialog | Prompt, params: SamplingParams | None = None) -> Iterator[str]:
         """The pieces of one answer as they come; joined they are `chat`'s text."""
         for event in self.stream(self.chat_query(dialog, self._resolved(params, 1)[0])):
             yield event.text

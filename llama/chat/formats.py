@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
-from llama.chat.prompt import Dialog, DialogError, Message, Prompt, split_system
+from llama.chat.prompt import Dialog, DialogError, Message, Prompt, free_characters, split_system
 from llama.tokenizer import Tokenizer
 
 Segment = str | int  # text, to be encoded as plain text | the id of a control token
@@ -72,7 +73,10 @@ class ChatFormat(ABC):
 
     @abstractmethod
     def write(self, prompt: Prompt) -> Iterable[Segment]:
-        """The segments of a prompt whose roles have been checked, up to where the assistant's answer begins."""
+        """The segments of a prompt whose roles have been checked, up to where the assistant's answer begins.
+
+        Where the answer goes on from the last message, that is written like any other: what is behind its text is cut.
+        """
 
     def encode(self, prompt: Prompt | Dialog) -> list[int]:
         """The prompt's token ids. Raises DialogError."""
@@ -102,8 +106,25 @@ class ChatFormat(ABC):
         prompt = Prompt.of(prompt)
         if prompt.tools and not self.takes_tools:
             raise DialogError(f"chat format {self.name} has no place for tools: leave them out")
-        self.validate_roles(prompt.messages)
-        return self.write(prompt)
+        *before, last = prompt.messages
+        self.validate_roles(before if prompt.continues else prompt.messages)
+        if not prompt.continues:
+            return self.write(prompt)
+        if not last["content"]:  # of which nothing is there yet
+            return self.write(replace(prompt, messages=tuple(before), continues=False))
+        return self._write_continued(prompt)
+
+    def _write_continued(self, prompt: Prompt) -> list[Segment]:
+        """What is written up to the end of the last message's text; a mark shows where, and keeps its spaces."""
+        *before, last = prompt.messages
+        mark = next(free_characters(message["content"] for message in prompt.messages))
+        marked = {**last, "content": last["content"] + mark}
+        segments = list(self.write(replace(prompt, messages=(*before, marked))))
+        ends = [i for i, segment in enumerate(segments) if isinstance(segment, str) and mark in segment]
+        if not ends:
+            raise DialogError(f"chat format {self.name} leaves out the end of the last message: it cannot be continued")
+        cut = [*segments[: ends[-1]], segments[ends[-1]].rpartition(mark)[0]]  # a template may write it before, too
+        return [segment.replace(mark, "") if isinstance(segment, str) else segment for segment in cut]
 
 
 class Llama2Format(ChatFormat):
@@ -132,12 +153,13 @@ class Llama2Format(ChatFormat):
         contents = [turn["content"] for turn in turns]
         if system is not None:
             contents[0] = B_SYS + system + E_SYS + contents[0]
-        for user, answer in zip(contents[::2], contents[1::2], strict=False):  # the last has no answer yet
+        for user, answer in zip(contents[::2], contents[1::2], strict=False):  # the last may have no answer yet
             yield from self.bos
             yield f"{B_INST} {user.strip()} {E_INST} {answer.strip()} "
             yield self.eos
-        yield from self.bos
-        yield f"{B_INST} {contents[-1].strip()} {E_INST}"
+        if not prompt.continues:
+            yield from self.bos
+            yield f"{B_INST} {contents[-1].strip()} {E_INST}"
 
 
 class Llama3Format(ChatFormat):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
@@ -29,18 +29,25 @@ class Prompt:
 
     There is at least one message, and each has a role and content, both text: OpenAI's list of text parts is joined,
     an assistant's message without content is empty. `tools` are descriptions of functions as OpenAI's API has them,
-    `options` are further variables of the template.
+    `options` are further variables of the template. `continues`: the last message is the assistant's, and the answer
+    goes on from it, from its very last character.
     """
 
-    messages: tuple[Message, ...]
+    messages: Sequence[Message]  # kept as a tuple
     tools: tuple[Mapping[str, Any], ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    continues: bool = False
 
     def __post_init__(self) -> None:
         if not self.messages:
             raise DialogError("the dialog is empty; give at least one message, from the user")
         messages = tuple(_message(number, given) for number, given in enumerate(self.messages, 1))
         object.__setattr__(self, "messages", messages)
+        if self.continues and messages[-1]["role"] != "assistant":
+            role = messages[-1]["role"]
+            raise DialogError(f"there is no answer to continue: the last message has role {role!r}, not 'assistant'")
+        if self.continues and len(messages) == 1:
+            raise DialogError("the dialog is nothing but an answer to continue; give the user's message before it")
 
     @classmethod
     def of(cls, asked: Prompt | Dialog) -> Prompt:
@@ -64,6 +71,13 @@ def _part_text(number: int, part: object) -> str:
     if not isinstance(text, str):
         raise DialogError(f"message {number} has a part that is no text; give {{'type': 'text', 'text': text}} only")
     return text
+
+
+def free_characters(texts: Iterable[str]) -> Iterator[str]:
+    """Private code points that occur in none of the texts; raises DialogError where there is none left."""
+    used = set().union(*texts)
+    yield from (chr(code) for code in range(0xF0000, 0x10FFFE) if chr(code) not in used)
+    raise DialogError("the dialog uses up Unicode's private code points; take some out")
 
 
 def split_system(messages: Sequence[Message]) -> tuple[str | None, Sequence[Message]]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from llama.chat.formats import FORMATS, SPECIAL_TAGS, ChatFormat, ChatFormatError, Segment
-from llama.chat.prompt import DialogError, Prompt, one_line
+from llama.chat.prompt import DialogError, Prompt, free_characters, one_line
 from llama.tokenizer import Tokenizer
 
 
@@ -42,7 +42,6 @@ class JinjaFormat(ChatFormat):
         self._characters = sorted(char for char in set("".join(controls)) if not char.isspace())
         self._used = {*template, *self._characters}
         self._variables = {
-            "add_generation_prompt": True,
             "bos_token": self.names.get(tokenizer.bos_id, ""),
             "eos_token": self.names.get(tokenizer.eos_id, ""),
             "documents": None,
@@ -61,11 +60,8 @@ class JinjaFormat(ChatFormat):
         """The rendered prompt, cut at its control tokens, with these characters of given text hidden."""
         given = [[m["content"] for m in prompt.messages], list(prompt.tools) or None, dict(prompt.options)]
         texts = list(_texts(given))
-        used = self._used.union(*texts)
-        free = (code for code in range(0xF0000, 0x10FFFE) if chr(code) not in used)
-        show = dict(zip(free, ["", *characters], strict=False))
-        if len(show) <= len(characters):
-            raise DialogError("the dialog uses up Unicode's private code points; take some out")
+        free = free_characters([*texts, *self._used])
+        show = {ord(next(free)): character for character in ["", *characters]}
         mark = chr(next(iter(show)))
         hide = {ord(character): code for code, character in show.items() if character}
         contents, tools, options = _each_text(
@@ -75,7 +71,8 @@ class JinjaFormat(ChatFormat):
         )
         roles = [message["role"] for message in prompt.messages]
         messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
-        variables = self._variables | options | {"messages": messages, "tools": tools}
+        variables = self._variables | {"add_generation_prompt": not prompt.continues} | options
+        variables |= {"messages": messages, "tools": tools}
         with self._lock:
             self._sandbox.allow(sum(map(len, texts)))
             text = self._guarded(self._template.render, variables)

@@ -38,7 +38,29 @@ class TemplateOptions(Fields):
     enable_thinking: bool | None = None
 
 
-class ChatRequest(SamplingBody):
+class Continuing(Fields):
+    """Whether the answer goes on from the last message, in vLLM's pair of fields."""
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+
+    def chat_prompt(self, messages: Sequence[ChatMessage], options: dict[str, Any] | None = None) -> Prompt:
+        if self.continue_final_message and self.add_generation_prompt:
+            raise Refusal(
+                "continue_final_message and add_generation_prompt are both true: give one of them",
+                param="continue_final_message",
+            )
+        if self.add_generation_prompt is False and not self.continue_final_message:
+            raise Refusal(
+                "add_generation_prompt is false: this is served with continue_final_message, which goes on from the "
+                "last message",
+                param="add_generation_prompt",
+            )
+        dialog = tuple(message.model_dump(include={"role", "content"}) for message in messages)
+        return Prompt(dialog, options=options or {}, continues=self.continue_final_message)
+
+
+class ChatRequest(SamplingBody, Continuing):
     messages: Annotated[list[ChatMessage], Field(max_length=MOST_MESSAGES)]
     max_completion_tokens: int | None = None
     logprobs: bool = False
@@ -49,8 +71,6 @@ class ChatRequest(SamplingBody):
     tools: Unserved = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool = False
     chat_template_kwargs: TemplateOptions | None = None
     cache_salt: str = ""
     user: Ignored = None
@@ -83,15 +103,8 @@ class ChatRequest(SamplingBody):
 def chat_queries(llm: Llama, body: ChatRequest) -> list[Query]:
     if body.stream_options is not None and not body.stream:
         raise Refusal("stream_options are given without stream: set stream to true", param="stream_options")
-    if body.continue_final_message and body.add_generation_prompt:
-        raise Refusal(
-            "continue_final_message and add_generation_prompt are both true: give one of them",
-            param="continue_final_message",
-        )
-    messages = [message.model_dump(include={"role", "content"}) for message in body.messages]
     options = body.chat_template_kwargs.model_dump(exclude_none=True) if body.chat_template_kwargs else {}
-    prompt = Prompt(tuple(messages), options=options)
-    query = llm.chat_query(prompt, body.params().resolve(llm.defaults))
+    query = llm.chat_query(body.chat_prompt(body.messages, options), body.params().resolve(llm.defaults))
     return [Query(query.tokens, query.params, salt=body.cache_salt.encode(), refusal=query.refusal)]
 
 

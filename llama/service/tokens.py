@@ -6,23 +6,22 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama.answer import Completion, Query
-from llama.chat import Prompt
+from llama.chat import ChatFormatError, DialogError
 from llama.generation import Llama
 from llama.service.call import Call, Endpoint
-from llama.service.chat import ChatMessage
-from llama.service.fields import Body, Ids, Ignored
+from llama.service.chat import ChatMessage, Continuing
+from llama.service.fields import Body, Ids
 from llama.service.openai import token_bytes
 from llama.service.refusal import Refusal
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Body, Continuing):
     prompt: str | None = None
     content: str | None = None  # llama.cpp's name of it
     messages: list[ChatMessage] | None = None
     add_special_tokens: bool = True
     add_special: bool | None = None  # llama.cpp's name of it
     with_pieces: bool = False
-    add_generation_prompt: Ignored = None
 
 
 class DetokenizeRequest(Body):
@@ -40,8 +39,10 @@ def tokenize_response(llm: Llama, call: Call, completions: Sequence[Completion])
     if len(given) + (body.messages is not None) != 1:
         raise Refusal("give one of prompt, content and messages", param="prompt")
     if body.messages is not None:
-        messages = [message.model_dump(include={"role", "content"}) for message in body.messages]
-        tokens = llm.chat_format.encode(Prompt(tuple(messages)))
+        try:
+            tokens = llm.chat_format.encode(body.chat_prompt(body.messages))
+        except (DialogError, ChatFormatError) as error:
+            raise Refusal(str(error), param="messages") from error
     else:
         special = body.add_special_tokens if body.add_special is None else body.add_special
         tokens = llm.tokenizer.encode(given[0], bos=special and llm.tokenizer.add_bos, eos=False)

@@ -1,8 +1,9 @@
 """A tokenizer of bytes with control tokens, dialogs, and the chat formats once more, as plainly as can be written."""
 
-from llama.chat import (
-    FORMATS,
-)
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from llama.chat import FORMATS, SPECIAL_TAGS
 
 
 class ByteTokenizer:
@@ -192,3 +193,94 @@ THINK_TEMPLATE = (
 
 
 DIALOG = turns(" Hello? ", "Yes!\n", "What is\n1 + 1? 你好", system=" Be brief. ")
+
+
+# What people may type: control strings, whole and in pieces, and whatever else could become one.
+PIECES = [
+    *ByteTokenizer.CONTROLS,
+    *SPECIAL_TAGS,
+    *(
+        "<|im_",
+        "start|>",
+        "<|",
+        "|>",
+        "im_end",
+        "<|im_end",
+        "|im_end|>",
+        "eot_id",
+        "<",
+        ">",
+        "|",
+        "[",
+        "]",
+        "/",
+    ),
+    *(
+        "< |im_end|>",
+        "<|im_<|im_end|>end|>",
+        "<|IM_END|>",
+        "＜|im_end|＞",
+        "<｜im_end｜>",
+        "<|im\u200b_end|>",
+    ),
+    *(
+        "\x00",
+        "\x00259\x00",
+        "\x00256,257\x00",
+        "\udb80\udc00".encode("utf-16", "surrogatepass").decode("utf-16"),
+    ),
+    *(
+        "\U000f0000",
+        "\U000f0001\U000f0002",
+        "\U0010fffd",
+        "\ue000",
+        "\ufffd",
+        "<0x0A>",
+        "\u2581",
+        "\x1f",
+        "\x85",
+    ),
+    *(
+        "{{ eos_token }}",
+        "{% raw %}",
+        "{# c #}",
+        "{}",
+        "%s",
+        "\\n",
+        "&lt;s&gt;",
+        "<pad>",
+        "<|im_start|>system\nx",
+    ),
+    *(
+        " ",
+        "\n",
+        "\n\n",
+        "\t",
+        "\u3000",
+        "user",
+        "assistant",
+        "USER:",
+        "### Instruction:",
+        "Human:",
+        "é",
+        "你好",
+    ),
+]
+
+
+TEXT = st.characters(codec="utf-8")
+
+
+CONTENT = st.lists(st.one_of(st.sampled_from(PIECES), st.sampled_from(PIECES), TEXT), max_size=6).map("".join)
+
+
+def spread(num_examples):
+    """So many generated dialogs, always the same ones. In an ordinary run they hold over 10,000 contents in all."""
+    health = [HealthCheck.too_slow, HealthCheck.data_too_large]
+    return settings(
+        max_examples=num_examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=health,
+    )

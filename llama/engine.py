@@ -34,6 +34,8 @@ class EngineStats:
     num_referenced_blocks: int
     num_cached_blocks: int
     num_preemptions: int
+    num_queried_tokens: int  # of prompts that were looked up among the cached blocks
+    num_hit_tokens: int  # of those, found there
     num_prompt_tokens: int
     num_generated_tokens: int
 
@@ -217,6 +219,8 @@ class Engine:
             num_referenced_blocks=scheduler.num_referenced_blocks,
             num_cached_blocks=scheduler.num_cached_blocks,
             num_preemptions=scheduler.num_preemptions,
+            num_queried_tokens=scheduler.num_queried_tokens,
+            num_hit_tokens=scheduler.num_hit_tokens,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
         )

@@ -43,6 +43,8 @@ class SchedulerStats:
     num_referenced_blocks: int  # held by running requests
     num_cached_blocks: int  # held by nobody, kept for a later request; all other blocks are empty
     num_preemptions: int
+    num_queried_tokens: int  # of prompts that were looked up among the cached blocks when they were let in
+    num_hit_tokens: int  # of those, found there
 
 
 class Scheduler:
@@ -85,6 +87,8 @@ class Scheduler:
         self.waiting: list[Request] = []
         self._num_arrivals = 0
         self._num_preemptions = 0
+        self._num_queried_tokens = 0
+        self._num_hit_tokens = 0
         self._step = Step(())  # scheduled and not yet advanced
 
     # -- requests come and go
@@ -202,6 +206,8 @@ class Scheduler:
             num_referenced_blocks=self.allocator.num_referenced,
             num_cached_blocks=len(self.allocator.evictable),
             num_preemptions=self._num_preemptions,
+            num_queried_tokens=self._num_queried_tokens,
+            num_hit_tokens=self._num_hit_tokens,
         )
 
     # -- how
@@ -234,7 +240,8 @@ class Scheduler:
         """Give a waiting request blocks for all its tokens, if it may run and one block a head is left."""
         if len(self.running) >= self.max_running:
             return False
-        prefix = self.prefixes.match(request) if self.prefix_caching and request.reuse_prefix else []
+        is_looked_up = self.prefix_caching and request.reuse_prefix
+        prefix = self.prefixes.match(request) if is_looked_up else []
         blocks = [entry.block for entry in prefix]
         num_revived = sum(not self.allocator.references[block] for block in blocks)
         num_missing = self._num_blocks_for(len(request.tokens)) - len(blocks)
@@ -246,6 +253,8 @@ class Scheduler:
         request.num_computed_tokens = len(prefix) * self.block_size
         if not request.num_preemptions:
             request.num_cached_tokens = request.num_computed_tokens
+            self._num_queried_tokens += len(request.tokens) * is_looked_up
+            self._num_hit_tokens += request.num_cached_tokens
         return True
 
     def _find_slots(self, request: Request, count: int, copies: list[tuple[int, int]]) -> int:

@@ -598,7 +598,8 @@ def test_a_preempted_request_takes_its_old_place_and_finds_its_cached_blocks():
     assert simulation.scheduler.waiting == [first, second]
     assert shape(simulation.step()) == [(0, 8, 3), (1, 8, 3)]
     assert (first.num_preemptions, first.num_cached_tokens) == (1, 0)
-    assert simulation.scheduler.stats().num_preemptions == 2
+    stats = simulation.scheduler.stats()
+    assert (stats.num_preemptions, stats.num_queried_tokens, stats.num_hit_tokens) == (2, 20, 0)
 
 
 def test_outputs_do_not_change_when_requests_are_preempted_at_every_other_step():
@@ -752,13 +753,16 @@ def test_an_abort_at_any_moment_gives_every_block_back(num_steps, num_cached_blo
     for request in requests:
         simulation.finish(request)
         simulation.check()
-    assert simulation.scheduler.stats() == SchedulerStats(
+    stats = simulation.scheduler.stats()
+    assert stats == SchedulerStats(
         num_running=0,
         num_waiting=0,
         num_blocks=64,
         num_referenced_blocks=0,
         num_cached_blocks=num_cached_blocks,
         num_preemptions=0,
+        num_queried_tokens=stats.num_queried_tokens,
+        num_hit_tokens=0,
     )
 
 
@@ -828,6 +832,8 @@ def test_a_request_that_wants_every_prompt_token_computed_reuses_nothing_but_can
     simulation = start()
     run_alone(simulation, numbers(20), reuse_prefix=False)
     assert run_alone(simulation, numbers(20)).num_cached_tokens == 16
+    stats = simulation.scheduler.stats()
+    assert (stats.num_queried_tokens, stats.num_hit_tokens) == (20, 16)  # the first was not looked up
 
 
 def test_without_prefix_caching_nothing_is_kept_or_hashed(monkeypatch):

@@ -30,6 +30,7 @@ class Signal(enum.IntEnum):
     ITEMS = 1  # what came of the steps before, as JSON
     END = 2  # there is no more; also where rank 0's caller left early
     ERROR = 3  # rank 0 raised: its text, and whether it was a ValueError, as JSON
+    BEAT = 4  # nothing to do: meet rank 0, which so finds out that everybody is there
 
 
 class Item(Protocol):
@@ -113,6 +114,27 @@ class ModelParallel:
         """On the other ranks: what rank 0 sent."""
         signal, *body = self.broadcast_ints()
         return Signal(signal), body
+
+    def beat(self) -> None:
+        """On rank 0, between steps: waits until every other rank is there. Raises RuntimeError where one is gone."""
+        self.send(Signal.BEAT, [])
+        self._meet()
+
+    def _meet(self) -> None:
+        dist.barrier(group=self.control)
+
+    def follow(self, run_step: Callable[[list[int]], object], heard: Callable[[], object]) -> None:
+        """On the other ranks: takes part in whatever rank 0 does, until it sends END; `heard` is called each time."""
+        signal, body = self.receive()
+        while signal is not Signal.END:
+            heard()
+            if signal is Signal.STEP:
+                run_step(body)
+            elif signal is Signal.BEAT:
+                self._meet()
+            elif signal is Signal.ERROR:
+                raise RuntimeError(from_ints(body)[0])
+            signal, body = self.receive()
 
     def lead(
         self, rounds: Iterator[list[T]], run_step: Callable[[list[int]], object], kind: type[T]

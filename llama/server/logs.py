@@ -43,7 +43,7 @@ class RequestLog:
             await self.app(scope, receive, send)
             return
         given = Headers(scope=scope).get("x-request-id", "")
-        entry = Entry(scope, given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
+        entry = LogEntry(scope, given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex)
         scope = {**scope, "state": {**scope.get("state", {}), "request_id": entry.request_id}}
         try:
             await self.app(scope, entry.receiving(receive), entry.sending(send))
@@ -54,10 +54,10 @@ class RequestLog:
                 await refuse(scope, entry.sending(send), what)
         finally:
             if self.write is not None and not (entry.is_probe and entry.status == 200):
-                self.write(one_line(entry.to_json()))
+                self.write(log_line(entry.to_json()))
 
 
-class Entry:
+class LogEntry:
     """What is known of one request."""
 
     def __init__(self, scope: Scope, request_id: str):
@@ -121,6 +121,6 @@ def milliseconds(seconds: float | None) -> float | None:
     return None if seconds is None else round(1e3 * seconds, 1)
 
 
-def one_line(entry: dict[str, Any]) -> str:
+def log_line(entry: dict[str, Any]) -> str:
     """ASCII without control characters, whatever stands in the entry."""
     return json.dumps(entry).replace("\x7f", "\\u007f")

@@ -51,10 +51,10 @@ from llama.checkpoint import (
     convert,
     default_model,
     open_checkpoint,
-    packed_modules,
     save_low_bit,
     untied,
 )
+from llama.checkpoint.inventory import is_linear
 from llama.device import choose_dtype
 from llama.linear import Linear
 from llama.quantization import FORMATS, LowBitLinear
@@ -150,12 +150,10 @@ def random_weights() -> Iterator[torch.Tensor]:
     yield torch.randn(1024, 4096, generator=torch.Generator().manual_seed(0))
 
 
-def own_weights(format: str) -> Iterator[torch.Tensor]:
+def own_weights() -> Iterator[torch.Tensor]:
     """The matrices of the default model that are packed where a format is asked for."""
-    checkpoint = untied(open_checkpoint(default_model()))
-    modules = packed_modules(checkpoint, format)
-    for weight in checkpoint.weights():
-        if weight.name.removesuffix(".weight") in modules:
+    for weight in untied(open_checkpoint(default_model())).weights():
+        if is_linear(weight.name):
             yield weight.read().float()
 
 
@@ -297,7 +295,7 @@ def make_line(row: str, dtype: str, num_tokens: int, rounds: int) -> Line:
         row,
         figures,
         file_bytes(row) if "kv_dtype" not in ROWS[row] else None,
-        packing_error(row, own_weights(row)) if row in FORMATS else None,
+        packing_error(row, own_weights()) if row in FORMATS else None,
         random_error,
     )
 

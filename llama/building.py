@@ -24,7 +24,7 @@ from llama.device import choose_device, choose_dtype, choose_kv_dtype, return_me
 from llama.engine import Engine
 from llama.model import ModelArgs, Transformer
 from llama.progress import progress_bar
-from llama.quantization import replace_linears
+from llama.quantization import pack_modules
 from llama.rotary import DynamicScaling
 from llama.runner import BLOCK_SIZE, Runner, count_blocks
 from llama.scheduler import Scheduler
@@ -72,7 +72,7 @@ def load(
     args.max_batch_size = max_batch_size or args.max_batch_size
     with torch.device("meta"):
         model = Transformer(args, group)
-    replace_linears(model, packed)
+    pack_modules(model, packed)
     with ThreadPoolExecutor(1) as beside, progress_bar("Loading", show=group.rank == 0) as advance:
         reading = beside.submit(read_tokenizer, checkpoint, tokenizer_path, chat_format)
         load_weights(

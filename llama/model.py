@@ -13,6 +13,7 @@ from torch import nn
 from llama.attention import LayerCache, choose_backend, layer_caches
 from llama.cache import CacheShape, ContiguousCache
 from llama.device import return_memory
+from llama.embedding import Embedding
 from llama.kernels.elementwise import rms_norm, swiglu
 from llama.linear import Joint, Linear, in_tiles
 from llama.parallel import SINGLE, ModelParallel
@@ -120,29 +121,6 @@ class TransformerBlock(nn.Module):
         """(num_tokens, dim) -> (num_tokens, dim)"""
         h = x + self.attention(self.attention_norm(x), rotary, cache)
         return h + self.feed_forward(self.ffn_norm(h))
-
-
-class Embedding(nn.Module):
-    """Rows of a table that is cut over the vocabulary: each rank holds vocab_size / size of them.
-
-    A table that is only looked up may stay `as_stored`, in a smaller type than the model computes in.
-    """
-
-    def __init__(self, vocab_size: int, dim: int, parallel: ModelParallel = SINGLE, as_stored: bool = False):
-        super().__init__()
-        self.as_stored = as_stored
-        self.parallel = parallel
-        self.num_rows = vocab_size // parallel.size
-        self.weight = nn.Parameter(torch.empty(self.num_rows, dim), requires_grad=False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """(num_tokens,) int64 -> (num_tokens, dim)"""
-        if self.parallel.size == 1:
-            return F.embedding(tokens, self.weight)
-        local = tokens - self.parallel.rank * self.num_rows
-        elsewhere = (local < 0) | (local >= self.num_rows)
-        rows = F.embedding(local.masked_fill(elsewhere, 0), self.weight)
-        return self.parallel.all_reduce(rows.masked_fill_(elsewhere.unsqueeze(-1), 0))
 
 
 class Transformer(nn.Module):

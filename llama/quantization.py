@@ -1,4 +1,4 @@
-"""The linear that holds its weight in a low-bit format, and how it takes the place of a plain one.
+"""The linear that holds its weight in a low-bit format, and how low-bit modules take the place of plain ones.
 
 `FORMATS` (`llama/kernels/formats.py`) is the table of formats: `FORMATS[name].quantize` gives the published bytes.
 """
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama.embedding import Embedding, LowBitEmbedding
 from llama.kernels import library, lowbit
 from llama.kernels.formats import FORMATS, LowBitError, LowBitFormat, row_chunks
 from llama.linear import StoredWeight, in_tiles
@@ -230,8 +231,8 @@ def has_kernels(format: str, device: torch.device | str) -> bool:
     return fastest_product(FORMATS[format], torch.device(device)) is not product_in_chunks
 
 
-def replace_linears(model: nn.Module, formats: Mapping[str, str]) -> None:
-    """Puts a LowBitLinear in the place of each linear of `model` (on the meta device) that `formats` names.
+def pack_modules(model: nn.Module, formats: Mapping[str, str]) -> None:
+    """Puts a low-bit module in the place of each linear, or embedding, of `model` (on the meta device) in `formats`.
 
     formats: module name ("layers.0.attention.wq") -> format. Raises LowBitError, with the formats that would do, where
     a rank's columns are not whole blocks.
@@ -239,10 +240,10 @@ def replace_linears(model: nn.Module, formats: Mapping[str, str]) -> None:
     for name, format in formats.items():
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
-        linear = getattr(owner, attribute)
-        bias = linear.bias is not None
-        setattr(
-            owner,
-            attribute,
-            LowBitLinear(format, linear.in_features, linear.out_features, bias, device="meta"),
-        )
+        plain = getattr(owner, attribute)
+        with torch.device("meta"):
+            if isinstance(plain, Embedding):
+                packed = LowBitEmbedding(format, plain.num_rows * plain.parallel.size, plain.dim, plain.parallel)
+            else:
+                packed = LowBitLinear(format, plain.in_features, plain.out_features, plain.bias is not None)
+        setattr(owner, attribute, packed)

@@ -51,11 +51,7 @@ def kept_text(stored: Stored) -> str:
     """What becomes of low-bit blocks when they are loaded."""
     if stored.packed is None:
         return ""
-    counts = {
-        "kept packed": stored.packed,
-        "packed as the output layer but dequantized as the embedding": stored.shared,
-        "dequantized": stored.tensors - stored.packed - stored.shared,
-    }
+    counts = {"kept packed": stored.packed, "dequantized": stored.tensors - stored.packed}
     found = {what: count for what, count in counts.items() if count}
     return ", " + ", ".join(what if len(found) == 1 else f"{count} {what}" for what, count in found.items())
 

@@ -14,7 +14,7 @@ import pytest
 from support.tiny import ByteTokenizer, tiny_args, tiny_model
 
 from llama import Llama, SamplingParams
-from llama.model import Embedding
+from llama.embedding import Embedding
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "llama"
@@ -23,8 +23,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # A file or folder imports only from rows above its own. Quoted in docs/architecture.md.
 ROWS = """
 files  device  streams  progress  parallel  linear  kernels  request  sampling_params  version
-cache  rotary  quantization  vocabulary  blocks  sampling  options  keyboard  program
-attention  tokenizer  scheduler
+cache  rotary  embedding  vocabulary  blocks  sampling  options  keyboard  program
+attention  quantization  tokenizer  scheduler
 model  chat  answer
 checkpoint  runner  choice
 engine

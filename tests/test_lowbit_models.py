@@ -15,7 +15,7 @@ from llama.checkpoint import convert, load_weights, open_checkpoint, packed_modu
 from llama.kernels import library
 from llama.model import Transformer
 from llama.parallel import ModelParallel
-from llama.quantization import FORMATS, LowBitError, LowBitLinear, replace_linears
+from llama.quantization import FORMATS, LowBitError, LowBitLinear, pack_modules
 
 FORMATS_OF_64 = [name for name, form in FORMATS.items() if 128 % form.block == 0]
 ARGS = tiny_args(dim=128, multiple_of=256, vocab_size=400)
@@ -132,7 +132,7 @@ def test_ranks_hold_whole_blocks_of_their_part(source, tmp_path, size):
         packed = packed_modules(checkpoint, "q8_0", size)
         with torch.device("meta"):
             model = Transformer(checkpoint.args, ModelParallel(rank, size))
-        replace_linears(model, packed)
+        pack_modules(model, packed)
         load_weights(model, checkpoint, rank=rank, world_size=size, dtype=torch.float32)
         for name, dim in (("attention.wq", 0), ("attention.wo", 1), ("feed_forward.w2", 1)):
             linear = model.get_submodule(f"layers.1.{name}")
@@ -146,7 +146,7 @@ def test_columns_that_are_not_whole_blocks_are_refused_with_the_formats_that_wou
     with torch.device("meta"):
         model = Transformer(untied(checkpoint).args, ModelParallel(0, 4))  # 128 / 4 columns of wo
     with pytest.raises(LowBitError, match=r"sym_int4 packs 64 columns.*q8_0"):
-        replace_linears(model, packed_modules(untied(checkpoint), "sym_int4"))
+        pack_modules(model, packed_modules(untied(checkpoint), "sym_int4"))
 
 
 @pytest.mark.parametrize(

@@ -131,6 +131,6 @@ def test_the_default_model_answers_a_question(llm):
     assert "Paris" in answer["generation"]["content"]
 
 
-def test_inspect_says_that_the_embedding_is_packed_as_the_output_layer_and_unpacked_as_itself():
+def test_inspect_says_that_the_embedding_is_kept_packed():
     stored = inspect(default_model()).types["Q8_0"]
-    assert (stored.tensors, stored.packed, stored.shared) == (1, 0, has_kernels("q8_0", "cpu"))
+    assert (stored.tensors, stored.packed) == (1, has_kernels("q8_0", "cpu"))

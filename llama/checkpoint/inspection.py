@@ -16,7 +16,7 @@ from ..quantization import FORMATS
 from .formats import open_checkpoint
 from .inventory import expected_shapes, is_linear, split_dim
 from .opened import Checkpoint
-from .packing import keeps_blocks
+from .packing import packed_modules, untied
 
 PLAIN = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -29,9 +29,7 @@ class Stored:
     parameters: int
     nbytes: int
     packed: int | None = None
-    """How many of the tensors stay in their low-bit blocks; None for plain numbers."""
-    shared: int = 0
-    """How many are packed as the output layer and dequantized as the embedding; all others are dequantized."""
+    """How many of the tensors stay in their low-bit blocks, all others are dequantized; None for plain numbers."""
 
 
 @dataclass(frozen=True)
@@ -77,18 +75,16 @@ def inspect(path: str | Path, world_size: int = 1) -> Inspection:
     Raises what `open_checkpoint` and the tokenizer raise.
     """
     checkpoint = open_checkpoint(path)
+    kept = packed_modules(untied(checkpoint), None, world_size)
     types: dict[str, Stored] = {}
     for weight in checkpoint.weights():
         so_far = types.get(weight.stored, Stored(0, 0, 0))
-        packed = None if weight.is_plain else (so_far.packed or 0) + keeps_blocks(weight, world_size)
-        is_output = checkpoint.args.tie_word_embeddings and weight.name == "tok_embeddings.weight"
-        shared = is_output and keeps_blocks(replace(weight, name="output.weight"), world_size)
+        stays = weight.name.removesuffix(".weight") in kept
         types[weight.stored] = Stored(
             so_far.tensors + 1,
             so_far.parameters + weight.numel,
             so_far.nbytes + weight.nbytes,
-            packed,
-            so_far.shared + shared,
+            None if weight.is_plain else (so_far.packed or 0) + stays,
         )
     tokenizer, chat_format = _tokenizer(checkpoint)
     return Inspection(

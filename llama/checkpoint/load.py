@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import nn
 
+from ..embedding import Embedding
 from ..files.errors import CheckpointError
 from ..linear import LoadsItself
-from ..model import Embedding, validate_ranks
+from ..model import validate_ranks
 from .inventory import is_held, split_dim
 from .opened import Checkpoint
 from .weight import Weight

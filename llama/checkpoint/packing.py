@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from ..quantization import FORMATS, has_kernels
-from .inventory import is_linear, split_dim
+from .inventory import EMBEDDING, is_linear, split_dim
 from .opened import Checkpoint
 from .weight import Weight
 
@@ -21,28 +21,34 @@ def packed_modules(
     world_size: int = 1,
     device: torch.device | str = "cpu",
 ) -> dict[str, str]:
-    """Module name -> low-bit format, for every linear that is to be held packed.
+    """Module name -> low-bit format, for every linear, and embedding, that is to be held packed.
 
     With a `quantization` these are all linears, the output layer included. With None they are those that keep the
-    blocks that they are stored in. With "none" there are none.
+    blocks that they are stored in. An embedding that is only looked up keeps them in both cases. With "none" there are
+    none.
 
     Call it on what `untied` returns: an output layer that is the embedding is a linear of its own here.
     """
     if quantization == DENSE:
         return {}
-    return {
-        weight.name.removesuffix(".weight"): quantization or weight.format
-        for weight in checkpoint.weights()
-        if (is_linear(weight.name) if quantization else keeps_blocks(weight, world_size, device))
-    }
+    looked_up = None if checkpoint.args.tie_word_embeddings else EMBEDDING
+
+    def format_of(weight: Weight) -> str | None:
+        if quantization and is_linear(weight.name):
+            return quantization
+        may_stay = is_linear(weight.name) or weight.name == looked_up
+        return weight.format if may_stay and keeps_blocks(weight, world_size, device) else None
+
+    formats = ((weight.name.removesuffix(".weight"), format_of(weight)) for weight in checkpoint.weights())
+    return {name: format for name, format in formats if format}
 
 
 def keeps_blocks(weight: Weight, world_size: int = 1, device: torch.device | str = "cpu") -> bool:
-    """Whether a weight stays as it is stored: a linear, in blocks that kernels serve and that every rank gets whole.
+    """Whether a matrix stays as it is stored: in blocks that kernels serve and that every rank gets whole.
 
     Where `device` has no kernels for them none does: unpacking at every product is slower than unpacking once.
     """
-    if not (is_linear(weight.name) and weight.format in FORMATS and has_kernels(weight.format, device)):
+    if not (weight.format in FORMATS and has_kernels(weight.format, device)):
         return False
     columns = weight.shape[1] // (world_size if split_dim(weight.name) == 1 else 1)
     return columns % FORMATS[weight.format].block == 0
@@ -51,7 +57,7 @@ def keeps_blocks(weight: Weight, world_size: int = 1, device: torch.device | str
 def untied(checkpoint: Checkpoint) -> Checkpoint:
     """The same model with an output layer of its own, made of the same stored embedding.
 
-    Embeddings are looked up row by row and stay as they are; the output layer is a product and can be packed.
+    The embedding is looked up row by row and stays as it is; the output layer is a product and can be packed.
     """
     if not checkpoint.args.tie_word_embeddings or not checkpoint.has_head:
         return checkpoint
@@ -59,7 +65,7 @@ def untied(checkpoint: Checkpoint) -> Checkpoint:
     def weights() -> Iterator[Weight]:
         for weight in checkpoint.weights():
             yield weight
-            if weight.name == "tok_embeddings.weight":
+            if weight.name == EMBEDDING:
                 yield replace(weight, name="output.weight")
 
     return replace(checkpoint, args=replace(checkpoint.args, tie_word_embeddings=False), weights=weights)

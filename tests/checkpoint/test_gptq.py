@@ -17,7 +17,7 @@ from llama.checkpoint import (
 from llama.kernels import library
 from llama.model import Transformer
 from llama.parallel import ModelParallel
-from llama.quantization import LowBitLinear, replace_linears
+from llama.quantization import LowBitLinear, pack_modules
 from llama.report import show_inspection
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -213,7 +213,7 @@ def kept(path, quantization: str | None = None, rank: int = 0, world_size: int =
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(checkpoint.args, ModelParallel(rank, world_size))
-    replace_linears(model, packed_modules(checkpoint, quantization, world_size))
+    pack_modules(model, packed_modules(checkpoint, quantization, world_size))
     load_weights(model, checkpoint, rank=rank, world_size=world_size, dtype=torch.float32)
     return model
 

@@ -14,7 +14,7 @@ from llama.checkpoint import CheckpointError, convert, inspect, load_weights, op
 from llama.kernels import library
 from llama.kernels.formats import NF4_LEVELS
 from llama.model import Transformer
-from llama.quantization import LowBitLinear, replace_linears
+from llama.quantization import LowBitLinear, pack_modules
 
 compiled = pytest.mark.skipif(not library.AVAILABLE, reason="the kernels were not compiled")
 SHAPE = {"dim": 128, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 256}  # of whole blocks
@@ -163,7 +163,7 @@ def kept(path: Path, quantization: str | None = None) -> Transformer:
     checkpoint = open_checkpoint(path)
     with torch.device("meta"):
         model = Transformer(checkpoint.args)
-    replace_linears(model, packed_modules(checkpoint, quantization))
+    pack_modules(model, packed_modules(checkpoint, quantization))
     load_weights(model, checkpoint, dtype=torch.float32)
     return model
 

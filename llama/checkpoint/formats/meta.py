@@ -17,13 +17,12 @@ from ...files.writing import Plan
 from ...model import ModelArgs, validate_ranks
 from ...rotary import DynamicScaling, LinearScaling, Llama3Scaling, RopeScaling, YarnScaling
 from ..arrays import Joined, Mapped
-from ..inventory import split_dim
+from ..inventory import EMBEDDING, split_dim
 from ..opened import NO_HEAD, Checkpoint, assemble
 from ..settings import REQUIRED, Settings, generation_config, rope_scaling, rope_section, validate_args
 from ..tokenizer_files import TokenizerFiles, find_tokenizer
 from ..weight import Weight
 
-EMBEDDING = "tok_embeddings.weight"
 FACTOR_32 = {
     (2048, 16),
     (3072, 28),

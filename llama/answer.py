@@ -56,6 +56,7 @@ class Completion:
     finish_reason: FinishReason
     logprobs: list[Logprob] | None = None  # of the generated tokens
     prompt_logprobs: list[Logprob | None] | None = None  # the first token has none
+    stop: str | None = None  # the stop string that ended it
     error: str | None = None  # what went wrong, where the finish reason is "error"
     refused: bool = False  # the chat format refuses the dialog: the text says so
     embedding: tuple[float, ...] | None = None  # where pooling was asked for

@@ -20,13 +20,15 @@ class StopText:
     def __init__(self, stop: tuple[str, ...]):
         self.stop = stop
         self.held = ""
+        self.reached: str | None = None
 
     def push(self, text: str) -> tuple[str, bool]:
         """The text that may be shown, and whether a stop string was reached (it is not shown)."""
         self.held += text
-        found = [position for stop in self.stop if (position := self.held.find(stop)) >= 0]
+        found = [(position, stop) for stop in self.stop if (position := self.held.find(stop)) >= 0]
         if found:
-            return self.held[: min(found)], True
+            first, self.reached = min(found)
+            return self.held[:first], True
         keep = max((self._overlap(stop) for stop in self.stop), default=0)
         shown, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
         return shown, False
@@ -162,6 +164,7 @@ class Choice:
             logprobs=self.logprobs if self.params.logprobs is not None else None,
             prompt_logprobs=self.prompt_logprobs if self.wants_prompt_logprobs else None,
             error=error,
+            stop=self.stop_text.reached,
             embedding=self.pool.vector() if self.pool and finish_reason == "length" else None,
             num_cached_tokens=self.request.num_cached_tokens,
             index=self.index,

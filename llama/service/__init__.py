@@ -5,6 +5,7 @@ from llama.service.chat import CHAT
 from llama.service.completions import COMPLETIONS
 from llama.service.embeddings import EMBEDDINGS
 from llama.service.frames import Frames
+from llama.service.messages import COUNT_TOKENS, MESSAGES
 from llama.service.refusal import Refusal, failure
 from llama.service.tokens import DETOKENIZE, TOKENIZE
 
@@ -18,6 +19,8 @@ MODEL_ENDPOINTS = {
 }
 ENDPOINTS = {
     **MODEL_ENDPOINTS,
+    "/v1/messages": MESSAGES,
+    "/v1/messages/count_tokens": COUNT_TOKENS,
     "/tokenize": TOKENIZE,
     "/detokenize": DETOKENIZE,
 }

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llama.options import MODEL, SAMPLER, takes
+from llama.options import CONFIG, MODEL, SAMPLER, takes
 from llama.program import fail, running
 from llama.server.settings import SERVER, ServerSettings
 from llama.streams import note, tell
@@ -124,10 +124,21 @@ def batch(
         sys.exit(1)
 
 
-@app.command()
+@app.command(context_settings={"auto_envvar_prefix": "LLAMA"})
 @takes(listen=SERVER, load=MODEL)
-def serve(model: Model = None, *, listen: dict[str, Any], load: dict[str, Any]) -> None:
-    """Serve a model to OpenAI's clients, over HTTP."""
+def serve(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP, envvar="LLAMA_MODEL", show_envvar=False)
+    ] = None,
+    config: CONFIG = None,
+    *,
+    listen: dict[str, Any],
+    load: dict[str, Any],
+) -> None:
+    """Serve a model to OpenAI's clients, over HTTP.
+
+    Every option may also stand in the environment, as LLAMA_PORT for --port, or in the file that --config names.
+    """
     try:
         from llama.server.run import run_server
     except ModuleNotFoundError as error:

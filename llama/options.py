@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import wraps
+from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -26,7 +28,7 @@ class Option:
     def parameter(self) -> inspect.Parameter:
         """What stands in a command's signature for it."""
         flag = self.flag or "--" + self.name.replace("_", "-")
-        kind = Annotated[self.type, typer.Option(flag, help=self.help, min=self.least)]
+        kind = Annotated[self.type, typer.Option(flag, help=self.help, min=self.least, show_envvar=False)]
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=self.default, annotation=kind)
 
 
@@ -81,3 +83,41 @@ MODEL = Options(  # parameters of `Llama.build`
 
 TYPES = get_type_hints(SamplingParams) | {"stop": list[str] | None}  # given several times
 SAMPLER = Options(Option(name, known.help, TYPES[name]) for name, known in SAMPLING_FIELDS.items() if known.option)
+
+
+def set_defaults(context: typer.Context, path: Path | None) -> Path | None:
+    """What `--config` does before other options are looked at: a TOML file's values are their defaults.
+
+    It may set whatever the command takes, under the option's name with dashes or underscores.
+    """
+    if path is None:
+        return None
+    try:
+        given = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"{path}: {error}") from error
+    known = {parameter.name: parameter for parameter in context.command.params}
+    values = {name.replace("-", "_"): value for name, value in given.items()}
+    for name, value in values.items():
+        if name not in known or name == "config":
+            names = ", ".join(sorted(known.keys() - {"config", "help"}))
+            raise typer.BadParameter(f"{path} sets {name!r}, which is no option here: there are {names}")
+        wanted = list if known[name].nargs != 1 or getattr(known[name], "multiple", False) else str | int | float
+        is_flag = getattr(known[name], "is_flag", False)
+        if not isinstance(value, bool if is_flag else wanted) or isinstance(value, bool) is not is_flag:
+            what = "true or false" if is_flag else "a list" if wanted is list else "one value"
+            raise typer.BadParameter(f"{path} sets {name!r} to {value!r}: give {what}")
+    context.default_map = {**(context.default_map or {}), **values}
+    return path
+
+
+CONFIG = Annotated[
+    Path | None,
+    typer.Option(
+        help="A TOML file with options by their names; flags and LLAMA_* come first.",
+        callback=set_defaults,
+        is_eager=True,
+        dir_okay=False,
+        exists=True,
+    ),
+]

@@ -8,7 +8,8 @@ import typer
 
 from llama import Llama, SamplingParams
 from llama.__main__ import app
-from llama.options import MODEL, SAMPLER, takes
+from llama.options import CONFIG, MODEL, SAMPLER, Option, Options, takes
+from llama.server.settings import SERVER
 
 MODEL_FLAGS = ["tokenizer", "chat-format", "max-seq-len", "device", "dtype", "quantization", "kv-dtype"]
 SAMPLER_FLAGS = ["temperature", "top-p", "top-k", "repetition-penalty", "max-tokens", "stop", "seed"]
@@ -19,6 +20,7 @@ FLAGS = {
     "convert": ["to", "shards", "max-shard-size", "dtype", "input_dir", "output_dir", "model_size"],
     "quantize": ["type"],
     "inspect": ["estimate", "max-seq-len", "max-batch-size", "ranks", "kv-dtype"],
+    "serve": ["config", *MODEL_FLAGS, *(option.name.replace("_", "-") for option in SERVER)],
     "verify": [],
     "perplexity": ["file", "encoding", "window", "stride", *MODEL_FLAGS],
 }
@@ -50,3 +52,68 @@ def test_what_was_not_given_is_left_to_the_call():
 
     command(["--device", "cpu", "--stop", "a", "--stop", "b"], standalone_mode=False)
     assert given == [({"device": "cpu", "dtype": "auto", "kv_dtype": "auto"}, {"max_tokens": 256, "stop": ["a", "b"]})]
+
+
+# ---- where else options may stand
+
+SIZES = Options(
+    [Option("port", "", int, 8000), Option("api_key", "", list[str] | None), Option("quiet", "", bool, False)]
+)
+
+
+def chosen(*arguments: object) -> dict:
+    """What a command gets of these arguments, its environment and its file."""
+    command, given = typer.Typer(add_completion=False), []
+
+    @command.command(context_settings={"auto_envvar_prefix": "LLAMA"})
+    @takes(sizes=SIZES)
+    def run(config: CONFIG = None, *, sizes: dict) -> None:
+        given.append(sizes)
+
+    command([str(argument) for argument in arguments], standalone_mode=False)
+    return given[0]
+
+
+@pytest.fixture
+def written(tmp_path):
+    def write(text: str):
+        (tmp_path / "llama.toml").write_text(text)
+        return tmp_path / "llama.toml"
+
+    return write
+
+
+def test_flags_come_before_the_environment_that_before_a_file_and_that_before_defaults(written, monkeypatch):
+    file = written('port = 1\napi-key = ["a", "b"]\nquiet = true\n')
+    assert chosen() == {"port": 8000, "quiet": False}
+    assert chosen("--config", file) == {"port": 1, "api_key": ["a", "b"], "quiet": True}
+    monkeypatch.setenv("LLAMA_PORT", "2")
+    monkeypatch.setenv("LLAMA_QUIET", "0")
+    assert chosen("--config", file) == {"port": 2, "api_key": ["a", "b"], "quiet": False}
+    assert chosen("--port", 3, "--config", file)["port"] == 3
+    monkeypatch.setenv("LLAMA_CONFIG", str(file))
+    assert chosen()["api_key"] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prt = 1", "sets 'prt', which is no option here: there are api_key, port, quiet"),
+        ('config = "x"', "sets 'config', which is no option here"),
+        ("port = true", "sets 'port' to True: give one value"),
+        ("port = [1]", r"sets 'port' to \[1\]: give one value"),
+        ("[port]\na = 1", "sets 'port' to .*: give one value"),
+        ("quiet = 1", "sets 'quiet' to 1: give true or false"),
+        ('api_key = "a"', "sets 'api_key' to 'a': give a list"),
+        ("port =", "llama.toml: Invalid value"),
+        ("\xff", "llama.toml: "),
+    ],
+)
+def test_a_file_that_is_wrong_is_refused_with_what_is_there(written, text, message):
+    with pytest.raises(typer.BadParameter, match=message):
+        chosen("--config", written(text))
+
+
+def test_a_file_s_value_is_checked_as_a_flag_s_is(written):
+    with pytest.raises(typer.BadParameter, match="valid integer"):
+        chosen("--config", written('port = "x"'))

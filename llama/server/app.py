@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from llama.server.logs import unexpected
+from llama.server.metrics import CONTENT_TYPE
 from llama.server.models import slots
 from llama.server.response import CallResponse, refusal_response
 from llama.server.server import Server
-from llama.service import ENDPOINTS, Endpoint, Refusal, failure
+from llama.service import ENDPOINTS, Endpoint, Refusal
 from llama.version import VERSION
-
-_log = logging.getLogger(__name__)
 
 STATUSES = {
     400: "The request cannot be answered; the message says why.",
@@ -37,7 +36,7 @@ STATUSES = {
 
 def make_app(server: Server) -> FastAPI:
     """The routes; what stands around them is `run`'s to add."""
-    app = FastAPI(title="llama", version=VERSION, docs_url="/docs", redoc_url=None)
+    app = FastAPI(title="llama", version=VERSION, docs_url="/docs", redoc_url=None, redirect_slashes=False)
     responses = {status: {"description": text} for status, text in STATUSES.items()}
     for url, endpoint in ENDPOINTS.items():
         body = {"required": True, "content": {"application/json": {"schema": ref(endpoint)}}}
@@ -68,7 +67,8 @@ def ref(endpoint: Endpoint) -> dict[str, str]:
 
 def handler(server: Server, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
     async def handle(request: Request) -> Response:
-        return CallResponse(server, await server.open(endpoint, await request.body()))
+        key = request.scope.get("state", {}).get("key") or b""
+        return CallResponse(server, await server.open(endpoint, await request.body(), salt=key))
 
     return handle
 
@@ -98,6 +98,11 @@ def add_information(app: FastAPI, server: Server, responses: dict[int, dict[str,
     def version() -> dict[str, Any]:
         """The server's version."""
         return {"version": VERSION}
+
+    @app.get("/metrics", response_class=PlainTextResponse, responses=responses)
+    async def metrics() -> Response:
+        """What has happened so far, for Prometheus."""
+        return Response(server.metrics.text(), media_type=CONTENT_TYPE)
 
     @get("/v1/models")
     def models() -> dict[str, Any]:
@@ -147,8 +152,7 @@ def add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        _log.error("a request has failed", exc_info=error)
-        return refusal_response(failure("something went wrong; the server's log says what"), error_json(request))
+        return refusal_response(unexpected(request.state.request_id), error_json(request))
 
 
 def document_bodies(app: FastAPI) -> None:

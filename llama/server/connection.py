@@ -9,6 +9,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 HEAD_TIMEOUT = 10.0  # seconds for a request's first line and headers, from the first byte or the connection on
 MOST_HEAD_BYTES = 65536
+ABORT = "llama.abort"  # ASGI has no word for it: closing waits until the client has read what was sent
 
 
 class Connection(HttpToolsProtocol):
@@ -30,6 +31,7 @@ class Connection(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._await_head()
         super().on_message_begin()
+        self.scope["extensions"] = {ABORT: {"call": self.transport.abort}}
 
     def on_headers_complete(self) -> None:
         self._head_is_complete()

@@ -10,8 +10,10 @@ from queue import Empty, SimpleQueue
 from threading import Thread
 
 from llama.answer import Event
-from llama.engine import EngineStats
 from llama.generation import Llama
+from llama.parallel import Signal
+from llama.server.metrics import Metrics
+from llama.server.ranks import BEAT_SECONDS, Watchdog, silence
 from llama.server.stream import CallStream
 from llama.service import Call
 
@@ -23,21 +25,23 @@ Delivery = Sequence[tuple[CallStream, list[Event]]]
 class EngineThread(Thread):
     """Builds a model, then answers calls until it is told to stop.
 
-    `open`, `close` and what `on_step` gets belong to the event loop; the rest runs in the thread. `ready` tells the
-    model when it is built, or why it could not be; `ended` is set when the thread has nothing more to do, with the
-    error that ended it, if one did.
+    `open`, `close`, `fail` and `metrics` belong to the event loop; the rest runs in the thread. `ready` tells the model
+    when it is built, or why it could not be; `ended` is set when the thread has nothing more to do, with the error that
+    ended it, if one did. Where there are several ranks, the others hear of this one while it waits, and one that is not
+    there for `rank_timeout` seconds is such an error.
     """
 
-    def __init__(self, build: Callable[[], Llama], loop: asyncio.AbstractEventLoop):
+    def __init__(self, build: Callable[[], Llama], loop: asyncio.AbstractEventLoop, rank_timeout: float = 60.0):
         super().__init__(name="engine", daemon=True)
         self.ready: asyncio.Future[Llama] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
         self.streams: set[CallStream] = set()
-        self.on_step: Callable[[EngineStats, Delivery, float], None] | None = None
+        self.metrics = Metrics()
         self._build = build
         self._loop = loop
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._admitted: set[CallStream] = set()  # the thread's own
+        self._watchdog = Watchdog(rank_timeout, self._hang)
 
     # ---- the event loop's
 
@@ -52,21 +56,27 @@ class EngineThread(Thread):
         """Frees what the call still holds."""
         self.streams.discard(stream)
         if stream.num_open:
+            self.metrics.finished["abort"] += stream.num_open
             self._commands.put(lambda: self._leave(stream))
 
     def stop(self) -> None:
         """The thread ends when it has done what it was told before."""
         self._commands.put(None)
 
-    def _deliver(self, stats: EngineStats, delivery: Delivery, now: float) -> None:
+    def fail(self, error: str) -> None:
+        """Tells everybody who waits that nothing more will come."""
+        for stream in self.streams:
+            stream.fail(error)
+
+    def _deliver(self, delivery: Delivery, now: float) -> None:
         for stream, events in delivery:
             stream.put(events, now)
-        if self.on_step is not None:
-            self.on_step(stats, delivery, now)
+        self.metrics.step(delivery, now)
 
     def _end(self, error: BaseException | None) -> None:
-        for stream in self.streams:
-            stream.fail("the model has stopped" if error is None else f"the model has failed: {error}")
+        if self.ended.done():
+            return
+        self.fail("the model has stopped" if error is None else f"the model has failed: {error}")
         if error is None:
             self.ended.set_result(None)
         else:
@@ -87,23 +97,40 @@ class EngineThread(Thread):
             self._tell(self.ready.set_exception, error)
             return
         self._tell(self.ready.set_result, self._llm)
+        if self._leads:
+            self._watchdog.start()
         try:
             while self._obey():
                 self._step()
+            if self._leads:
+                self._llm.model.parallel.send(Signal.END, [])
         except BaseException as error:
             _log.exception("the engine's thread has failed")
             self._tell(self._end, error)
         else:
             self._tell(self._end, None)
+        self._watchdog.stop()
+
+    @property
+    def _leads(self) -> bool:
+        return self._llm.model.parallel.leads
+
+    def _hang(self) -> None:
+        """The thread waits for ranks that are not there."""
+        self._tell(self._end, RuntimeError(silence(self._watchdog.limit)))
 
     def _obey(self) -> bool:
         """Does what was asked for since the last time; waits for it where there is nothing else to do."""
         wait = not self._llm.engine.has_work
         while True:
+            self._watchdog.pet()
             try:
-                command = self._commands.get(block=wait)
+                command = self._commands.get(wait, BEAT_SECONDS if self._leads else None)
             except Empty:
-                return True
+                if not wait:
+                    return True
+                self._llm.model.parallel.beat()
+                continue
             if command is None:
                 return False
             command()
@@ -137,4 +164,4 @@ class EngineThread(Thread):
 
     def _send(self, delivery: Delivery) -> None:
         if delivery:
-            self._tell(self._deliver, self._llm.engine.stats(), delivery, time.perf_counter())
+            self._tell(self._deliver, delivery, time.perf_counter())

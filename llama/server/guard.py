@@ -66,22 +66,6 @@ def digest(key: str) -> bytes:
     return sha256(key.encode()).digest()
 
 
-def parse_keys(given: Iterable[str], text: str = "") -> list[str]:
-    """Keys that were given, several joined by commas or each on its own, and those of a file's text, one a line.
-
-    Raises ValueError, without the key, for one that no client can send.
-    """
-    lines = [line.strip() for line in text.splitlines()]
-    keys = [key.strip() for some in given for key in some.split(",")]
-    keys = [key for key in keys if key] + [line for line in lines if line and not line.startswith("#")]
-    for number, key in enumerate(keys, 1):
-        if re.fullmatch(r"[!-~]+", key) is None:
-            raise ValueError(
-                f"API key {number} of {len(keys)} holds spaces or other than ASCII: clients cannot send it"
-            )
-    return keys
-
-
 class Guard:
     """Middleware: lets a request through to `app`, or refuses it.
 

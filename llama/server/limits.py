@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 
 from starlette.datastructures import Headers
@@ -21,14 +22,17 @@ class Gone(Exception):
 
 
 class BodyLimits:
-    """Middleware: reads the whole body before `app` sees the request.
+    """Middleware: reads the whole body before `app` sees the request, unless `check` refuses all of them now.
 
     Refuses one of more than `max_bytes`, whatever its Content-Length said (413), one that is not here after `timeout`
     seconds (408), to which come those that its bytes take at LEAST_RATE, and one that is not plain JSON (415).
     """
 
-    def __init__(self, app: ASGIApp, *, max_bytes: int, timeout: float):
+    def __init__(
+        self, app: ASGIApp, *, max_bytes: int, timeout: float, check: Callable[[], object] = lambda: None
+    ) -> None:
         self.app = app
+        self.check = check
         self.max_bytes = max_bytes
         self.timeout = timeout
 
@@ -38,6 +42,7 @@ class BodyLimits:
             await self.app(scope, receive, send)
             return
         try:
+            self.check()
             self._check_length(headers)
             check_type(headers)
             body = await self._read(receive)

@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llama.server.refusing import refuse
-from llama.service import failure
+from llama.service import Refusal, failure
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}", re.ASCII)
 PROBES = ("/health", "/metrics")  # asked every few seconds: told only where they fail
@@ -28,15 +28,21 @@ MOST_CHARACTERS = 200  # of what a client chose
 class RequestLog:
     """Middleware, outside all others: numbers a request, answers 500 where `app` fails, and tells what came of it.
 
-    `write` gets each line; with None nothing is told but failures, through `tell_failure`.
+    `write` gets each line, `tell_failure` the trace of each failure, `count` the status of each answer.
     """
 
     def __init__(
-        self, app: ASGIApp, *, write: Callable[[str], None] | None, tell_failure: Callable[[str], None]
+        self,
+        app: ASGIApp,
+        *,
+        write: Callable[[str], object],
+        tell_failure: Callable[[str], object],
+        count: Callable[[int], object] = lambda status: None,
     ) -> None:
         self.app = app
         self.write = write
         self.tell_failure = tell_failure
+        self.count = count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -47,14 +53,22 @@ class RequestLog:
         scope = {**scope, "state": {**scope.get("state", {}), "request_id": entry.request_id}}
         try:
             await self.app(scope, entry.receiving(receive), entry.sending(send))
+        except ConnectionError:  # the client's doing
+            pass
         except Exception as error:
             self.tell_failure(f"request {entry.request_id} failed: {''.join(traceback.format_exception(error))}")
             if entry.status is None:  # half an answer is not ended: the connection is closed
-                what = failure(f"the server failed; its log says more under request id {entry.request_id}")
-                await refuse(scope, entry.sending(send), what)
+                await refuse(scope, entry.sending(send), unexpected(entry.request_id))
         finally:
-            if self.write is not None and not (entry.is_probe and entry.status == 200):
+            if entry.status is not None:
+                self.count(entry.status)
+            if not (entry.is_probe and entry.status == 200):
                 self.write(log_line(entry.to_json()))
+
+
+def unexpected(request_id: str) -> Refusal:
+    """What a client is told of a failure: where to look, and nothing of how the server is made."""
+    return failure(f"the server failed; its log says more under request id {request_id}")
 
 
 class LogEntry:

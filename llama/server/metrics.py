@@ -7,11 +7,11 @@ Source: vLLM's documentation, "Metrics"; Prometheus' text format.
 from __future__ import annotations
 
 import asyncio
-import time
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
+from weakref import WeakKeyDictionary
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -19,38 +19,16 @@ from prometheus_client.registry import Collector
 
 from llama.answer import Event
 from llama.engine import EngineStats
+from llama.generation import Llama
+from llama.server.stream import CallStream
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FINISH_REASONS = ("stop", "length", "abort", "error")
 LAG_PERIOD = 0.1  # seconds between two looks at the event loop
 SECONDS = (
-    0.001,
-    0.0025,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-    30.0,
-    60.0,
-    120.0,
-    300.0,
-    600.0,
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5),
+    *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
 )
-
-
-@dataclass
-class Times:
-    """When one answer was asked for, and when its last token came."""
-
-    asked: float
-    last: float | None = None
 
 
 class Latency:
@@ -66,7 +44,7 @@ class Latency:
         self.counts[bisect_left(SECONDS, seconds)] += 1
         self.total += seconds
 
-    def families(self, labels: dict[str, str]) -> Iterator[Metric]:
+    def families(self, labels: Mapping[str, str]) -> Iterator[Metric]:
         bounds = [*map(str, SECONDS), "+Inf"]
         buckets = list(zip(bounds, accumulate(self.counts), strict=True))
         for name in self.names:
@@ -76,19 +54,12 @@ class Latency:
 
 
 class Metrics(Collector):
-    """What has happened so far. The engine's thread tells it once a step; a scrape reads it in any other.
+    """What has happened so far; all of it belongs to the event loop. A token costs one observation."""
 
-    Nothing is locked: a scrape may see a step's first half. A token costs one observation.
-    """
-
-    def __init__(self, model: str, block_size: int):
-        self.labels = {"model_name": model, "engine": "0"}
-        self.block_size = block_size
-        self.stats: EngineStats | None = None
-        self.num_queued = 0  # calls that have not come to the engine yet
-        self.num_refused = 0  # because the queue was full
-        self.statuses: dict[int, int] = {}
-        self.finished = dict.fromkeys(FINISH_REASONS, 0)
+    def __init__(self) -> None:
+        self.labels = {"model_name": "", "engine": "0"}
+        self.statuses: Counter[int] = Counter()  # answers, by HTTP's status
+        self.finished = Counter(dict.fromkeys(FINISH_REASONS, 0))  # answers to prompts, by why they ended
         self.first_token = Latency(
             "Until the first token of an answer came",
             "llama_time_to_first_token_seconds",
@@ -101,39 +72,37 @@ class Metrics(Collector):
             "Until an answer was complete", "llama_request_latency_seconds", "vllm:e2e_request_latency_seconds"
         )
         self.lag = Latency("By how much the event loop was late", "llama_event_loop_lag_seconds")
-        self._times: dict[tuple[int, int], Times] = {}  # by request id and choice
+        self._llm: Llama | None = None
+        self._latest: WeakKeyDictionary[CallStream, dict[tuple[int, int], float]] = WeakKeyDictionary()
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
     # ---- what is told
 
-    def begin(self, request_id: int, num_choices: int, asked: float) -> None:
-        """The engine took a request in that was asked for at that time (time.monotonic)."""
-        for index in range(num_choices):
-            self._times[request_id, index] = Times(asked)
+    def watch(self, llm: Llama, name: str) -> None:
+        """From now on the model under this name is at work."""
+        self._llm = llm
+        self.labels["model_name"] = name
 
-    def step(self, stats: EngineStats, events: Iterable[Event]) -> None:
-        """A step's events, which name requests as `begin` did."""
-        self.stats = stats
-        now = time.monotonic()
-        for event in events:
-            times = self._times.get((event.request_id, event.index))
-            if times is None:
-                continue
-            if event.token is not None:
-                if times.last is None:
-                    self.first_token.observe(now - times.asked)
-                else:
-                    self.inter_token.observe(now - times.last)
-                times.last = now
-            if event.finish_reason is not None:
-                del self._times[event.request_id, event.index]
-                self.finished[event.finish_reason] += 1
-                self.whole.observe(now - times.asked)
+    def step(self, delivery: Sequence[tuple[CallStream, Sequence[Event]]], now: float) -> None:
+        """A step's events, at that time of `time.perf_counter`."""
+        for stream, events in delivery:
+            latest = self._latest.setdefault(stream, {})  # when each of its answers got its latest token
+            for event in events:
+                key = event.request_id, event.index
+                if event.token is not None:
+                    if key in latest:
+                        self.inter_token.observe(now - latest[key])
+                    else:
+                        self.first_token.observe(now - stream.opened)
+                    latest[key] = now
+                if event.finish_reason is not None:
+                    self.finished[event.finish_reason] += 1
+                    self.whole.observe(now - stream.opened)
 
-    def answer(self, status: int) -> None:
-        """HTTP's status of an answer that is being sent."""
-        self.statuses[status] = self.statuses.get(status, 0) + 1
+    def count(self, status: int) -> None:
+        """An answer's HTTP status."""
+        self.statuses[status] += 1
 
     async def watch_loop(self) -> None:
         """Looks again and again how late the event loop is, for as long as it runs."""
@@ -150,21 +119,20 @@ class Metrics(Collector):
         return generate_latest(self._registry)
 
     def collect(self) -> Iterator[Metric]:
-        if self.stats is not None:
-            yield from self._engine(self.stats)
-        yield self._counter("llama_refused", "Requests refused because the queue was full", self.num_refused)
+        if self._llm is not None:
+            yield from self._engine(self._llm.engine.stats(), self._llm.engine.scheduler.block_size)
         yield self._by("llama_http_responses", "Answers by HTTP's status", "status", self.statuses)
         for name in ("llama_request_success", "vllm:request_success"):
-            yield self._by(name, "Answers by why they ended", "finished_reason", self.finished)
+            yield self._by(name, "Answers to prompts by why they ended", "finished_reason", self.finished)
         yield self._counter("llama_aborted", "Answers that nobody waited for", self.finished["abort"])
         for latency in (self.first_token, self.inter_token, self.whole, self.lag):
             yield from latency.families(self.labels)
 
-    def _engine(self, stats: EngineStats) -> Iterator[Metric]:
+    def _engine(self, stats: EngineStats, block_size: int) -> Iterator[Metric]:
         used = stats.num_referenced_blocks / stats.num_blocks
         gauges = [
             ("num_requests_running", "Requests in the batch", stats.num_running),
-            ("num_requests_waiting", "Requests that wait for it", stats.num_waiting + self.num_queued),
+            ("num_requests_waiting", "Requests that wait for it", stats.num_waiting),
             ("kv_cache_usage_perc", "Blocks of the cache that requests hold, of 1", used),
         ]
         counters = [
@@ -177,7 +145,7 @@ class Metrics(Collector):
         for prefix in ("llama_", "vllm:"):
             yield from (self._gauge(prefix + name, help, value) for name, help, value in gauges)
             yield from (self._counter(prefix + name, help, value) for name, help, value in counters)
-        sizes = {"block_size": str(self.block_size), "num_gpu_blocks": str(stats.num_blocks)}
+        sizes = {"block_size": str(block_size), "num_gpu_blocks": str(stats.num_blocks)}
         info = GaugeMetricFamily("vllm:cache_config_info", "The cache", labels=[*self.labels, *sizes])
         info.add_metric([*self.labels.values(), *sizes.values()], 1)
         yield info
@@ -194,8 +162,8 @@ class Metrics(Collector):
         family.add_metric(list(self.labels.values()), value)
         return family
 
-    def _by(self, name: str, help: str, label: str, values: dict) -> Metric:
+    def _by(self, name: str, help: str, label: str, counts: Mapping[int, int] | Mapping[str, int]) -> Metric:
         family = CounterMetricFamily(name, help, labels=[*self.labels, label])
-        for key, value in list(values.items()):
-            family.add_metric([*self.labels.values(), str(key)], value)
+        for key, count in counts.items():
+            family.add_metric([*self.labels.values(), str(key)], count)
         return family

@@ -10,6 +10,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from llama.answer import Completion
+from llama.server.connection import ABORT
 from llama.server.server import Server
 from llama.server.stream import CallStream
 from llama.service import Call, Refusal, failure
@@ -39,7 +40,7 @@ class CallResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         stream = self.server.engine.open(self.call)
         answer = self._stream if self.call.body.is_streamed else self._whole
-        answering = asyncio.create_task(answer(stream, scope, receive, self._limited(send)))
+        answering = asyncio.create_task(answer(stream, scope, receive, self._limited(scope, send)))
         leaving = asyncio.create_task(left(receive))
         try:
             await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -100,14 +101,17 @@ class CallResponse(Response):
             return self.server.unavailable()
         return failure(str(error))
 
-    def _limited(self, send: Send) -> Send:
-        """`send`, which gives a client only so long to read."""
+    def _limited(self, scope: Scope, send: Send) -> Send:
+        """`send`, which gives a client only so long to read; then its connection is cut off."""
+        abort = scope.get("extensions", {}).get(ABORT)
 
         async def limited(message: dict[str, object]) -> None:
             try:
                 async with asyncio.timeout(self.server.settings.send_timeout):
                     await send(message)
             except TimeoutError:
+                if abort is not None:
+                    abort["call"]()
                 raise ConnectionAbortedError("the client does not read") from None
 
         return limited

@@ -1,23 +1,34 @@
-"""From settings to a running server: the socket, uvicorn, signals, the exit status."""
+"""From settings to a running server: the socket, uvicorn, what stands around the app, signals, the exit status."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from llama.generation import Llama
 from llama.server.app import make_app
+from llama.server.connection import Connection
+from llama.server.engine_thread import EngineThread
+from llama.server.guard import AllowedHosts, Guard, is_loopback
+from llama.server.limits import BodyLimits
+from llama.server.logs import RequestLog
+from llama.server.ranks import follow
 from llama.server.server import Server
-from llama.server.settings import ServerSettings
+from llama.server.settings import ServerSettings, listed
+from llama.server.shutdown import Shutdown
 from llama.streams import tell
 
 KEEP_ALIVE = 75  # seconds: longer than clients and proxies keep a connection
+PUBLIC = ("/health",)  # needs no key
 
 
 class Listener(uvicorn.Server):
@@ -29,14 +40,34 @@ class Listener(uvicorn.Server):
 
 
 def run_server(build: Callable[[], Llama], settings: ServerSettings) -> None:
-    """Serves until a signal stops it. Raises what kept the model from loading, or ended it."""
+    """Serves until a signal stops it. Raises what kept the model from loading, or ended it.
+
+    Under torchrun rank 0 serves, and the others help it.
+    """
+    if int(os.environ.get("RANK", 0)):
+        return follow(build(), settings.rank_timeout)
 
     def announce(server: Server, stop: Callable[[], None]) -> None:
         host, port = listening.getsockname()[:2]
-        tell(f"Serving {server.model.name} at http://{host}:{port} (Ctrl-C stops)")
+        scheme = "http" if settings.ssl_certfile is None else "https"
+        where = f"[{host}]" if ":" in host else host
+        tell(f"Serving {server.model.name} at {scheme}://{where}:{port} (Ctrl-C stops)")
 
+    if not settings.keys() and not is_loopback(settings.host):
+        tell(f"llama: warning: whoever reaches {settings.host} may use the model; --api-key asks for a key")
+    error: Exception | None = None
     with bound(settings) as listening:
-        asyncio.run(serve_on(listening, build, settings, announce))
+        try:
+            asyncio.run(serve_on(listening, build, settings, announce))
+        except Exception as caught:
+            error = caught
+    if any(isinstance(thread, EngineThread) for thread in threading.enumerate()):  # it loads, or waits for a rank
+        if error is not None:
+            tell(f"llama: {error}")
+        sys.stdout.flush()
+        os._exit(error is not None)
+    if error is not None:
+        raise error
 
 
 def bound(settings: ServerSettings) -> socket.socket:
@@ -49,6 +80,22 @@ def bound(settings: ServerSettings) -> socket.socket:
         raise OSError(f"cannot listen at {where}: {error.strerror}; give another --host or --port") from error
 
 
+def surrounded(app: ASGIApp, server: Server) -> ASGIApp:
+    """The app behind what every request passes: the log, the guard, the limits."""
+    settings = server.settings
+    limited = BodyLimits(app, max_bytes=settings.max_body, timeout=settings.body_timeout, check=server.check_available)
+    guarded = Guard(
+        limited,
+        hosts=AllowedHosts.of(settings.host, listed(settings.allowed_hosts)),
+        keys=settings.keys(),
+        public=PUBLIC,
+        origins=listed(settings.allowed_origins),
+    )
+    return RequestLog(
+        guarded, write=(lambda line: None) if settings.quiet else tell, tell_failure=tell, count=server.metrics.count
+    )
+
+
 async def serve_on(
     listening: socket.socket,
     build: Callable[[], Llama],
@@ -58,30 +105,36 @@ async def serve_on(
     """Loads the model beside the listener, so that who asks meanwhile is told; `announce` gets what stops it."""
     server = Server(build, settings)
     config = uvicorn.Config(
-        make_app(server),
+        surrounded(make_app(server), server),
+        http=Connection,
+        loop="asyncio",
         lifespan="off",
         log_config=None,
+        log_level="critical",  # whatever is to be told of requests is told by RequestLog
         access_log=False,
         server_header=False,
         proxy_headers=False,
         ws="none",
         timeout_keep_alive=KEEP_ALIVE,
+        timeout_graceful_shutdown=1,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
     )
+    config.load()  # raises where a certificate is wrong
     listener = Listener(config)
-
-    def stop() -> None:
-        server.is_draining = True
-        listener.should_exit = True
-
+    shutdown = Shutdown(server, listener)
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, stop)
+            asyncio.get_running_loop().add_signal_handler(number, shutdown.ask)
     listening_task = asyncio.create_task(listener.serve(sockets=[listening]))
+    watching = asyncio.create_task(server.metrics.watch_loop())
     try:
-        await server.start()
-        announce(server, stop)
-        await listening_task
+        if await shutdown.unless_asked(server.start()):
+            announce(server, shutdown.ask)
+            await shutdown.unless_asked(asyncio.shield(server.engine.ended))
+        await shutdown.drain()
     finally:
+        watching.cancel()
         listener.should_exit = True
         await listening_task
         await server.close()

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from llama.generation import Llama
@@ -15,6 +16,7 @@ from llama.server.settings import ServerSettings
 from llama.service import Call, Endpoint, Refusal
 
 RETRY_AFTER = 1  # seconds
+LAST_STEP = 0.5  # seconds that the engine's thread has to end its step
 
 
 class Server:
@@ -22,8 +24,10 @@ class Server:
 
     def __init__(self, build: Callable[[], Llama], settings: ServerSettings):
         self.settings = settings
-        self.engine = EngineThread(build, asyncio.get_running_loop())
+        self.engine = EngineThread(build, asyncio.get_running_loop(), settings.rank_timeout)
+        self.metrics = self.engine.metrics
         self.is_draining = False
+        self._num_opening = 0  # calls that are being prepared
         self._pool = ThreadPoolExecutor(settings.num_workers, thread_name_prefix="request")
 
     @property
@@ -44,12 +48,15 @@ class Server:
         self.engine.start()
         llm = await self.engine.ready
         self._model = ServedModel.of(llm, self.settings.name)
+        self.metrics.watch(llm, self.model.name)
 
     async def close(self) -> None:
-        """Ends the engine's thread, if it is at work."""
+        """Ends the engine's thread, if it is at work: a step that has begun may take some time."""
         if self.is_ready:
             self.engine.stop()
-            await self.engine.ended
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_STEP):
+                    await asyncio.shield(self.engine.ended)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def unavailable(self) -> Refusal:
@@ -65,10 +72,10 @@ class Server:
         """Calls what may take long where the event loop does not wait for it."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
 
-    async def open(self, endpoint: Endpoint, body: bytes) -> Call:
-        """The call that a body asks for. Raises Refusal."""
+    async def open(self, endpoint: Endpoint, body: bytes, salt: bytes = b"") -> Call:
+        """The call that a body asks for; `salt` keeps what is cached for it from calls of another. Raises Refusal."""
         self.check_available()
-        if len(self.engine.streams) >= self.settings.max_queue:
+        if len(self.engine.streams) + self._num_opening >= self.settings.max_queue:
             raise Refusal(
                 f"{self.settings.max_queue} requests are at work or waiting: try again",
                 status=429,
@@ -76,9 +83,13 @@ class Server:
                 code="queue_full",
                 retry_after=RETRY_AFTER,
             )
-        return await self.in_pool(self._open, endpoint, body)
+        self._num_opening += 1
+        try:
+            return await self.in_pool(self._open, endpoint, body, salt)
+        finally:
+            self._num_opening -= 1
 
-    def _open(self, endpoint: Endpoint, body: bytes) -> Call:
+    def _open(self, endpoint: Endpoint, body: bytes, salt: bytes) -> Call:
         parsed = read_body(body)
         given = parsed.get("model") if isinstance(parsed, dict) else None
         if endpoint.needs_model and not given:
@@ -99,6 +110,7 @@ class Server:
             endpoint,
             parsed,
             model=given or self.model.name,
+            salt=salt,
             can_stream=endpoint.frames is not None,
             ignore_unknown=self.settings.ignore_unknown,
         )

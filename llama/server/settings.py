@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from llama.options import Option, Options
@@ -23,12 +25,43 @@ class ServerSettings:
     ignore_unknown: bool = _setting(False, "Ignore fields that are not known instead of refusing them.")
     max_queue: int = _setting(128, "Requests taken in at one time, at work or waiting; more get 429.", least=1)
     max_n: int = _setting(16, "The most answers to one request.", least=1)
+    api_key: list[str] | None = _setting(None, "Ask for one of these keys; several times, or joined by commas.")
+    api_key_file: Path | None = _setting(None, "A file of keys, one a line.")
+    allowed_hosts: list[str] | None = _setting(None, "Further names under which clients reach the server; * is all.")
+    allowed_origins: list[str] | None = _setting(
+        None, "Sites whose pages may use the server, as https://a.b; * is all."
+    )
     max_body: int = _setting(4 << 20, "The most bytes of a request's body.", least=1)
+    body_timeout: float = _setting(
+        10.0, "How long a request's body may stay away, if it does not keep coming.", least=1
+    )
     timeout: float = _setting(3600.0, "How long a request may take.", least=1)
     send_timeout: float = _setting(30.0, "How long a client may take to read what was sent.", least=1)
     ping: float = _setting(15.0, "How long a stream may be silent before a comment is sent; 0: for ever.", least=0)
     shutdown_timeout: float = _setting(30.0, "How long requests may go on once a stop was asked for.", least=0)
+    rank_timeout: float = _setting(60.0, "Under torchrun: how long a rank may not be heard of.", least=1)
+    ssl_certfile: Path | None = _setting(None, "A certificate, for https; a PEM file.")
+    ssl_keyfile: Path | None = _setting(None, "Its private key, if that is not in the same file.")
+    quiet: bool = _setting(False, "Tell nothing of requests on standard error.")
     num_workers: int = _setting(2, "Threads for templates and tokenizing.", least=1)
+
+    def keys(self) -> list[str]:
+        """All that were given, in whatever way. Raises ValueError for one that clients could not send."""
+        text = "" if self.api_key_file is None else self.api_key_file.read_text(encoding="utf-8")
+        keys = listed(self.api_key) + [line for line in map(str.strip, text.splitlines()) if line[:1] not in ("", "#")]
+        for number, key in enumerate(keys, 1):
+            if not key.isascii() or not key.isprintable() or " " in key:
+                raise ValueError(
+                    f"API key {number} of {len(keys)} has spaces or other than ASCII: no client can send it"
+                )
+        if self.api_key_file is not None and not keys:
+            raise ValueError(f"{self.api_key_file} has no API key: write one a line")
+        return keys
+
+
+def listed(values: Sequence[str] | None) -> list[str]:
+    """Values that came one by one or joined by commas."""
+    return [part.strip() for value in values or () for part in value.split(",") if part.strip()]
 
 
 def _option(name: str, type: Any, default: Any, known: dict[str, Any]) -> Option:

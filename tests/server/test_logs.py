@@ -10,10 +10,13 @@ from llama.server.logs import RequestLog
 class Logged:
     """An app with its log."""
 
-    def __init__(self, app=echo, quiet=False):
+    def __init__(self, app=echo):
         self.lines: list[str] = []
         self.failures: list[str] = []
-        self.app = RequestLog(app, write=None if quiet else self.lines.append, tell_failure=self.failures.append)
+        self.statuses: list[int] = []
+        self.app = RequestLog(
+            app, write=self.lines.append, tell_failure=self.failures.append, count=self.statuses.append
+        )
 
     def ask(self, *args, **more):
         return ask(self.app, *args, **more)
@@ -117,7 +120,18 @@ def test_a_client_that_left_early_is_told_too():
     assert (logged.entry["status"], logged.entry["complete"], logged.failures) == (None, False, [])
 
 
-def test_quiet_tells_nothing_but_failures():
-    logged = Logged(quiet=True)
+def test_a_client_that_does_not_read_is_no_failure():
+    async def cut_off(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        raise ConnectionAbortedError("the client does not read")
+
+    logged = Logged(cut_off)
     logged.ask(scope())
-    assert logged.lines == []
+    assert (logged.entry["status"], logged.entry["complete"], logged.failures) == (200, False, [])
+
+
+def test_every_answer_is_counted_by_its_status():
+    logged = Logged()
+    for path in ("/", "/health"):
+        logged.ask(scope(path=path))
+    assert logged.statuses == [200, 200]

@@ -1,119 +1,104 @@
 import asyncio
-from dataclasses import fields
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from support.server import Running, serving, tiny_llm
 
 import llama.server.metrics
 from llama.answer import Completion, Event
-from llama.engine import EngineStats
 from llama.server.metrics import SECONDS, Metrics
 
-IDLE = dict.fromkeys((field.name for field in fields(EngineStats)), 0) | {"num_blocks": 10}
+
+class Asked:
+    """A stream that was opened at that time."""
+
+    def __init__(self, opened: float):
+        self.opened = opened
 
 
-def token(request_id, index=0, end=None):
+def token(index=0, end=None):
     completion = end and Completion("", [], end)
-    return Event(request_id, index, None if end in ("stop", "abort") else 7, completion=completion)
+    return Event(0, index, None if end in ("stop", "abort") else 7, completion=completion)
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """The time that metrics see; it stands until it is set."""
-    clock = [0.0]
-    monkeypatch.setattr(llama.server.metrics.time, "monotonic", lambda: clock[0])
-    return clock
-
-
-def samples(metrics):
+def samples(text: bytes) -> dict[tuple[str, ...], float]:
     """By name and labels but for those that all have."""
     found = {}
-    for family in text_string_to_metric_families(metrics.text().decode()):
+    for family in text_string_to_metric_families(text.decode()):
         for sample in family.samples:
             labels = dict(sample.labels)
-            assert (labels.pop("model_name"), labels.pop("engine")) == ("tiny", "0")
+            assert labels.pop("engine") == "0"
+            labels.pop("model_name")
             found[sample.name, *labels.values()] = sample.value
     return found
 
 
 def test_gauges_and_counters_stand_under_our_names_and_vllm_s():
-    metrics = Metrics("tiny", 16)
-    metrics.num_queued = 2
-    stats = EngineStats(
-        **IDLE
-        | dict(num_running=3, num_waiting=4, num_referenced_blocks=5, num_preemptions=6, num_prompt_tokens=7)
-        | dict(num_generated_tokens=8, num_queried_tokens=9, num_hit_tokens=1)
-    )
-    metrics.step(stats, [])
-    found = samples(metrics)
+    metrics, llm = Metrics(), tiny_llm()
+    metrics.watch(llm, "tiny")
+    for _ in range(2):
+        llm.complete([[1] * 40])
+    found, stats = samples(metrics.text()), llm.engine.stats()
     for prefix in ("llama_", "vllm:"):
-        assert found[f"{prefix}num_requests_running",] == 3
-        assert found[f"{prefix}num_requests_waiting",] == 6
-        assert found[f"{prefix}kv_cache_usage_perc",] == 0.5
-        assert found[f"{prefix}num_preemptions_total",] == 6
-        assert found[f"{prefix}prompt_tokens_total",] == 7
-        assert found[f"{prefix}generation_tokens_total",] == 8
-        assert found[f"{prefix}prefix_cache_queries_total",] == 9
-        assert found[f"{prefix}prefix_cache_hits_total",] == 1
-    assert found["vllm:cache_config_info", "16", "10"] == 1
+        assert found[f"{prefix}num_requests_running",] == 0
+        assert found[f"{prefix}num_requests_waiting",] == 0
+        assert found[f"{prefix}kv_cache_usage_perc",] == 0
+        assert found[f"{prefix}num_preemptions_total",] == 0
+        assert found[f"{prefix}prompt_tokens_total",] == 80
+        assert found[f"{prefix}generation_tokens_total",] == stats.num_generated_tokens > 0
+        assert found[f"{prefix}prefix_cache_queries_total",] == 80
+        assert found[f"{prefix}prefix_cache_hits_total",] == 32
+    assert found["vllm:cache_config_info", "16", str(stats.num_blocks)] == 1
+    assert 'vllm:num_requests_running{engine="0",model_name="tiny"} 0.0' in metrics.text().decode()
 
 
-def test_latencies_are_those_of_each_answer(clock):
-    metrics, stats = Metrics("tiny", 16), EngineStats(**IDLE)
-    metrics.begin(5, num_choices=2, asked=0.0)
-    for clock[0], events in [
-        (2.0, [token(5, 0), token(5, 1)]),
-        (3.0, [token(5, 0), token(8)]),  # nobody began 8: it is somebody else's
-        (5.0, [token(5, 0, end="length"), token(5, 1, end="stop")]),
-    ]:
-        metrics.step(stats, events)
-    found = samples(metrics)
+def test_latencies_are_those_of_each_answer():
+    metrics, stream = Metrics(), Asked(1.0)
+    metrics.step([(stream, [token(0), token(1)])], now=3.0)
+    metrics.step([(stream, [token(0)]), (Asked(0.0), [token(0)])], now=4.0)
+    metrics.step([(stream, [token(0, end="length"), token(1, end="stop")])], now=6.0)
+    found = samples(metrics.text())
     for prefix, whole in (("llama_", "request_latency"), ("vllm:", "e2e_request_latency")):
-        assert found[f"{prefix}time_to_first_token_seconds_count",] == 2
-        assert found[f"{prefix}time_to_first_token_seconds_sum",] == 4
+        assert found[f"{prefix}time_to_first_token_seconds_count",] == 3
+        assert found[f"{prefix}time_to_first_token_seconds_sum",] == 2 + 2 + 4
         assert found[f"{prefix}inter_token_latency_seconds_count",] == 2
-        assert found[f"{prefix}inter_token_latency_seconds_sum",] == 3
+        assert found[f"{prefix}inter_token_latency_seconds_sum",] == 1 + 2
         assert found[f"{prefix}{whole}_seconds_sum",] == 10
         assert found[f"{prefix}request_success_total", "length"] == 1
         assert found[f"{prefix}request_success_total", "stop"] == 1
 
 
-def test_a_histogram_counts_up_to_each_of_its_bounds(clock):
-    metrics = Metrics("tiny", 16)
+def test_a_histogram_counts_up_to_each_of_its_bounds():
+    metrics = Metrics()
     for seconds in (0.001, 0.0011, 601):
         metrics.first_token.observe(seconds)
-    found = samples(metrics)
+    found = samples(metrics.text())
     buckets = {bound: found["llama_time_to_first_token_seconds_bucket", bound] for bound in map(str, SECONDS)}
     assert (buckets["0.001"], buckets["0.0025"], buckets["600.0"]) == (1, 2, 2)
     assert found["llama_time_to_first_token_seconds_bucket", "+Inf"] == 3
 
 
-def test_an_ended_request_is_forgotten(clock):
-    metrics = Metrics("tiny", 16)
-    for end in ("stop", "length", "abort", "error"):
-        metrics.begin(1, num_choices=1, asked=0.0)
-        metrics.step(EngineStats(**IDLE), [token(1, end=end)])
-    assert metrics._times == {}
-    assert samples(metrics)["llama_aborted_total",] == 1
+def test_a_stream_that_is_gone_is_forgotten():
+    metrics = Metrics()
+    metrics.step([(Asked(0.0), [token()])], now=1.0)
+    assert len(metrics._latest) == 0
 
 
 def test_answers_are_counted_by_status():
-    metrics = Metrics("tiny", 16)
+    metrics = Metrics()
     for status in (200, 200, 429):
-        metrics.answer(status)
-    metrics.num_refused += 1
-    found = samples(metrics)
+        metrics.count(status)
+    found = samples(metrics.text())
     assert (found["llama_http_responses_total", "200"], found["llama_http_responses_total", "429"]) == (2, 1)
-    assert found["llama_refused_total",] == 1
 
 
-def test_before_the_first_step_there_is_text_too():
-    assert ("llama_num_requests_running",) not in samples(Metrics("tiny", 16))
+def test_before_a_model_is_there_there_is_text_too():
+    assert ("llama_num_requests_running",) not in samples(Metrics().text())
 
 
 def test_the_event_loop_is_watched(monkeypatch):
     monkeypatch.setattr(llama.server.metrics, "LAG_PERIOD", 0)
-    metrics = Metrics("tiny", 16)
+    metrics = Metrics()
 
     async def watch():
         task = asyncio.create_task(metrics.watch_loop())
@@ -122,4 +107,50 @@ def test_the_event_loop_is_watched(monkeypatch):
         task.cancel()
 
     asyncio.run(watch())
-    assert samples(metrics)["llama_event_loop_lag_seconds_count",] > 5
+    assert samples(metrics.text())["llama_event_loop_lag_seconds_count",] > 5
+
+
+# ---- of a server
+
+
+@pytest.fixture(scope="module")
+def running():
+    with serving(name="tiny") as server:
+        yield server
+
+
+def read(running: Running) -> dict[tuple[str, ...], float]:
+    response = running.open("GET", "/metrics")
+    assert response.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    return samples(response.read())
+
+
+def test_a_server_tells_what_it_answered(running):
+    before = read(running)
+    body = {"model": "m", "prompt": [1, 2, 3], "max_tokens": 5, "n": 2, "ignore_eos": True}
+    assert running.post("/v1/completions", body)[0] == 200
+    assert running.post("/v1/completions", {"model": "m"})[0] == 400
+    after = read(running)
+
+    def rise(*name):
+        return after[name] - before.get(name, 0)
+
+    assert rise("vllm:prompt_tokens_total") == 3
+    assert rise("vllm:generation_tokens_total") == 10
+    assert rise("vllm:time_to_first_token_seconds_count") == 2
+    assert rise("vllm:inter_token_latency_seconds_count") == 8
+    assert rise("vllm:request_success_total", "length") == 2
+    assert rise("llama_http_responses_total", "200") == 2  # with the first look at the metrics
+    assert rise("llama_http_responses_total", "400") == 1
+
+
+def test_an_answer_that_nobody_waits_for_is_counted(running):
+    before = read(running)
+    response = running.open(
+        "POST", "/v1/completions", {"model": "m", "prompt": [1], "stream": True, "ignore_eos": True, "n": 2}
+    )
+    response.read(10)
+    response.close()
+    while running.call(lambda: len(running.server.engine.streams)):
+        pass
+    assert read(running)["llama_aborted_total",] - before["llama_aborted_total",] == 2

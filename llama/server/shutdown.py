@@ -1,0 +1,62 @@
+"""How a server ends: what has begun may go on for a while, nothing new begins, and everybody is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+
+import uvicorn
+
+from llama.server.server import Server
+
+LOOK = 0.05  # seconds between two looks at what is still open
+FAREWELL = 0.5  # seconds for the last words of streams that are cut off
+
+
+class Shutdown:
+    """What a signal asks for. A second one asks not to wait any longer.
+
+    It listens on meanwhile, so that /health can say 503 and new requests are sent elsewhere.
+    """
+
+    def __init__(self, server: Server, listener: uvicorn.Server):
+        self.server = server
+        self.listener = listener
+        self._asked = asyncio.Event()
+        self._hurried = asyncio.Event()
+
+    def ask(self) -> None:
+        if self._asked.is_set():
+            self._hurried.set()
+        self._asked.set()
+        self.server.is_draining = True
+
+    async def unless_asked(self, work: Awaitable[object]) -> bool:
+        """Waits for the work until a stop is asked for. Returns whether the work is done, or raises its error."""
+        working, asked = asyncio.ensure_future(work), asyncio.ensure_future(self._asked.wait())
+        try:
+            await asyncio.wait((working, asked), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            asked.cancel()
+        if not working.done():
+            working.cancel()
+            return False
+        working.result()
+        return True
+
+    async def drain(self) -> None:
+        """Waits for open requests, and then no longer: what is left of them is told that it ends."""
+        await self._wait(self.server.settings.shutdown_timeout)
+        self.server.engine.fail("the server is stopping")
+        self._hurried.clear()
+        await self._wait(FAREWELL)
+        if self.listener.server_state.tasks:  # whoever does not read, or sends a body without end
+            for connection in list(self.listener.server_state.connections):
+                connection.transport.abort()
+
+    async def _wait(self, seconds: float) -> None:
+        """Until no request is open, or it is asked to hurry."""
+        loop = asyncio.get_running_loop()
+        end = loop.time() + seconds
+        while self.listener.server_state.tasks and loop.time() < end and not self._hurried.is_set():
+            await asyncio.sleep(LOOK)

@@ -6,10 +6,22 @@ from llama.service.completions import COMPLETIONS
 from llama.service.embeddings import EMBEDDINGS
 from llama.service.frames import Frames
 from llama.service.messages import COUNT_TOKENS, MESSAGES
+from llama.service.ollama import OLLAMA_CHAT, OLLAMA_EMBED, OLLAMA_GENERATE
+from llama.service.ollama_model import OLLAMA_SHOW
 from llama.service.refusal import Refusal, failure
 from llama.service.tokens import DETOKENIZE, TOKENIZE
 
-__all__ = ["ENDPOINTS", "MODEL_ENDPOINTS", "Call", "Endpoint", "Frames", "Refusal", "failure", "find_endpoint"]
+__all__ = [
+    "ENDPOINTS",
+    "MODEL_ENDPOINTS",
+    "OLLAMA_ENDPOINTS",
+    "Call",
+    "Endpoint",
+    "Frames",
+    "Refusal",
+    "failure",
+    "find_endpoint",
+]
 
 # What the model answers, which batch files may ask too.
 MODEL_ENDPOINTS = {
@@ -23,4 +35,11 @@ ENDPOINTS = {
     "/v1/messages/count_tokens": COUNT_TOKENS,
     "/tokenize": TOKENIZE,
     "/detokenize": DETOKENIZE,
+}
+# Only where it is asked for: a server that looks like Ollama is asked by whatever looks for one.
+OLLAMA_ENDPOINTS = {
+    "/api/chat": OLLAMA_CHAT,
+    "/api/generate": OLLAMA_GENERATE,
+    "/api/embed": OLLAMA_EMBED,
+    "/api/show": OLLAMA_SHOW,
 }

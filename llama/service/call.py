@@ -54,6 +54,7 @@ class Call:
     model: str  # by which the answer calls it
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))  # seconds
+    opened: int = field(default_factory=time.perf_counter_ns)  # when it was understood
 
     @classmethod
     def open(

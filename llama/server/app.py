@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -16,7 +16,8 @@ from llama.server.metrics import CONTENT_TYPE
 from llama.server.models import slots
 from llama.server.response import CallResponse, refusal_response
 from llama.server.server import Server
-from llama.service import ENDPOINTS, Endpoint, Refusal
+from llama.service import ENDPOINTS, OLLAMA_ENDPOINTS, Endpoint, Refusal, error_form
+from llama.service.ollama_model import OLLAMA_VERSION, ollama_running, ollama_tags
 from llama.version import VERSION
 
 STATUSES = {
@@ -38,7 +39,8 @@ def make_app(server: Server) -> FastAPI:
     """The routes; what stands around them is `run`'s to add."""
     app = FastAPI(title="llama", version=VERSION, docs_url="/docs", redoc_url=None, redirect_slashes=False)
     responses = {status: {"description": text} for status, text in STATUSES.items()}
-    for url, endpoint in ENDPOINTS.items():
+    endpoints = ENDPOINTS | (OLLAMA_ENDPOINTS if server.settings.ollama else {})
+    for url, endpoint in endpoints.items():
         body = {"required": True, "content": {"application/json": {"schema": ref(endpoint)}}}
         app.add_api_route(
             url,
@@ -51,13 +53,13 @@ def make_app(server: Server) -> FastAPI:
         )
     add_information(app, server, responses)
     add_errors(app)
-    document_bodies(app)
+    document_bodies(app, endpoints.values())
     return app
 
 
 def content_types(endpoint: Endpoint) -> dict[str, Any]:
     return {"application/json": {"schema": {"type": "object"}}} | (
-        {"text/event-stream": {"schema": {"type": "string"}}} if endpoint.frames else {}
+        {endpoint.frames.media_type: {"schema": {"type": "string"}}} if endpoint.frames else {}
     )
 
 
@@ -131,13 +133,35 @@ def add_information(app: FastAPI, server: Server, responses: dict[int, dict[str,
         """What the tokenizer is, as vLLM has it."""
         return server.model.tokenizer_info()
 
+    if not server.settings.ollama:
+        return
+
+    @get("/api/version", needs_model=False)
+    def ollama_version() -> dict[str, Any]:
+        """The version of Ollama's API."""
+        return {"version": OLLAMA_VERSION}
+
+    @get("/api/tags")
+    def tags() -> dict[str, Any]:
+        """The models that there are, as Ollama has them."""
+        return ollama_tags(server.llm, server.model.name)
+
+    @get("/api/ps")
+    def in_memory() -> dict[str, Any]:
+        """The models in memory, as Ollama has them."""
+        return ollama_running(server.llm, server.model.name)
+
+    @app.head("/", include_in_schema=False)
+    async def is_up() -> Response:
+        """Ollama's own command asks so whether anybody is there."""
+        return Response()
+
 
 def add_errors(app: FastAPI) -> None:
     """Every error has the form of its wire, and none tells how the server is made."""
 
     def error_json(request: Request) -> Callable[[Refusal], dict[str, Any]]:
-        endpoint = ENDPOINTS.get(request.scope["path"])
-        return endpoint.error_json if endpoint else Refusal.to_json
+        return error_form(request.scope["path"])
 
     @app.exception_handler(Refusal)
     async def refused(request: Request, error: Refusal) -> Response:
@@ -155,14 +179,14 @@ def add_errors(app: FastAPI) -> None:
         return refusal_response(unexpected(request.state.request_id), error_json(request))
 
 
-def document_bodies(app: FastAPI) -> None:
+def document_bodies(app: FastAPI, endpoints: Iterable[Endpoint]) -> None:
     """Adds the bodies' schemas, which routes only refer to, to the description that FastAPI makes."""
     made = app.openapi
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = made()
-            bodies = {endpoint.body for endpoint in ENDPOINTS.values()}
+            bodies = {endpoint.body for endpoint in endpoints}
             modes = [(body, "validation") for body in sorted(bodies, key=lambda body: body.__name__)]
             _, definitions = models_json_schema(modes, ref_template="#/components/schemas/{model}")
             schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])

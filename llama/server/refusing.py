@@ -7,15 +7,13 @@ from collections.abc import Iterable
 
 from starlette.types import Scope, Send
 
-from llama.service import ENDPOINTS, Refusal
+from llama.service import Refusal, error_form
 
 Header = tuple[bytes, bytes]
 
 
 def error_body(path: str, refusal: Refusal) -> bytes:
-    """OpenAI's body, unless the path's endpoint has another."""
-    endpoint = ENDPOINTS.get(path)
-    return json.dumps(refusal.to_json() if endpoint is None else endpoint.error_json(refusal)).encode()
+    return json.dumps(error_form(path)(refusal)).encode()
 
 
 async def refuse(

@@ -23,6 +23,7 @@ class ServerSettings:
     name: str | None = _setting(None, "What the model is called in /v1/models; its path's name if left out.")
     strict_model: bool = _setting(False, "Refuse requests for a model of another name.")
     ignore_unknown: bool = _setting(False, "Ignore fields that are not known instead of refusing them.")
+    ollama: bool = _setting(False, "Serve Ollama's /api routes too, for editors that look for them.")
     max_queue: int = _setting(128, "Requests taken in at one time, at work or waiting; more get 429.", least=1)
     max_n: int = _setting(16, "The most answers to one request.", least=1)
     api_key: list[str] | None = _setting(None, "Ask for one of these keys; several times, or joined by commas.")

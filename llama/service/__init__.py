@@ -1,12 +1,15 @@
 """What a request means, once: for each endpoint what its body asks of the model, and the answer."""
 
+from collections.abc import Callable
+from typing import Any
+
 from llama.service.call import Call, Endpoint, find_endpoint
 from llama.service.chat import CHAT
 from llama.service.completions import COMPLETIONS
 from llama.service.embeddings import EMBEDDINGS
 from llama.service.frames import Frames
 from llama.service.messages import COUNT_TOKENS, MESSAGES
-from llama.service.ollama import OLLAMA_CHAT, OLLAMA_EMBED, OLLAMA_GENERATE
+from llama.service.ollama import OLLAMA_CHAT, OLLAMA_EMBED, OLLAMA_GENERATE, ollama_error
 from llama.service.ollama_model import OLLAMA_SHOW
 from llama.service.refusal import Refusal, failure
 from llama.service.tokens import DETOKENIZE, TOKENIZE
@@ -19,6 +22,7 @@ __all__ = [
     "Endpoint",
     "Frames",
     "Refusal",
+    "error_form",
     "failure",
     "find_endpoint",
 ]
@@ -43,3 +47,10 @@ OLLAMA_ENDPOINTS = {
     "/api/embed": OLLAMA_EMBED,
     "/api/show": OLLAMA_SHOW,
 }
+
+
+def error_form(path: str) -> Callable[[Refusal], dict[str, Any]]:
+    """What an error's body looks like to the clients that ask at this path: OpenAI's, unless it has another."""
+    if path in ENDPOINTS:
+        return ENDPOINTS[path].error_json
+    return ollama_error if path.startswith("/api/") else Refusal.to_json

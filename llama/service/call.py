@@ -38,7 +38,7 @@ class Endpoint:
     body: type[Body]
     prepare: Callable[[Llama, Any], list[Query]]  # raises ValueError
     respond: Callable[[Llama, Call, Sequence[Completion]], dict[str, Any]]
-    frames: Callable[[Llama, Call], Frames] | None = None  # None: it is answered in one piece only
+    frames: type[Frames] | None = None  # made of (llm, call); None: it is answered in one piece only
     error_json: Callable[[Refusal], dict[str, Any]] = Refusal.to_json
     prompt: str = "prompt"  # the field that holds it
     needs_model: bool = False  # over HTTP, where a client has to name one

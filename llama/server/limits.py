@@ -21,6 +21,19 @@ class Gone(Exception):
     """The client left while it was sending."""
 
 
+class Incoming:
+    """What a client sends, and whether it has sent all of it."""
+
+    def __init__(self, receive: Receive):
+        self.receive = receive
+        self.is_complete = False
+
+    async def __call__(self) -> Message:
+        message = await self.receive()
+        self.is_complete = message["type"] != "http.request" or not message.get("more_body", False)
+        return message
+
+
 class BodyLimits:
     """Middleware: reads the whole body before `app` sees the request, unless `check` refuses all of them now.
 
@@ -41,19 +54,21 @@ class BodyLimits:
         if "content-length" not in headers and "transfer-encoding" not in headers:
             await self.app(scope, receive, send)
             return
+        incoming = Incoming(receive)
         try:
             self.check()
             self._check_length(headers)
             check_type(headers)
-            body = await self._read(receive)
+            body = await self._read(incoming)
         except Refusal as refusal:
             await refuse(scope, send, refusal, [CLOSE], is_last=False)
-            await linger(receive)
+            if refusal.status != 408:
+                await linger(incoming)
             await send({"type": "http.response.body"})
             return
         except Gone:
             return
-        await self.app(scope, replayed(body, receive), send)
+        await self.app(scope, replayed(body, incoming), send)
 
     def _check_length(self, headers: Headers) -> None:
         length = headers.get("content-length", "0")
@@ -62,21 +77,20 @@ class BodyLimits:
         if len(length) > 18 or int(length) > self.max_bytes:
             raise self._too_large()
 
-    async def _read(self, receive: Receive) -> bytes:
+    async def _read(self, incoming: Incoming) -> bytes:
         body = bytearray()
         try:
             async with asyncio.timeout(self.timeout) as timeout:
                 end = timeout.when()
-                while True:
-                    message = await receive()
+                while not incoming.is_complete:
+                    message = await incoming()
                     if message["type"] == "http.disconnect":
                         raise Gone
                     body += message.get("body", b"")
                     if len(body) > self.max_bytes:
                         raise self._too_large()
-                    if not message.get("more_body", False):
-                        return bytes(body)
                     timeout.reschedule(end + len(body) / LEAST_RATE)
+                return bytes(body)
         except TimeoutError:
             message = f"the body is not complete after {self.timeout:g} s: send it faster"
             raise Refusal(message, status=408, code="request_timeout") from None
@@ -100,14 +114,12 @@ def check_type(headers: Headers) -> None:
         raise Refusal(message, status=415, code="unsupported_media_type")
 
 
-async def linger(receive: Receive) -> None:
+async def linger(incoming: Incoming) -> None:
     """Drops what the client still sends, until it has sent all or LINGER is over."""
     with suppress(TimeoutError):
         async with asyncio.timeout(LINGER):
-            more = True
-            while more:
-                message = await receive()
-                more = message["type"] == "http.request" and message.get("more_body", False)
+            while not incoming.is_complete:
+                await incoming()
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,6 +18,8 @@ from llama.service import Call, Endpoint, Refusal
 
 RETRY_AFTER = 1  # seconds
 LAST_STEP = 0.5  # seconds that the engine's thread has to end its step
+
+HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # what may become half of a character outside the basic plane
 
 
 class Server:
@@ -121,8 +124,11 @@ class Server:
 
 
 def read_body(body: bytes) -> Any:
-    """Raises Refusal for what is no JSON, or is nested too deeply to be meant."""
+    """Raises Refusal for what is no JSON, is nested too deeply to be meant, or holds halves of characters."""
     try:
-        return json.loads(body)
+        parsed = json.loads(body)
+        if HALF.search(body):
+            json.dumps(parsed, ensure_ascii=False).encode()
+        return parsed
     except (ValueError, RecursionError) as error:
         raise Refusal(f"the body is no JSON: {error}", code="invalid_json") from error

@@ -70,8 +70,7 @@ def test_but_not_for_ever(monkeypatch):
     assert answer.messages[-1] == {"type": "http.response.body"}
 
 
-def test_a_body_that_stays_away_is_refused(monkeypatch):
-    monkeypatch.setattr(llama.server.limits, "LINGER", 0)
+def test_a_body_that_stays_away_is_refused():
     answer = post(BodyLimits(echo, max_bytes=10, timeout=0), [b"0"], length=2, then="stalls")
     assert (answer.status, answer.error["code"]) == (408, "request_timeout")
     assert answer.error["message"] == "the body is not complete after 0 s: send it faster"

@@ -5,6 +5,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.server import Running, serving, tiny_llm
 
 import llama.server.metrics
+from llama import SamplingParams
 from llama.answer import Completion, Event
 from llama.server.metrics import SECONDS, Metrics
 
@@ -37,7 +38,7 @@ def test_gauges_and_counters_stand_under_our_names_and_vllm_s():
     metrics, llm = Metrics(), tiny_llm()
     metrics.watch(llm, "tiny")
     for _ in range(2):
-        llm.complete([[1] * 40])
+        llm.complete([[1] * 40], SamplingParams(max_tokens=3))
     found, stats = samples(metrics.text()), llm.engine.stats()
     for prefix in ("llama_", "vllm:"):
         assert found[f"{prefix}num_requests_running",] == 0
@@ -151,6 +152,5 @@ def test_an_answer_that_nobody_waits_for_is_counted(running):
     )
     response.read(10)
     response.close()
-    while running.call(lambda: len(running.server.engine.streams)):
-        pass
+    running.wait_until_idle()
     assert read(running)["llama_aborted_total",] - before["llama_aborted_total",] == 2

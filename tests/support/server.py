@@ -50,6 +50,18 @@ class Running:
     def post(self, path: str, body: Any, **headers: str) -> tuple[int, Any]:
         return read(self.open("POST", path, body, headers))
 
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """Until a condition holds in the server's loop."""
+        for _ in range(100_000):
+            if self.call(condition):
+                return
+        raise AssertionError("it never came to be")
+
+    def wait_until_idle(self) -> None:
+        """Until nothing is held for any request."""
+        self.wait_until(lambda: not self.server.engine.streams)
+        self.wait_until(lambda: not self.server.llm.engine.stats().num_referenced_blocks)
+
     def call(self, function: Callable[[], Any]) -> Any:
         """What a function returns that runs in the server's loop."""
 
@@ -71,7 +83,7 @@ def serving(build: Callable[[], Llama] = tiny_llm, **settings: Any) -> Iterator[
     started: list[Running] = []
     is_up = threading.Event()
     failed: list[BaseException] = []
-    given = ServerSettings(**{"port": 0, **settings})
+    given = ServerSettings(**{"port": 0, "quiet": True, **settings})
     listening = bound(given)
 
     def started_as(server: Server, stop: Callable[[], None]) -> None:

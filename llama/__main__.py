@@ -15,6 +15,7 @@ import typer
 from llama.options import CONFIG, MODEL, SAMPLER, takes
 from llama.program import fail, running
 from llama.server.settings import SERVER, ServerSettings
+from llama.server.tutorial import TUTORIAL_PORT, TutorialOptions, tutorial_load
 from llama.streams import note, tell
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs
@@ -131,18 +132,30 @@ def serve(
         str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP, envvar="LLAMA_MODEL", show_envvar=False)
     ] = None,
     config: CONFIG = None,
+    model_path: Annotated[str | None, typer.Option("--model_path", hidden=True)] = None,
+    gpus: Annotated[str | None, typer.Option("--gpus", hidden=True)] = None,
+    infer_dtype: Annotated[str | None, typer.Option("--infer_dtype", hidden=True)] = None,
+    model_source: Annotated[str | None, typer.Option("--model_source", hidden=True)] = None,
     *,
+    context: typer.Context,
     listen: dict[str, Any],
     load: dict[str, Any],
 ) -> None:
     """Serve a model to OpenAI's clients, over HTTP.
 
-    Every option may also stand in the environment, as LLAMA_PORT for --port, or in the file that --config names.
+    Every option may also stand in the environment, as LLAMA_PORT for --port, or in the file that --config names. The
+    tutorials' --model_path, --gpus, --infer_dtype and --model_source work too; the port is then 8001.
     """
     try:
         from llama.server.run import run_server
     except ModuleNotFoundError as error:
         raise RuntimeError(f"{error.name} is missing: pip install 'llama-native[server]'") from error
+    tutorial = TutorialOptions(model_path, gpus, infer_dtype, model_source)
+    if tutorial.is_given:
+        load |= tutorial_load(tutorial)
+        model = model or model_path
+        if context.get_parameter_source("port").name == "DEFAULT":
+            listen["port"] = TUTORIAL_PORT
     from llama.checkpoint import DEFAULT_SETTINGS
 
     def built() -> Llama:

@@ -13,6 +13,7 @@ from llama.server.settings import SERVER
 
 MODEL_FLAGS = ["tokenizer", "chat-format", "max-seq-len", "device", "dtype", "quantization", "kv-dtype"]
 SAMPLER_FLAGS = ["temperature", "top-p", "top-k", "repetition-penalty", "max-tokens", "stop", "seed"]
+TUTORIAL_FLAGS = ["model_path", "gpus", "infer_dtype", "model_source"]
 FLAGS = {
     "chat": ["system", "history", *MODEL_FLAGS, *SAMPLER_FLAGS],
     "complete": ["prompt", "stream", "echo", *MODEL_FLAGS, *SAMPLER_FLAGS],
@@ -20,7 +21,7 @@ FLAGS = {
     "convert": ["to", "shards", "max-shard-size", "dtype", "input_dir", "output_dir", "model_size"],
     "quantize": ["type"],
     "inspect": ["estimate", "max-seq-len", "max-batch-size", "ranks", "kv-dtype"],
-    "serve": ["config", *MODEL_FLAGS, *(option.name.replace("_", "-") for option in SERVER)],
+    "serve": ["config", *TUTORIAL_FLAGS, *MODEL_FLAGS, *(option.name.replace("_", "-") for option in SERVER)],
     "verify": [],
     "perplexity": ["file", "encoding", "window", "stride", *MODEL_FLAGS],
 }

@@ -13,6 +13,7 @@ from llama.service.ollama import OLLAMA_CHAT, OLLAMA_EMBED, OLLAMA_GENERATE, oll
 from llama.service.ollama_model import OLLAMA_SHOW
 from llama.service.refusal import Refusal, failure
 from llama.service.tokens import DETOKENIZE, TOKENIZE
+from llama.service.tutorial import GENERATE
 
 __all__ = [
     "ENDPOINTS",
@@ -39,6 +40,7 @@ ENDPOINTS = {
     "/v1/messages/count_tokens": COUNT_TOKENS,
     "/tokenize": TOKENIZE,
     "/detokenize": DETOKENIZE,
+    "/generate": GENERATE,
 }
 # Only where it is asked for: a server that looks like Ollama is asked by whatever looks for one.
 OLLAMA_ENDPOINTS = {

@@ -1,0 +1,118 @@
+"""The tutorials' command and its client, as somebody has them who followed one."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from support.meta_files import save_meta, save_tokenizer
+from support.server import Running
+from support.tiny import tiny_args, tiny_weights
+from typer.testing import CliRunner
+
+from llama import __main__ as command_line
+from llama.checkpoint import open_checkpoint, save_low_bit
+from llama.quantization import resolve_format
+from llama.server import run
+from llama.server.tutorial import TutorialOptions, tutorial_load
+
+
+def test_the_tutorials_client_gets_its_answer(running: Running):
+    """The body of accelerate_client.py, field for field."""
+    history = [
+        {"role": "Human", "content": "你好"},
+        {"role": "Assitant", "content": "你好,我是LLama2中文大语言模型"},
+        {"role": "Human", "content": "推荐几部电影"},
+    ]
+    payload = {
+        "system_prompt": "",
+        "history": history,
+        "n": 1,
+        "best_of": 1,
+        "presence_penalty": 1.2,
+        "frequency_penalty": 0.2,
+        "temperature": 0.3,
+        "top_p": 0.95,
+        "top_k": 50,
+        "use_beam_search": False,
+        "stop": [],
+        "ignore_eos": False,
+        "logprobs": None,
+        "max_new_tokens": 2048,
+    }
+    status, answer = running.post("/generate", payload)
+    assert (status, answer["status"]) == (200, 200)
+    assert isinstance(answer["response"], str)
+    assert json.dumps(answer, ensure_ascii=False, indent=2)
+    status, answer = running.post("/generate", {**payload, "use_beam_search": True})
+    assert (status, answer["status"]) == (400, 400)
+
+
+@pytest.mark.parametrize(
+    ("given", "machine", "load"),
+    [
+        (dict(model_path="m"), {}, dict(quantization="sym_int8")),
+        (dict(model_path="m", infer_dtype="int4"), {}, dict(quantization="sym_int4")),
+        (dict(model_path="m", infer_dtype="int4"), dict(is_low_bit=True), {}),
+        (dict(model_path="m", infer_dtype="float16"), {}, {}),
+        (dict(model_path="m", infer_dtype="float16"), dict(has_gpu=True), dict(dtype="fp16")),
+        (dict(gpus="0,1"), {}, dict(device="cpu")),
+        (dict(gpus="0,1"), dict(has_gpu=True), dict(device="cuda")),
+        (dict(model_source="llama2_chinese"), {}, dict(chat_format="atom")),
+        (dict(model_source="llama2_meta"), {}, dict(chat_format="llama2")),
+        (dict(model_source="llama3_meta"), {}, dict(chat_format="llama3")),
+    ],
+)
+def test_the_tutorials_options_are_some_of_ours(given, machine, load):
+    assert TutorialOptions(**given).load(**{"has_gpu": False, "is_low_bit": False, **machine}) == load
+
+
+def test_graphics_cards_are_those_that_were_named():
+    options = TutorialOptions(gpus="0,1")
+    assert options.environment == {"CUDA_VISIBLE_DEVICES": "0,1"}
+    assert TutorialOptions().environment == {}
+    assert "runs on the processor" in options.warnings(has_gpu=False, num_ranks=1)[0]
+    assert "torchrun --nproc_per_node 2" in options.warnings(has_gpu=True, num_ranks=1)[0]
+    assert options.warnings(has_gpu=True, num_ranks=2) == []
+    assert TutorialOptions(model_path="m").warnings(has_gpu=False, num_ranks=1) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (dict(infer_dtype="int3"), r"^--infer_dtype is 'int3': give int4, int8, float16$"),
+        (dict(model_source="x"), r"^--model_source is 'x': give llama2_chinese, llama2_meta, llama3_meta$"),
+        (dict(gpus="all"), r"^--gpus is 'all': give numbers of graphics cards, as 0 or 0,1$"),
+    ],
+)
+def test_what_the_tutorials_do_not_have_is_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        TutorialOptions(**given)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("tutorial")
+    save_tokenizer(directory / "tokenizer.model")
+    args = tiny_args(vocab_size=400, multiple_of=64)
+    return save_meta(directory / "model", args, tiny_weights(args))
+
+
+def test_a_low_bit_checkpoint_is_served_as_it_is(checkpoint, tmp_path):
+    asked = TutorialOptions(str(checkpoint), infer_dtype="int4")
+    assert tutorial_load(asked) == {"quantization": "sym_int4"}
+    save_low_bit(open_checkpoint(checkpoint), tmp_path / "low", resolve_format("nf4"))
+    assert tutorial_load(TutorialOptions(str(tmp_path / "low"), infer_dtype="int4")) == {}
+
+
+def test_the_command_listens_where_the_client_looks(checkpoint, monkeypatch):
+    started = []
+    monkeypatch.setattr(run, "run_server", lambda build, settings: started.append((build(), settings)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    words = f"serve --model_path {checkpoint} --gpus 0 --infer_dtype int8 --model_source llama2_chinese".split()
+    for more in ([], ["--port", "8000"]):
+        CliRunner().invoke(command_line.app, words + more, catch_exceptions=False)
+    (llm, settings), (_, other) = started
+    assert (settings.port, other.port, settings.host) == (8001, 8000, "127.0.0.1")
+    assert (llm.quantization, llm.chat_format.name) == ("sym_int8", "atom")
+    assert str(llm.checkpoint.path) == str(checkpoint)

@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["llama", "llama.*"]),
-    package_data={"llama.kernels": ["csrc/*"]},
+    package_data={"llama.kernels": ["csrc/*"], "llama.server": ["page/*", "page/vendor/*", "page/vendor/fonts/*"]},
     ext_modules=build["extensions"](),
     cmdclass={"build_ext": build["ParallelBuild"]},
     install_requires=[

@@ -14,6 +14,7 @@ from starlette.responses import Response
 from llama.server.logs import unexpected
 from llama.server.metrics import CONTENT_TYPE
 from llama.server.models import slots
+from llama.server.page_files import add_page
 from llama.server.response import CallResponse, refusal_response
 from llama.server.server import Server
 from llama.service import ENDPOINTS, OLLAMA_ENDPOINTS, Endpoint, Refusal, error_form
@@ -52,6 +53,7 @@ def make_app(server: Server) -> FastAPI:
             openapi_extra={"requestBody": body},
         )
     add_information(app, server, responses)
+    add_page(app)
     add_errors(app)
     document_bodies(app, endpoints.values())
     return app

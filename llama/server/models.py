@@ -64,6 +64,8 @@ class ServedModel:
             "bos_token": control_text(self.llm, tokenizer.bos_id),
             "eos_token": control_text(self.llm, tokenizer.eos_id),
             "modalities": {"vision": False, "audio": False},
+            "stop": list(self.llm.chat_format.stop),  # ours, with the next: what ends an answer of a chat
+            "stop_token_ids": sorted(self.llm.chat_format.stop_ids),
             "build_info": f"llama-native {VERSION}",
         }
 

@@ -12,7 +12,7 @@ from llama.service.messages import COUNT_TOKENS, MESSAGES
 from llama.service.ollama import OLLAMA_CHAT, OLLAMA_EMBED, OLLAMA_GENERATE, ollama_error
 from llama.service.ollama_model import OLLAMA_SHOW
 from llama.service.refusal import Refusal, failure
-from llama.service.tokens import DETOKENIZE, TOKENIZE
+from llama.service.tokens import APPLY_TEMPLATE, DETOKENIZE, TOKENIZE
 from llama.service.tutorial import GENERATE
 
 __all__ = [
@@ -41,6 +41,7 @@ ENDPOINTS = {
     "/tokenize": TOKENIZE,
     "/detokenize": DETOKENIZE,
     "/generate": GENERATE,
+    "/apply-template": APPLY_TEMPLATE,
 }
 # Only where it is asked for: a server that looks like Ollama is asked by whatever looks for one.
 OLLAMA_ENDPOINTS = {

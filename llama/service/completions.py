@@ -17,6 +17,7 @@ from llama.service.openai import (
     Usage,
     UsageFrames,
     head,
+    logprob_entries,
     opened_head,
     text_logprobs,
     text_offsets,
@@ -35,6 +36,7 @@ class CompletionRequest(SamplingBody):
     stream: bool = False
     stream_options: StreamOptions | None = None
     cache_salt: str = ""
+    return_token_ids: bool = False  # vLLM's; with logprobs their entries too, as chats have them
     best_of: int | None = None
     suffix: Unserved = None
     user: Ignored = None
@@ -76,12 +78,14 @@ def prompt_tokens(llm: Llama, field: str, prompts: Prompts) -> list[list[int]]:
 
 
 def completion_response(llm: Llama, call: Call, completions: Sequence[Completion]) -> dict[str, Any]:
+    with_ids = call.body.return_token_ids
     choices = [
         {
             "index": index,
             "text": completion.text,
-            "logprobs": completion_logprobs(completion, llm.tokenizer),
+            "logprobs": completion_logprobs(completion, llm.tokenizer, with_ids),
             "finish_reason": completion.finish_reason,
+            **({"token_ids": completion.tokens} if with_ids else {}),
         }
         for index, completion in enumerate(completions)
     ]
@@ -92,13 +96,14 @@ def completion_response(llm: Llama, call: Call, completions: Sequence[Completion
     }
 
 
-def completion_logprobs(completion: Completion, tokenizer: Tokenizer) -> dict[str, Any] | None:
+def completion_logprobs(completion: Completion, tokenizer: Tokenizer, with_ids: bool = False) -> dict[str, Any] | None:
     """Of all its tokens, an echoed prompt's among them."""
     if completion.logprobs is None:
         return None
     entries = [*(completion.prompt_logprobs or ()), *completion.logprobs]
     offsets = text_offsets(completion, tokenizer)
-    return {**text_logprobs(entries, completion.tokens, tokenizer), "text_offset": offsets}
+    found = {**text_logprobs(entries, completion.tokens, tokenizer), "text_offset": offsets}
+    return {**found, "content": logprob_entries(entries, tokenizer)} if with_ids else found
 
 
 class CompletionFrames(OpenAIFrames):
@@ -107,6 +112,7 @@ class CompletionFrames(OpenAIFrames):
     def __init__(self, llm: Llama, call: Call):
         self._tokenizer = llm.tokenizer
         self._queries = call.queries
+        self._with_ids = call.body.return_token_ids
         self._opened = opened_head(call, "cmpl", "text_completion")
         self._usage = UsageFrames(Usage.of(call.queries), call.body.stream_options)
         self._offsets: dict[int, TextOffsets] = defaultdict(lambda: TextOffsets(llm.tokenizer))
@@ -122,19 +128,23 @@ class CompletionFrames(OpenAIFrames):
         self._usage.usage.take(delta)
         params = self._queries[delta.place].params
         is_whole = params.echo and params.logprobs is not None  # the prompt's are known at the end only
-        if not delta.says_something or (is_whole and delta.completion is None):
+        says_something = delta.says_something or (self._with_ids and delta.tokens)
+        if not says_something or (is_whole and delta.completion is None):
             return ""
         index = delta.place * params.n + delta.index
         text = delta.completion.text if is_whole else delta.text
         logprobs = "null"
         if is_whole:
-            logprobs = json_line(completion_logprobs(delta.completion, self._tokenizer))
+            logprobs = json_line(completion_logprobs(delta.completion, self._tokenizer, self._with_ids))
         elif params.logprobs is not None:
-            offsets = self._offsets[index].take(delta.tokens)
             found = text_logprobs(delta.logprobs, delta.tokens, self._tokenizer)
-            logprobs = json_line({**found, "text_offset": offsets})
+            found["text_offset"] = self._offsets[index].take(delta.tokens)
+            if self._with_ids:
+                found["content"] = logprob_entries(delta.logprobs, self._tokenizer)
+            logprobs = json_line(found)
+        ids = f',"token_ids":{json_line(delta.completion.tokens if is_whole else delta.tokens)}' * self._with_ids
         finish = json_line(delta.finish_reason)
-        choice = f'{{"index":{index},"text":{json_line(text)},"logprobs":{logprobs},"finish_reason":{finish}}}'
+        choice = f'{{"index":{index},"text":{json_line(text)},"logprobs":{logprobs},"finish_reason":{finish}{ids}}}'
         return server_sent(f'{self._opened},"choices":[{choice}]{self._usage.tail}')
 
 

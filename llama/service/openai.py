@@ -98,18 +98,21 @@ class UsageFrames:
 def chat_logprobs(logprobs: Sequence[Logprob] | None, tokenizer: Tokenizer) -> dict[str, Any] | None:
     if logprobs is None:
         return None
+    return {"content": logprob_entries(logprobs, tokenizer), "refusal": None}
+
+
+def logprob_entries(logprobs: Sequence[Logprob | None], tokenizer: Tokenizer) -> list[dict[str, Any] | None]:
+    """Of each token what it is, byte by byte, and the likeliest in its place."""
 
     def entry(token: int, logprob: float) -> dict[str, Any]:
         content = token_bytes(token, tokenizer)
-        return {"token": content.decode(errors="replace"), "logprob": logprob, "bytes": list(content)}
+        text = content.decode(errors="replace")
+        return {"id": token, "token": text, "logprob": logprob, "bytes": list(content)}  # the id is llama.cpp's
 
-    return {
-        "content": [
-            {**entry(item.token, item.logprob), "top_logprobs": [entry(*pair) for pair in item.top]}
-            for item in logprobs
-        ],
-        "refusal": None,
-    }
+    return [
+        item and {**entry(item.token, item.logprob), "top_logprobs": [entry(*pair) for pair in item.top]}
+        for item in logprobs
+    ]
 
 
 def text_logprobs(entries: Sequence[Logprob | None], tokens: Sequence[int], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -1,18 +1,20 @@
-"""/tokenize and /detokenize, as clients of vLLM and llama.cpp ask, and lm-eval. Nothing of them reaches the model."""
+"""/tokenize, /detokenize and /apply-template, as clients of vLLM, llama.cpp and lm-eval ask; no model is needed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from llama.answer import Completion, Query
-from llama.chat import ChatFormatError, DialogError
+from llama.chat import ChatFormatError, DialogError, Prompt
 from llama.generation import Llama
 from llama.service.call import Call, Endpoint
 from llama.service.chat import ChatMessage, Continuing
 from llama.service.fields import Body, Ids
 from llama.service.openai import token_bytes
 from llama.service.refusal import Refusal
+
+_T = TypeVar("_T")
 
 
 class TokenizeRequest(Body, Continuing):
@@ -22,6 +24,10 @@ class TokenizeRequest(Body, Continuing):
     add_special_tokens: bool = True
     add_special: bool | None = None  # llama.cpp's name of it
     with_pieces: bool = False
+
+
+class ApplyTemplateRequest(Body, Continuing):
+    messages: list[ChatMessage]
 
 
 class DetokenizeRequest(Body):
@@ -39,10 +45,7 @@ def tokenize_response(llm: Llama, call: Call, completions: Sequence[Completion])
     if len(given) + (body.messages is not None) != 1:
         raise Refusal("give one of prompt, content and messages", param="prompt")
     if body.messages is not None:
-        try:
-            tokens = llm.chat_format.encode(body.chat_prompt(body.messages))
-        except (DialogError, ChatFormatError) as error:
-            raise Refusal(str(error), param="messages") from error
+        tokens = formatted(llm.chat_format.encode, body)
     else:
         special = body.add_special_tokens if body.add_special is None else body.add_special
         tokens = llm.tokenizer.encode(given[0], bos=special and llm.tokenizer.add_bos, eos=False)
@@ -50,6 +53,18 @@ def tokenize_response(llm: Llama, call: Call, completions: Sequence[Completion])
         pieces = [{"id": token, "piece": piece(token_bytes(token, llm.tokenizer))} for token in tokens]
         return {"tokens": pieces, "count": len(tokens), "max_model_len": llm.max_seq_len}
     return {"tokens": tokens, "count": len(tokens), "max_model_len": llm.max_seq_len}
+
+
+def apply_template_response(llm: Llama, call: Call, completions: Sequence[Completion]) -> dict[str, Any]:
+    return {"prompt": formatted(llm.chat_format.text, call.body)}
+
+
+def formatted(write: Callable[[Prompt], _T], body: TokenizeRequest | ApplyTemplateRequest) -> _T:
+    """What a chat format makes of a body's messages."""
+    try:
+        return write(body.chat_prompt(body.messages))
+    except (DialogError, ChatFormatError) as error:
+        raise Refusal(str(error), param="messages") from error
 
 
 def piece(content: bytes) -> str | list[int]:
@@ -69,5 +84,6 @@ def detokenize_response(llm: Llama, call: Call, completions: Sequence[Completion
     return {"prompt": text, "content": text}
 
 
+APPLY_TEMPLATE = Endpoint(ApplyTemplateRequest, no_queries, apply_template_response, prompt="messages")
 TOKENIZE = Endpoint(TokenizeRequest, no_queries, tokenize_response)
 DETOKENIZE = Endpoint(DetokenizeRequest, no_queries, detokenize_response, prompt="tokens")

@@ -119,3 +119,19 @@ def test_a_completion_that_failed_is_no_answer(llm):
     call = Call.open(llm, ENDPOINTS["/v1/completions"], {"prompt": "x"})
     with pytest.raises(RuntimeError, match=r"^out of luck$"):
         call.respond(llm, [Completion("", [], "error", error="out of luck")])
+
+
+def test_a_completion_tells_the_ids_and_bytes_of_its_tokens_and_of_the_likeliest(llm):
+    body = {"prompt": [256, 104, 105], "logprobs": 2, "max_tokens": 3, "temperature": 0, "return_token_ids": True}
+    [choice] = respond(llm, "/v1/completions", body)["choices"]
+    content = choice["logprobs"]["content"]
+    assert [entry["id"] for entry in content] == choice["token_ids"]
+    assert all(entry["id"] == entry["top_logprobs"][0]["id"] for entry in content)  # greedy
+    assert [entry["bytes"] for entry in content] == [list(llm.tokenizer.token_bytes(id)) for id in choice["token_ids"]]
+    echoed = respond(llm, "/v1/completions", {**body, "max_tokens": 0, "echo": True})["choices"][0]
+    assert [entry and entry["id"] for entry in echoed["logprobs"]["content"]] == [None, 104, 105]
+    assert "token_ids" not in respond(llm, "/v1/completions", {**body, "return_token_ids": False})["choices"][0]
+
+
+def test_a_prompt_is_shown_as_its_chat_format_writes_it(llm):
+    assert respond(llm, "/apply-template", {"messages": [USER]}) == {"prompt": "<s>[INST] hi [/INST]"}

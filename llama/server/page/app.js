@@ -1,0 +1,50 @@
+// The page: what stands in it starts here, and the keys that work everywhere.
+
+import { chat, newConversation, startChat, stop } from "./chat.js";
+import { answerOf } from "./answers.js";
+import { find } from "./dom.js";
+import { onSetting, settings } from "./settings.js";
+import { removeOne, rename, showConversations, startSidebar, toggleSidebar } from "./sidebar.js";
+import { watchServer } from "./status.js";
+import { startViews } from "./views.js";
+import { startWords } from "./words.js";
+
+const KEYS = {
+  "ctrl+shift+o": () => newConversation(),
+  "ctrl+shift+e": () => rename(chat.conversation.info),
+  "ctrl+shift+d": () => removeOne(chat.conversation.info),
+  "ctrl+k": () => {
+    toggleSidebar(!matchMedia("(max-width: 800px)").matches ? false : true);
+    find("#search").focus();
+  },
+  "ctrl+b": () => toggleSidebar(),
+  escape: () => answerOf(chat.conversation) && stop(),
+};
+
+function onkey(event) {
+  if (event.isComposing || document.querySelector("dialog[open]")) return;
+  const name = `${event.ctrlKey || event.metaKey ? "ctrl+" : ""}${event.shiftKey ? "shift+" : ""}${event.key.toLowerCase()}`;
+  if (!KEYS[name]) return;
+  if (name !== "escape") event.preventDefault();
+  KEYS[name]();
+}
+
+function showTheme() {
+  document.documentElement.dataset.theme = settings.theme;
+}
+
+showTheme();
+onSetting((name) => name === "theme" && showTheme());
+startWords();
+document.addEventListener("keydown", onkey);
+startChat();
+startViews();
+watchServer();
+await startSidebar();
+onSetting(async (name) => {
+  if (name !== "language") return;
+  await showConversations();
+  const { refresh } = await import("./chat.js");
+  refresh();
+});
+navigator.storage?.persist?.();

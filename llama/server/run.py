@@ -21,6 +21,7 @@ from llama.server.engine_thread import EngineThread
 from llama.server.guard import AllowedHosts, Guard, is_loopback
 from llama.server.limits import BodyLimits
 from llama.server.logs import RequestLog
+from llama.server.page_files import page_files
 from llama.server.ranks import follow
 from llama.server.server import Server
 from llama.server.settings import ServerSettings, listed
@@ -88,7 +89,7 @@ def surrounded(app: ASGIApp, server: Server) -> ASGIApp:
         limited,
         hosts=AllowedHosts.of(settings.host, listed(settings.allowed_hosts)),
         keys=settings.keys(),
-        public=PUBLIC,
+        public=(*PUBLIC, *page_files()),
         origins=listed(settings.allowed_origins),
     )
     return RequestLog(

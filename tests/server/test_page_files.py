@@ -4,7 +4,7 @@ import gzip
 import re
 
 import pytest
-from support.server import Running
+from support.server import Running, serving
 
 from llama.server.page_files import FOLDER, PageFile, page_files
 
@@ -27,6 +27,12 @@ def test_a_browser_that_has_a_file_gets_it_no_second_time(running: Running, path
     again = running.open("GET", path, headers={"if-none-match": first.headers["etag"]})
     assert (again.status, again.read()) == (304, b"")
     assert running.open("HEAD", path).read() == b""
+
+
+def test_the_page_opens_without_a_key_and_tells_that_one_is_needed():
+    with serving(api_key=["secret"]) as locked:
+        assert all(locked.open("GET", path).status == 200 for path in page_files())
+        assert locked.open("GET", "/v1/models").status == 401
 
 
 def test_the_page_is_small_and_every_library_has_its_licence():

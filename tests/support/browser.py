@@ -90,6 +90,13 @@ class ChatPage:
         """What each message says."""
         return [text.strip() for text in self.find("article .body").all_text_contents()]
 
+    def wait_for_texts(self, expected: list[str]) -> None:
+        for _ in range(750):
+            if self.texts() == expected:
+                return
+            self.page.wait_for_timeout(20)
+        assert self.texts() == expected
+
     def until(self, condition: str) -> None:
         """Waits for a JavaScript expression to become true. The page's policy forbids Playwright's own way to wait."""
         for _ in range(750):

@@ -39,7 +39,7 @@ def test_a_conversation_survives_a_reload(person: ChatPage):
     assert before[1::2] == [SKY, CHINESE.replace("**", "")]
     person.page.reload()
     person.wait_for_rest()
-    assert person.texts() == before
+    person.wait_for_texts(before)
 
 
 def test_stop_frees_what_the_engine_held_and_continue_goes_on(person: ChatPage, scripted: Running):
@@ -82,7 +82,7 @@ def test_answers_have_versions(person: ChatPage):
     person.wait_for_end()
     assert person.last_answer.locator(".place").inner_text() == "2/2"
     person.act(person.last_answer, "earlier")
-    assert person.last_answer.locator(".place").inner_text() == "1/2"
+    person.last_answer.locator(".place", has_text="1/2").wait_for()
 
 
 def test_an_edited_question_is_a_branch_and_the_other_stays(person: ChatPage):
@@ -92,9 +92,9 @@ def test_an_edited_question_is_a_branch_and_the_other_stays(person: ChatPage):
     question.locator("textarea").fill("What about 勾股?")
     question.locator("[data-act=saveSend]").click()
     person.wait_for_end()
-    assert person.texts() == ["What about 勾股?", CHINESE.replace("**", "")]
+    person.wait_for_texts(["What about 勾股?", CHINESE.replace("**", "")])
     person.act(person.find("article.user"), "earlier")
-    assert person.texts() == ["Why is the sky blue?", SKY]
+    person.wait_for_texts(["Why is the sky blue?", SKY])
 
 
 def test_an_edited_answer_is_saved_or_continued(person: ChatPage):
@@ -107,14 +107,14 @@ def test_an_edited_answer_is_saved_or_continued(person: ChatPage):
     person.act(person.last_answer, "edit")
     person.last_answer.locator("textarea").fill("It is not.")
     person.last_answer.locator("[data-act=save]").click()
-    assert person.texts()[1] == "It is not."
+    person.wait_for_texts(["Why is the sky blue?", "It is not."])
 
 
 def test_a_message_branches_into_a_conversation_of_its_own(person: ChatPage):
     person.ask("Why is the sky blue?")
     person.act(person.last_answer, "branch")
     person.find("#conversations > li").nth(1).wait_for()
-    assert person.texts() == ["Why is the sky blue?", SKY]
+    person.wait_for_texts(["Why is the sky blue?", SKY])
 
 
 def test_a_text_file_is_attached_and_read_by_the_model(person: ChatPage):
@@ -169,7 +169,7 @@ def test_conversations_go_out_and_come_in_again(person: ChatPage, tmp_path):
     person.find("#conversations > li").nth(1).wait_for()
     person.find("#conversations .open:not([aria-current])").click()
     person.until("document.querySelectorAll('article').length === 2")
-    assert person.texts() == ["Why is the sky blue?", SKY]
+    person.wait_for_texts(["Why is the sky blue?", SKY])
     assert person.last_answer.locator(".place").inner_text() == "2/2"
     (tmp_path / "other.json").write_text('{"format": "another"}')
     person.page.set_input_files("#import-file", tmp_path / "other.json")
@@ -189,7 +189,7 @@ def test_keys_alone_lead_from_the_start_to_an_answer_and_to_its_buttons(person: 
     person.page.keyboard.type("sky blue?")
     person.page.keyboard.press("Enter")
     person.wait_for_end()
-    assert person.texts() == ["Why is the\nsky blue?", SKY]
+    person.wait_for_texts(["Why is the\nsky blue?", SKY])
     assert person.page.evaluate("document.activeElement.id") == "composer-text"
     for _ in range(30):
         person.page.keyboard.press("Shift+Tab")

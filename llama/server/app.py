@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
+from inspect import signature
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -87,7 +88,16 @@ def add_information(app: FastAPI, server: Server, responses: dict[int, dict[str,
                     server.check_available()
                 return JSONResponse(function(**request.path_params))
 
-            app.add_api_route(path, answer, methods=["GET"], summary=function.__doc__, responses=responses)
+            of_path = {"in": "path", "required": True, "schema": {"type": "string"}}
+            parameters = [of_path | {"name": name} for name in signature(function).parameters]
+            app.add_api_route(
+                path,
+                answer,
+                methods=["GET"],
+                summary=function.__doc__,
+                responses=responses,
+                openapi_extra={"parameters": parameters},
+            )
             return function
 
         return decorate
@@ -174,7 +184,9 @@ def add_errors(app: FastAPI) -> None:
         code = "not_found" if error.status_code == 404 else None
         message = f"{request.method} {request.scope['path'][:200]}: {error.detail}"
         refusal = Refusal(message, code=code, status=error.status_code)
-        return refusal_response(refusal, error_json(request))
+        response = refusal_response(refusal, error_json(request))
+        response.headers.update(error.headers or {})  # which methods are allowed
+        return response
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:

@@ -14,12 +14,13 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     ValidationError,
     ValidationInfo,
     create_model,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import CoreSchema, PydanticCustomError
 
 from llama.sampling_params import SAMPLING_FIELDS, SamplingParams
 from llama.service.refusal import Refusal
@@ -58,6 +59,16 @@ class Fields(BaseModel):
             for key, value in data.items()
             if value is not None and (key in cls.model_fields or not ignore_unknown)
         }
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """What need not be given may be null, whatever its type."""
+        found = handler(schema)
+        described = handler.resolve_ref_schema(found)
+        for name, known in described.get("properties", {}).items():
+            if name not in described.get("required", ()) and {"type": "null"} not in known.get("anyOf", ()):
+                described["properties"][name] = {"anyOf": [known, {"type": "null"}]}
+        return found
 
 
 class Body(Fields):

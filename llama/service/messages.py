@@ -118,13 +118,19 @@ def message_ending(call: Call, completion: Completion) -> dict[str, Any]:
     return {"stop_reason": reason, "stop_sequence": stop}
 
 
-def message_usage(usage: Usage) -> dict[str, int]:
+def message_usage(usage: Usage) -> dict[str, Any]:
+    """With all keys that Anthropic's own answers have: strict clients look for them."""
     num_cached = sum(usage.num_cached_tokens.values())
     return {
         "input_tokens": usage.num_prompt_tokens - num_cached,
         "cache_creation_input_tokens": 0,
         "cache_read_input_tokens": num_cached,
         "output_tokens": usage.num_generated_tokens,
+        "output_tokens_details": None,
+        "cache_creation": None,
+        "inference_geo": None,
+        "server_tool_use": None,
+        "service_tier": None,
     }
 
 
@@ -136,13 +142,15 @@ def message_json(call: Call, usage: Usage, content: list[dict[str, Any]], ending
         "model": call.model,
         "content": content,
         **ending,
+        "stop_details": None,
+        "container": None,
         "usage": message_usage(usage),
     }
 
 
 def message_response(llm: Llama, call: Call, completions: Sequence[Completion]) -> dict[str, Any]:
     [completion] = completions
-    content = [{"type": "text", "text": completion.text}]
+    content = [{"type": "text", "text": completion.text, "citations": None}]
     return message_json(call, Usage.of(call.queries, completions), content, message_ending(call, completion))
 
 

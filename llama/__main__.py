@@ -19,6 +19,7 @@ from llama.server.tutorial import TUTORIAL_PORT, TutorialOptions, tutorial_load
 from llama.streams import note, tell
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs
+    from llama.client import RemoteModel
     from llama.generation import Llama
     from llama.sampling_params import SamplingParams
 
@@ -53,7 +54,14 @@ def chat(
         Path | None,
         typer.Option(envvar="LLAMA_HISTORY", help="Keep what is typed in this file, for the next start."),
     ] = None,
+    url: Annotated[
+        str | None, typer.Option(help="Talk with the model of a server, as http://127.0.0.1:8000, instead.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="LLAMA_API_KEY", show_envvar=False, help="The key that the server asks for.")
+    ] = None,
     *,
+    context: typer.Context,
     load: dict[str, Any],
     sample: dict[str, Any],
 ) -> None:
@@ -61,22 +69,27 @@ def chat(
 
     One argument alone is a MODEL if it exists as a file or directory, or if it has no white space and begins like a
     path (/ ./ ../ ~/), ends in .gguf or reads like org/name; otherwise it is a MESSAGE. What comes through a pipe is
-    added to the MESSAGE; without a MESSAGE each line of it is one.
+    added to the MESSAGE; without a MESSAGE each line of it is one. With --url one argument is a MESSAGE.
     """
     from llama import terminal
     from llama.chat import DEFAULT_SYSTEM_PROMPT
 
-    if message is None and model is not None and not names_a_model(model):
+    if message is None and model is not None and (url is not None or not names_a_model(model)):
         model, message = None, model
     if message is not None and not message.strip():
         raise WrongCall("the message is empty: give a text, or leave it out to talk")
-    try:
-        llm, params = build_to_sample(model, load, sample)
-    except FileNotFoundError as error:
-        if message is not None or not NAME.fullmatch(model or ""):
-            raise
-        raise FileNotFoundError(f"{error}; if it is a message: echo {model} | llama chat") from None
-    conversation = terminal.Chat(llm, params, DEFAULT_SYSTEM_PROMPT if system == "default" else system)
+    if url is not None:
+        validate_remote(context, model)
+        llm, params = remote_to_sample(url, api_key, sample)
+    else:
+        try:
+            llm, params = build_to_sample(model, load, sample)
+        except FileNotFoundError as error:
+            if message is not None or not NAME.fullmatch(model or ""):
+                raise
+            raise FileNotFoundError(f"{error}; if it is a message: echo {model} | llama chat") from None
+    system = DEFAULT_SYSTEM_PROMPT if system == "default" else system
+    conversation = terminal.Chat(llm, params, system, ends_at_once=url is not None)
     if message is None:
         terminal.run(conversation, history)
     else:
@@ -154,7 +167,7 @@ def serve(
     if tutorial.is_given:
         load |= tutorial_load(tutorial)
         model = model or model_path
-        if context.get_parameter_source("port").name == "DEFAULT":
+        if not is_given(context, "port"):
             listen["port"] = TUTORIAL_PORT
     from llama.checkpoint import DEFAULT_SETTINGS
 
@@ -291,6 +304,28 @@ def build_to_sample(model: str | None, load: dict[str, Any], sample: dict[str, A
     if "seed" not in sample and params.temperature != 0 and llm.rank == 0:
         note(f"--seed {params.seed} gives the same answers again")
     return llm, params
+
+
+def remote_to_sample(url: str, api_key: str | None, sample: dict[str, Any]) -> tuple[RemoteModel, SamplingParams]:
+    """The model of a server, and how to sample from it: what was not given is left to the server."""
+    from llama.client import RemoteModel
+    from llama.sampling_params import SamplingParams
+
+    llm = RemoteModel(url, api_key)
+    note(f"This is {llm.name} at {llm.url}.")
+    return llm, SamplingParams(**sample)
+
+
+def validate_remote(context: typer.Context, model: str | None) -> None:
+    """Raises WrongCall for a model, or options of one, beside the address of a server."""
+    given = [option.flag or option.name for option in MODEL if is_given(context, option.name)]
+    if model is not None or given:
+        what = "a model" if model is not None else "--" + given[0].lstrip("-").replace("_", "-")
+        raise WrongCall(f"{what} is given with --url: the server has its model, so give one or the other")
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    return context.get_parameter_source(name).name != "DEFAULT"
 
 
 def warn(warnings: list[str]) -> None:

@@ -27,6 +27,7 @@ from llama.chat import (
     Prompt,
     Role,
     choose_format,
+    fit_dialog,
 )
 from llama.checkpoint import Checkpoint, open_checkpoint, save_low_bit
 from llama.model import Transformer
@@ -343,6 +344,11 @@ class Llama:
                 stop_token_ids=(*params.stop_token_ids, *self.chat_format.stop_ids),
             )
         return Query(tokens, params)
+
+    def fit(self, dialog: Dialog, params: SamplingParams) -> Dialog:
+        """The dialog without as many of its oldest turns as leave room for an answer. Raises DialogError."""
+        room = min(params.max_tokens or self.max_seq_len // 4, self.max_seq_len // 2)
+        return fit_dialog(dialog, self.max_seq_len - room, self.tokenizer, self.chat_format)
 
     def validate(self, query: Query) -> None:
         """Raises ValueError, in one line, for a query that can never run."""

@@ -9,27 +9,49 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import FrameType
+from typing import Any, Protocol
 
 from rich.console import Console
 
-from llama.chat import Dialog, DialogError, fit_dialog, with_system
-from llama.generation import Llama
+from llama.chat import Dialog, DialogError, with_system
+from llama.client import RemoteError
 from llama.sampling_params import SamplingParams
 from llama.streams import note, piped_text, printable
 
 HELP = "/reset forgets the conversation, /system TEXT sets the system prompt, /quit (or q) leaves"
 
 
-class Interrupt:
-    """Ctrl-C while an answer is streamed: the first one ends the answer, a second one the program."""
+class Speaker(Protocol):
+    """Whom a conversation is held with: a model here (`Llama`), or one behind a server (`RemoteModel`)."""
 
-    def __init__(self) -> None:
+    rank: int
+    chat_format: Any  # of which `parse` and `is_unsafe` are used
+
+    def share(self, value: Any) -> Any: ...
+    def fit(self, dialog: Dialog, params: SamplingParams) -> Dialog: ...
+    def stream_chat(self, dialog: Dialog, params: SamplingParams) -> Iterator[str]: ...
+
+
+class AnswerEnded(Exception):
+    """Ctrl-C has ended the answer."""
+
+
+class Interrupt:
+    """Ctrl-C while an answer is streamed: the first one ends the answer, a second one the program.
+
+    The first one is noted, for a model's step must not be broken off, or with `at_once` raises AnswerEnded.
+    """
+
+    def __init__(self, at_once: bool = False) -> None:
+        self.at_once = at_once
         self.pressed = False
 
     def _press(self, number: int, frame: FrameType | None) -> None:
         if self.pressed:
             raise KeyboardInterrupt
         self.pressed = True
+        if self.at_once:
+            raise AnswerEnded
 
     def __enter__(self) -> Interrupt:
         self._previous = signal.signal(signal.SIGINT, self._press)
@@ -40,9 +62,15 @@ class Interrupt:
 
 
 class Chat:
-    """A conversation. Under torchrun rank 0 reads and prints, and every rank keeps the same dialog."""
+    """A conversation. Under torchrun rank 0 reads and prints, and every rank keeps the same dialog.
 
-    def __init__(self, llm: Llama, params: SamplingParams, system: str | None = None):
+    ends_at_once: whether whatever `llm` waits for may be broken off.
+    """
+
+    def __init__(
+        self, llm: Speaker, params: SamplingParams, system: str | None = None, *, ends_at_once: bool = False
+    ) -> None:
+        self.ends_at_once = ends_at_once
         self.llm = llm
         self.params = params
         self.system = system
@@ -61,7 +89,7 @@ class Chat:
                 yield piece
         finally:
             turn = [{"role": "user", "content": message}, self.llm.chat_format.parse("".join(pieces))]
-            if not self.llm.chat_format.is_unsafe(turn):  # else all that follow would be refused with it
+            if pieces and not self.llm.chat_format.is_unsafe(turn):  # else all that follow would be refused with it
                 self.turns += turn
 
     def command(self, line: str) -> str | None:
@@ -82,14 +110,11 @@ class Chat:
         return f"{line} is no command: {HELP}" if re.fullmatch("/[a-z]+", line) else None
 
     def _fitted(self, turns: Dialog) -> Dialog:
-        """The dialog without as many of its oldest turns as leave room for an answer."""
-        dialog = turns if self.system is None else with_system(turns, self.system)
-        max_seq_len = self.llm.max_seq_len
-        room = min(self.params.max_tokens or max_seq_len // 4, max_seq_len // 2)
-        return fit_dialog(dialog, max_seq_len - room, self.llm.tokenizer, self.llm.chat_format)
+        """What is asked: as many of the turns as leave room for an answer."""
+        return self.llm.fit(turns if self.system is None else with_system(turns, self.system), self.params)
 
 
-def show(llm: Llama, pieces: Iterable[str]) -> None:
+def show(llm: Speaker, pieces: Iterable[str]) -> None:
     """Prints a text as it comes, on rank 0; the others take their part in making it."""
     for piece in pieces:
         if llm.rank == 0:
@@ -100,9 +125,9 @@ def show(llm: Llama, pieces: Iterable[str]) -> None:
 
 def stream(chat: Chat, message: str) -> None:
     """Prints one answer as it comes; Ctrl-C ends it."""
+    answer = chat.answer(message)
 
     def pieces() -> Iterator[str]:
-        answer = chat.answer(message)
         with waiting:
             first = next(answer, "")
         yield first
@@ -114,11 +139,16 @@ def stream(chat: Chat, message: str) -> None:
     console = Console(stderr=True)
     shown = chat.llm.rank == 0 and console.is_terminal
     waiting = console.status("Thinking ...") if shown else nullcontext()
-    with Interrupt() as interrupt:
-        show(chat.llm, pieces())
+    with Interrupt(chat.ends_at_once) as interrupt:
+        try:
+            show(chat.llm, pieces())
+        except AnswerEnded:
+            print(flush=True)
+        finally:
+            answer.close()
 
 
-def messages(llm: Llama, history: Path | None = None) -> Iterator[str]:
+def messages(llm: Speaker, history: Path | None = None) -> Iterator[str]:
     """What the person says, until the end of the input; every rank gets the same.
 
     On a terminal a message may have several lines; in a pipe each line is one.
@@ -139,7 +169,7 @@ def messages(llm: Llama, history: Path | None = None) -> Iterator[str]:
             yield message.strip()
 
 
-def with_piped(llm: Llama, message: str) -> str:
+def with_piped(llm: Speaker, message: str) -> str:
     """The message, and below it what comes through a pipe besides; every rank gets the same."""
     piped = piped_text() if llm.rank == 0 else ""
     return llm.share(f"{message}\n\n{piped}" if piped.strip() else message)
@@ -158,7 +188,7 @@ def run(chat: Chat, history: Path | None = None) -> None:
         if told is None:
             try:
                 stream(chat, message)
-            except DialogError as error:
+            except (DialogError, RemoteError) as error:
                 told, style = str(error), "red"
         if told is not None and chat.llm.rank == 0:
             console.print(printable(told), style=style, highlight=False, markup=False)

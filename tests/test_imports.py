@@ -26,7 +26,7 @@ files  device  streams  progress  parallel  linear  kernels  request  sampling_p
 cache  rotary  embedding  vocabulary  blocks  sampling  options  keyboard  program
 attention  quantization  tokenizer  scheduler
 model  chat  answer
-checkpoint  runner  choice
+checkpoint  runner  choice  client
 engine
 building
 generation

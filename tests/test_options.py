@@ -15,7 +15,7 @@ MODEL_FLAGS = ["tokenizer", "chat-format", "max-seq-len", "device", "dtype", "qu
 SAMPLER_FLAGS = ["temperature", "top-p", "top-k", "repetition-penalty", "max-tokens", "stop", "seed"]
 TUTORIAL_FLAGS = ["model_path", "gpus", "infer_dtype", "model_source"]
 FLAGS = {
-    "chat": ["system", "history", *MODEL_FLAGS, *SAMPLER_FLAGS],
+    "chat": ["system", "history", "url", "api-key", *MODEL_FLAGS, *SAMPLER_FLAGS],
     "complete": ["prompt", "stream", "echo", *MODEL_FLAGS, *SAMPLER_FLAGS],
     "batch": ["model", *MODEL_FLAGS],
     "convert": ["to", "shards", "max-shard-size", "dtype", "input_dir", "output_dir", "model_size"],

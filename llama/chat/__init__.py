@@ -1,6 +1,6 @@
 """From a dialog to token ids and back: the chat formats."""
 
-from llama.chat.fitting import FormattedDialog, fit_dialog, format_dialog
+from llama.chat.fitting import FormattedDialog, fit_dialog, format_dialog, shortened
 from llama.chat.formats import (
     B_INST,
     B_SYS,
@@ -38,5 +38,6 @@ __all__ = [
     "choose_format",
     "fit_dialog",
     "format_dialog",
+    "shortened",
     "with_system",
 ]

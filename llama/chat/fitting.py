@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from llama.chat.formats import ChatFormat
 from llama.chat.prompt import Dialog, DialogError, Prompt, split_system
 from llama.chat.selection import choose_format
-from llama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # which needs torch
+    from llama.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -34,9 +37,7 @@ def fit_dialog(
     DialogError where even the last turn is too long.
     """
     chosen = choose_format(chat_format, tokenizer)
-    start = len(dialog) - len(split_system(Prompt.of(dialog).messages)[1])
-    later_turns = [i for i in range(start + 1, len(dialog)) if dialog[i]["role"] == "user"]
-    rests = [dialog, *(dialog[:start] + dialog[i:] for i in later_turns)]
+    rests = shortened(dialog)
     first = bisect_left(rests, True, key=lambda rest: len(chosen.encode(rest)) <= max_tokens)
     if first == len(rests):
         num_tokens = len(chosen.encode(rests[-1]))
@@ -44,3 +45,13 @@ def fit_dialog(
             f"the last message takes {num_tokens} tokens with its format, only {max_tokens} fit; shorten it"
         )
     return list(rests[first])
+
+
+def shortened(dialog: Dialog) -> list[Dialog]:
+    """The dialog, the same without its oldest turn, without its two oldest, and so on up to its last turn.
+
+    A turn is a user's message and all up to the next one; a system message at the start stays.
+    """
+    start = len(dialog) - len(split_system(Prompt.of(dialog).messages)[1])
+    later_turns = [i for i in range(start + 1, len(dialog)) if dialog[i]["role"] == "user"]
+    return [dialog, *(dialog[:start] + dialog[i:] for i in later_turns)]

@@ -11,10 +11,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from llama.chat.prompt import Dialog, DialogError, Message, Prompt, free_characters, split_system
-from llama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # which needs torch
+    from llama.tokenizer import Tokenizer
 
 Segment = str | int  # text, to be encoded as plain text | the id of a control token
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llama.chat.formats import FORMATS, ChatFormat, ChatFormatError, ChatMLFormat, Llama2Format, Llama3Format
 from llama.chat.template import JinjaFormat
-from llama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # which needs torch
+    from llama.tokenizer import Tokenizer
 
 
 def choose_format(chat_format: str | ChatFormat | None, tokenizer: Tokenizer) -> ChatFormat:

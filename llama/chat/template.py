@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llama.chat.formats import FORMATS, SPECIAL_TAGS, ChatFormat, ChatFormatError, Segment
 from llama.chat.prompt import DialogError, Prompt, free_characters, one_line
-from llama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:  # which needs torch
+    from llama.tokenizer import Tokenizer
 
 
 class JinjaFormat(ChatFormat):

@@ -61,12 +61,10 @@ def tutorial_queries(llm: Llama, body: TutorialRequest) -> list[Query]:
 
 def fitted(llm: Llama, dialog: Dialog, params: SamplingParams) -> Dialog:
     """The dialog without as many of its oldest turns as leave room for the answer, or at least for some of it."""
-    most = llm.max_seq_len
-    room = min(params.max_tokens or most // 4, most // 2)
     try:
-        return fit_dialog(dialog, most - room, llm.tokenizer, llm.chat_format)
+        return llm.fit(dialog, params)
     except DialogError:
-        return fit_dialog(dialog, most - 1, llm.tokenizer, llm.chat_format)
+        return fit_dialog(dialog, llm.max_seq_len - 1, llm.tokenizer, llm.chat_format)
 
 
 def tutorial_response(llm: Llama, call: Call, completions: Sequence[Completion]) -> dict[str, Any]:

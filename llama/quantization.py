@@ -113,7 +113,7 @@ class LowBitLinear(nn.Module):
 
     @classmethod
     def join(cls, linears: Sequence[LowBitLinear]) -> LowBitLinear:
-        """One linear whose output is the given ones' outputs side by side; a copy of their packed rows.
+        """One linear whose output is the given ones' outputs side by side; a copy of their packed rows, arranged.
 
         They share input width and format, and have all or none a bias; LowBitError otherwise.
         """
@@ -123,7 +123,11 @@ class LowBitLinear(nn.Module):
                 f"linears to join must agree in format, input width and having a bias; got {sorted(kinds)}"
             )
         bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
-        return cls.from_packed(linears[0].kind, torch.cat([linear.plain() for linear in linears]), bias)
+        outputs = sum(linear.out_features for linear in linears)
+        joint = cls(linears[0].kind, linears[0].in_features, outputs, device="meta")
+        joint.bias = bias
+        joint._arrange([linear.plain() for linear in linears])
+        return joint
 
     def join_in(self, joint: LowBitLinear, rows: slice) -> None:
         """Gives up the own weight, which `joint` now holds: a view of it, or nothing where that is rearranged."""
@@ -147,12 +151,18 @@ class LowBitLinear(nn.Module):
         """
         self.fixed_rows = fixed_rows
         if not self.prepared:
-            self.product = fastest_product(self.format, self.weight.device)
-            if self.prepared:
-                self.weight = lowbit.to_tiles(self.weight, self.format)
+            self._arrange([self.weight])
         if fixed_rows is not None and self.prepared:
             self.variant = library.instruction_sets()[0]
         return self
+
+    def _arrange(self, parts: list[Tensor]) -> None:
+        """Takes a weight in parts, rows below rows in the published layout, as the fastest product reads it."""
+        self.product = fastest_product(self.format, parts[0].device)
+        if self.prepared:
+            self.weight = lowbit.to_tiles(parts, self.format)
+        else:
+            self.weight = parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def plain(self, rows: slice = slice(None)) -> Tensor:
         """Rows of the weight in the published layout, uint8 (rows, bytes): a copy if rearranged, else a view."""

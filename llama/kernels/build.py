@@ -13,6 +13,7 @@ from setuptools.command.build_ext import build_ext
 SOURCES = (
     "attention.cpp",
     "elementwise.cpp",
+    "layout.cpp",
     "lowbit.cpp",
     "lowbit_avx512.cpp",
     "lowbit_avx2.cpp",

@@ -7,7 +7,8 @@ tile filled with zero rows. It has the same bytes as the published layout, and `
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, chain
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +19,9 @@ from llama.kernels.bits import pack_bits, unpack_bits
 from llama.kernels.formats import FORMATS, Field, LowBitFormat
 
 TILE = 16  # rows that lie side by side in the kernel layout: the 32-bit lanes of a 512-bit register
-WORDS = {2: torch.int16, 4: torch.int32}  # by their bytes
-TILES_AT_ONCE = 64  # rows are rearranged 1024 at a time, so that temporaries stay small
+TILES_AT_ONCE = 64  # rows are put back 1024 at a time, so that temporaries stay small
 
-_lowbit_linear = library.operator("lowbit_linear")
+_lowbit_linear, _to_tiles = (library.operator(name) for name in ("lowbit_linear", "to_tiles"))
 
 
 def variants() -> list[str]:
@@ -70,34 +70,32 @@ def round_activations(x: Tensor, group: int) -> Tensor:
     return (codes * torch.where(peak <= 1e-30, 0, peak / 127)).flatten(-2)
 
 
-def to_tiles(packed: Tensor, form: LowBitFormat) -> Tensor:
-    """The published layout, uint8 (rows, bytes) -> the kernel layout, uint8 flat."""
-    tiles = -(-packed.shape[0] // TILE)
-    blocks = packed.shape[1] // form.block_bytes
-    out = packed.new_empty(tiles * TILE * packed.shape[1])
-    if library.AVAILABLE and out.device.type == "cpu":
-        torch.ops.llama.ask_for_large_pages(out)
-    for first in range(0, tiles, TILES_AT_ONCE):
-        part = packed[first * TILE : (first + TILES_AT_ONCE) * TILE]
-        if part.shape[0] % TILE or part.storage_offset() % max(WORDS):
-            part = F.pad(part, (0, 0, 0, -part.shape[0] % TILE))
-        part = part.view(-1, TILE, blocks, form.block_bytes)
-        for field, start, region in regions(form, out, tiles, blocks):
-            source = part[..., start : start + field.size]
-            if field.bit_planes:
-                source = to_planes(source)
-            # A unit moves as one word where blocks keep it aligned: byte by byte took twice as long.
-            aligned = start % field.unit == form.block_bytes % field.unit == 0
-            word = WORDS.get(field.unit, torch.uint8) if aligned else torch.uint8
-            units = source.view(word).unflatten(-1, (field.size // field.unit, -1))
-            region[first : first + TILES_AT_ONCE].view(word).copy_(units.permute(0, 2, 3, 1, 4))
+def to_tiles(parts: Sequence[Tensor], form: LowBitFormat) -> Tensor:
+    """Matrices in the published layout, uint8 (rows, bytes), one below the other -> the kernel layout, uint8 flat.
+
+    By the compiled operator, in one thread up to some megabytes: models load while other threads are at work.
+    """
+    fields = [(start, field.size, field.unit, field.bit_planes) for field, start in in_kernel_order(form)]
+    return _to_tiles(parts, list(chain.from_iterable(fields)), form.block_bytes)
+
+
+def to_tiles_twin(packed: Tensor, form: LowBitFormat) -> Tensor:
+    """The same of one matrix, by PyTorch's operators."""
+    filled = F.pad(packed, (0, 0, 0, -packed.shape[0] % TILE))
+    out = filled.new_empty(filled.numel())
+    rows = filled.view(-1, TILE, packed.shape[1] // form.block_bytes, form.block_bytes)
+    for field, start, region in regions(form, out, rows.shape[0], rows.shape[2]):
+        source = rows[..., start : start + field.size]
+        if field.bit_planes:
+            source = to_planes(source)
+        region.copy_(source.unflatten(-1, (-1, field.unit)).permute(0, 2, 3, 1, 4))
     return out
 
 
 def from_tiles(
     interleaved: Tensor, form: LowBitFormat, outputs: int, columns: int, rows: slice = slice(None)
 ) -> Tensor:
-    """The inverse of `to_tiles`: uint8 flat -> uint8 (outputs, bytes), or some rows of it."""
+    """The inverse of `to_tiles_twin`: uint8 flat -> uint8 (outputs, bytes), or some rows of it."""
     tiles, blocks = -(-outputs // TILE), columns // form.block
     start, stop, _ = rows.indices(outputs)
     begin, end = start // TILE, -(-stop // TILE)
@@ -112,18 +110,20 @@ def from_tiles(
     return out.view((end - begin) * TILE, -1)[start - begin * TILE : stop - begin * TILE]
 
 
+def in_kernel_order(form: LowBitFormat) -> list[tuple[Field, int]]:
+    """The fields, and where each starts in a published block."""
+    starts = accumulate((field.size for field in form.fields), initial=0)
+    return sorted(zip(form.fields, starts, strict=False), key=lambda place: -place[0].size)
+
+
 def regions(form: LowBitFormat, flat: Tensor, tiles: int, blocks: int) -> Iterator[tuple[Field, int, Tensor]]:
     """Each field, where it starts in a published block, and its part of the kernel layout
     (tiles, blocks, units, TILE, bytes of a unit), a view."""
-    starts, position = {}, 0
-    for field in form.fields:
-        starts[field.name] = position
-        position += field.size
     position = 0
-    for field in sorted(form.fields, key=lambda field: -field.size):
+    for field, start in in_kernel_order(form):
         size = tiles * blocks * TILE * field.size
         region = flat[position : position + size].view(tiles, blocks, field.size // field.unit, TILE, field.unit)
-        yield field, starts[field.name], region
+        yield field, start, region
         position += size
 
 

@@ -39,7 +39,7 @@ def problem(name: str, rows: int, outputs: int = 37, dtype: torch.dtype = torch.
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, columns, generator=generator).to(dtype)
     packed = form.quantize(torch.randn(outputs, columns, generator=generator))
-    return x, packed, lowbit.to_tiles(packed, form), torch.randn(outputs, generator=generator)
+    return x, packed, lowbit.to_tiles([packed], form), torch.randn(outputs, generator=generator)
 
 
 def rounding_bound(x: torch.Tensor, weight: torch.Tensor, group: int) -> torch.Tensor:
@@ -51,6 +51,31 @@ def rounding_bound(x: torch.Tensor, weight: torch.Tensor, group: int) -> torch.T
 @compiled
 def test_the_compiled_library_says_which_formats_it_serves():
     assert library.formats() == set(SERVED)
+
+
+@compiled
+@pytest.mark.parametrize("rows", [1, 16, 37])
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_kernel_layout_is_what_its_twin_makes(name, rows):
+    form = FORMATS[name]
+    bytes = torch.randint(0, 256, (rows, 9 * form.block_bytes), generator=torch.Generator().manual_seed(rows))
+    for packed in (bytes.to(torch.uint8), bytes.to(torch.uint8).T.contiguous().T):
+        for parts in ([packed], packed.split(7)):
+            assert torch.equal(lowbit.to_tiles(parts, form), lowbit.to_tiles_twin(packed, form))
+
+
+@compiled
+def test_several_threads_make_the_same_kernel_layout():
+    form = FORMATS["sym_int5"]
+    packed = torch.arange(50000 * 4 * form.block_bytes).to(torch.uint8).view(50000, -1)  # 8 MB
+    torch.set_num_threads(2)
+    assert torch.equal(lowbit.to_tiles([packed], form), lowbit.to_tiles_twin(packed, form))
+
+
+@compiled
+def test_rows_that_are_not_whole_blocks_have_no_kernel_layout():
+    with pytest.raises(RuntimeError, match="takes uint8 rows of whole blocks"):
+        lowbit.to_tiles([torch.zeros(16, 35, dtype=torch.uint8)], FORMATS["q8_0"])
 
 
 @compiled
@@ -108,7 +133,7 @@ def test_several_threads_compute_what_one_does(variant):
     needs(variant)
     form = FORMATS["sym_int5"]
     packed = form.quantize(torch.randn(1100, 256, generator=torch.Generator().manual_seed(0)))
-    interleaved = lowbit.to_tiles(packed, form)
+    interleaved = lowbit.to_tiles([packed], form)
     x = torch.randn(20, 256, generator=torch.Generator().manual_seed(1))
     one = lowbit.lowbit_linear(x, interleaved, None, "sym_int5", 1100, variant)
     torch.set_num_threads(2)
@@ -126,7 +151,7 @@ def test_extreme_codes_do_not_overflow(variant):
             if field.name in ("scale", "minimum", "unit", "minimum_unit"):
                 one = torch.ones(1, dtype=torch.float32 if field.size == 4 else torch.float16)
                 blocks[:, start : start + field.size] = one.view(torch.uint8)
-        interleaved = lowbit.to_tiles(blocks, layout)
+        interleaved = lowbit.to_tiles([blocks], layout)
         for value, rows in product((3.0, -3.0), (1, 16)):  # 16: decoded once for all
             x = torch.full((rows, layout.block), value)
             y = lowbit.lowbit_linear(x, interleaved, None, name, TILE, variant)

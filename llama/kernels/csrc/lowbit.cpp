@@ -11,8 +11,6 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -221,14 +219,6 @@ Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::string f
   return out;
 }
 
-// Ask for large pages under a tensor that nothing has been written to yet: reading weights is then a fifth faster.
-void ask_for_large_pages(Tensor memory) {
-  constexpr uintptr_t page = 4096;
-  const auto begin = ((uintptr_t)memory.const_data_ptr() + page - 1) / page * page;
-  const auto end = ((uintptr_t)memory.const_data_ptr() + memory.numel() * memory.element_size()) / page * page;
-  if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // advice: it may be declined
-}
-
 // 1: AVX-512 with VNNI, 2: AVX2. What the processor has; the scalar kernels run everywhere.
 int64_t instruction_sets() { return (has_avx512() ? 1 : 0) | (has_avx2() ? 2 : 0); }
 
@@ -243,13 +233,11 @@ std::vector<std::string> formats() {
 
 STABLE_TORCH_LIBRARY(llama, m) {
   m.def("lowbit_linear(Tensor x, Tensor packed, Tensor? bias, str format, int outputs, str variant) -> Tensor");
-  m.def("ask_for_large_pages(Tensor memory) -> ()");
   m.def("instruction_sets() -> int");
   m.def("formats() -> str[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(llama, CPU, m) {
   m.impl("lowbit_linear", TORCH_BOX(&linear));
-  m.impl("ask_for_large_pages", TORCH_BOX(&ask_for_large_pages));
 }
 STABLE_TORCH_LIBRARY_IMPL(llama, CompositeExplicitAutograd, m) {
   m.impl("instruction_sets", TORCH_BOX(&instruction_sets));

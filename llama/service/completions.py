@@ -69,7 +69,7 @@ def completion_queries(llm: Llama, body: CompletionRequest) -> list[Query]:
 
 def prompt_tokens(llm: Llama, field: str, prompts: Prompts) -> list[list[int]]:
     """The ids of a text, of token ids, or of each in a list of either."""
-    if not prompts:
+    if prompts == []:
         raise Refusal(f"{field} is empty: give a text, token ids, or a list of either", param=field)
     single = isinstance(prompts, str) or isinstance(prompts[0], int)
     if not single and len(prompts) > MOST_PROMPTS:

@@ -14,9 +14,10 @@ def printable(text: str) -> str:
 
 
 def tell(text: str) -> None:
-    """Prints a line on standard error, where there is one."""
+    """Prints a line on standard error, where there is one, in one piece: others may write there too."""
     if sys.stderr is not None:
-        print(printable(text), file=sys.stderr, flush=True)
+        sys.stderr.write(f"{printable(text)}\n")
+        sys.stderr.flush()
 
 
 def note(text: str) -> None:

@@ -16,7 +16,7 @@ MODEL = "GET /v1/models HTTP/1.1"
 
 @pytest.fixture(scope="module")
 def closed() -> Running:
-    with serving(api_key=["secret"], quiet=True) as running:
+    with serving(api_key=["secret"], ollama=True) as running:
         yield running
 
 
@@ -24,7 +24,7 @@ def routes() -> list[tuple[str, str]]:
     """Every method and path that the application answers."""
 
     async def found() -> list[tuple[str, str]]:
-        app = make_app(Server(tiny_llm, ServerSettings()))
+        app = make_app(Server(tiny_llm, ServerSettings(ollama=True)))
         return [(method, route.path) for route in app.routes for method in sorted(route.methods)]
 
     return asyncio.run(found())

@@ -7,6 +7,7 @@ from support.server import Running, serving, tiny_llm
 from support.sockets import connect, error, exchange, request, status
 
 from llama.server.app import make_app
+from llama.server.page_files import page_files
 from llama.server.run import PUBLIC
 from llama.server.server import Server
 from llama.server.settings import ServerSettings
@@ -36,7 +37,7 @@ def test_every_route_asks_for_a_key_but_those_that_are_public(closed, method, pa
     for key, right in (("", False), ("wrong", False), ("secret", True)):
         headers = ["Host: localhost", *([f"Authorization: Bearer {key}"] if key else [])]
         answer = exchange(closed, request(f"{method} {path} HTTP/1.1", headers))
-        assert (status(answer) == 401) is not (right or path in PUBLIC)
+        assert (status(answer) == 401) is not (right or path in {*PUBLIC, *page_files()})
         assert b"\r\nx-request-id: " in answer
 
 

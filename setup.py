@@ -34,6 +34,7 @@ setup(
         "rich>=13",
         "psutil>=6; sys_platform != 'linux'",  # free memory; Linux tells it in a file
         "prompt_toolkit>=3.0.36",
+        "llguidance>=1.9",
     ],
     extras_require={
         "hub": ["huggingface-hub>=1.0"],

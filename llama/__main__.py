@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llama.options import CONFIG, MODEL, SAMPLER, takes
+from llama.options import CONFIG, MODEL, SAMPLER, SHAPE, takes
 from llama.program import fail, running
 from llama.server.settings import SERVER, ServerSettings
 from llama.server.tutorial import TUTORIAL_PORT, TutorialOptions, tutorial_load
@@ -97,7 +97,7 @@ def chat(
 
 
 @app.command()
-@takes(load=MODEL.without("chat_format"), sample=SAMPLER.with_defaults(max_tokens=256))
+@takes(load=MODEL.without("chat_format"), sample=SAMPLER.with_defaults(max_tokens=256), shape=SHAPE)
 def complete(
     model: Model = None,
     prompt: Annotated[str | None, typer.Option(help="The text to continue; standard input if left out.")] = None,
@@ -106,13 +106,16 @@ def complete(
     *,
     load: dict[str, Any],
     sample: dict[str, Any],
+    shape: dict[str, Any],
 ) -> None:
-    """Continue a text."""
+    """Continue a text; the answer takes the shape of a schema, an expression or a grammar, if one is given."""
     from llama import terminal
+    from llama.files.text import read_text
 
     if prompt is None and sys.stdin.isatty():
         raise WrongCall("nothing to continue: give --prompt TEXT, or the text on standard input")
-    llm, params = build_to_sample(model, load, sample | {"echo": echo})
+    texts = {name: read_text(given) if isinstance(given, Path) else given for name, given in shape.items()}
+    llm, params = build_to_sample(model, load, sample | texts | {"echo": echo})
     prompt = llm.share(sys.stdin.read() if prompt is None and llm.rank == 0 else prompt)
     terminal.show(llm, llm.stream_text(prompt, params) if stream else [llm.complete([prompt], params)[0].text])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +13,9 @@ from llama.request import Request
 from llama.sampling import Sampled, SampleRow, logprobs_of, top_logprobs
 from llama.sampling_params import SamplingParams
 from llama.tokenizer import StreamDecoder
+
+if TYPE_CHECKING:
+    from llama.constraints import Matcher  # and llguidance, for answers that are constrained
 
 
 class StopText:
@@ -80,6 +84,7 @@ class Choice:
     seed: tuple[int, ...]
     prompt_logprobs: list[Logprob | None]  # of the prompt's tokens, as they are computed
     pool: Pool | None = None
+    matcher: Matcher | None = None  # what constrains the answer
     echo: str = ""  # the prompt's text, to go in front of the first event's; then empty
     tokens: list[int] = field(default_factory=list)  # with `echo` the prompt's too
     texts: list[str] = field(default_factory=list)
@@ -98,12 +103,14 @@ class Choice:
     def sample_row(self, ahead: Sequence[int] = ()) -> SampleRow:
         """How the token behind the request's own, and behind those `ahead` that may come to be its own, is chosen."""
         num_generated = self.num_generated + len(ahead)
+        may_stop = num_generated >= self.params.min_tokens and not (self.matcher and self.params.ignore_eos)
         return SampleRow(
             params=self.params,
             tokens=[*self.request.tokens, *ahead] if ahead else self.request.tokens,
             num_prompt_tokens=self.request.num_prompt_tokens,
             key=(*self.seed, self.index, num_generated),
-            banned=tuple(self.stop_ids) if num_generated < self.params.min_tokens else (),
+            banned=() if may_stop or self.matcher else tuple(self.stop_ids),
+            allowed=self.matcher.allowed(ahead, may_stop) if self.matcher else None,
         )
 
     def score_prompt(self, start: int, logits: torch.Tensor) -> None:
@@ -139,10 +146,14 @@ class Choice:
         self.num_generated += 1
         if token in self.stop_ids:
             return self.end("stop")
+        if self.matcher is not None:
+            self.matcher.take(token)
         known = token < self.num_words  # a model's table may be padded beyond its vocabulary
         text, stopped = self.stop_text.push(self.decoder.push(token) if known else "")
         if stopped:
             return self._last(self.event(text, token, logprob), "stop")
+        if self.matcher is not None and self.matcher.is_complete:
+            return self._last(self.event(text + self._held(), token, logprob), "stop")
         if len(self.request.tokens) == self.request.max_total_tokens:
             return self._last(self.event(text + self._held(), token, logprob), "length")
         return self.event(text, token, logprob)

@@ -13,7 +13,9 @@ import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import count
+from typing import TYPE_CHECKING
 
 from llama.answer import POOLINGS, Completion, Event, FinishReason, Inbox, Logprob, PromptTooLong, Query
 from llama.choice import Choice, Pool, StopText, Turn
@@ -22,6 +24,9 @@ from llama.runner import Output, Pack, Runner, pick
 from llama.sampling import Sampled, sample
 from llama.scheduler import Scheduler
 from llama.tokenizer import StreamDecoder, Tokenizer
+
+if TYPE_CHECKING:
+    from llama.constraints import Constraints
 
 MAX_OPEN = 512  # queries that one `run` has taken in at one time
 
@@ -190,6 +195,7 @@ class Engine:
             answer = Completion(query.refusal, [], "error", error=query.refusal, refused=True)
         else:
             try:
+                self._compile(query)  # here, where others need not wait for it
                 with self._lock:
                     request_id = self.add(query)
                     self._inboxes[request_id] = inbox
@@ -226,7 +232,10 @@ class Engine:
         )
 
     def validate(self, query: Query) -> None:
-        """Raises ValueError, in one line, for a query that can never run."""
+        """Raises ValueError, in one line, for a query that can never run.
+
+        A constraint is compiled here, in the caller's thread and without the lock; `add` finds it again.
+        """
         tokens = query.tokens
         if query.pooling not in (None, *POOLINGS):
             raise ValueError(f"pooling is {query.pooling!r}: give {' or '.join(POOLINGS)}")
@@ -244,8 +253,20 @@ class Engine:
         if outside is not None:
             raise ValueError(f"the prompt holds token {outside}, but the vocabulary has 0 ... {vocab_size - 1}")
         query.params.validate(vocab_size)
+        self._compile(query)
 
     # ---- how it is done
+
+    @cached_property
+    def _constraints(self) -> Constraints:
+        from llama.constraints import Constraints  # llguidance, for answers that are constrained
+
+        return Constraints(self.tokenizer, self.runner.vocab_size, self.stop_ids)
+
+    def _compile(self, query: Query) -> None:
+        """Raises ValueError for a constraint that cannot be kept; one that can is found again later."""
+        if query.params.shape is not None:
+            self._constraints.validate(query.params)
 
     def _check_process(self) -> None:
         if os.getpid() != self._process:  # the parent's threads, which hold its locks, are not here
@@ -277,7 +298,10 @@ class Engine:
     def _new_choices(self, request_id: int, query: Query, request: Request) -> list[Choice]:
         """The query's choices: what is found out about their common prompt is theirs in common."""
         params = query.params
-        eos_ids = frozenset() if params.ignore_eos else self.stop_ids
+        is_constrained = params.shape is not None  # then it may have to stop, whatever ignore_eos says
+        stop_ids = frozenset(params.stop_token_ids)
+        if is_constrained or not params.ignore_eos:
+            stop_ids |= self.stop_ids
         prompt_logprobs = [None] * len(query.tokens)
         pool = query.pooling and Pool(query.pooling)
         return [
@@ -289,10 +313,11 @@ class Engine:
                 num_words=self.tokenizer.n_words,
                 decoder=StreamDecoder(self.tokenizer),
                 stop_text=StopText(params.stop),
-                stop_ids=eos_ids | frozenset(params.stop_token_ids),
+                stop_ids=stop_ids,
                 seed=(self.seed, request_id) if params.seed is None else (params.seed,),
                 prompt_logprobs=prompt_logprobs,
                 pool=pool,
+                matcher=self._constraints.matcher(params, stop_ids) if is_constrained else None,
             )
             for index in range(params.n)
         ]
@@ -348,6 +373,8 @@ class Engine:
             self._end(choice, "length")
             return
         for row in range(turn.first, turn.first + turn.num_right(sampled) + 1):
+            if choice.matcher is not None and choice.matcher.error:
+                return self._end(choice, "error", choice.matcher.error)
             if row in sampled.errors:
                 return self._end(choice, "error", str(sampled.errors[row]))
             if not sampled.finite[row]:

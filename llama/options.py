@@ -83,6 +83,13 @@ MODEL = Options(  # parameters of `Llama.build`
 
 TYPES = get_type_hints(SamplingParams) | {"stop": list[str] | None}  # given several times
 SAMPLER = Options(Option(name, known.help, TYPES[name]) for name, known in SAMPLING_FIELDS.items() if known.option)
+SHAPE = Options(
+    [
+        Option("json_schema", "A file with a JSON schema, which describes the answer.", Path | None),
+        Option("regex", SAMPLING_FIELDS["regex"].help),
+        Option("grammar", "A file with the answer's grammar, in Lark or GBNF.", Path | None),
+    ]
+)
 
 
 def set_defaults(context: typer.Context, path: Path | None) -> Path | None:

@@ -1,8 +1,9 @@
 """The sampler: logits to tokens, all rows of a step at once.
 
-The order is the usual one of Hugging Face's processors: penalties, bias, the caller's own processors, banned
-tokens; then temperature, top_k, top_p, min_p. A row's result depends on that row alone: its randomness is one
-number made from its key, and its probabilities are added up as whole numbers, exactly, in whatever order.
+The order is the usual one of Hugging Face's processors: penalties, bias, the caller's own processors, what the answer's
+constraint allows, banned tokens; then temperature, top_k, top_p, min_p. A row's result depends on that row alone: its
+randomness is one number made from its key, and its probabilities are added up as whole numbers, exactly, in whatever
+order.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class SampleRow:
     num_prompt_tokens: int
     key: tuple[int, ...]  # what this draw's randomness is made from: (seed, choice index, position)
     banned: Sequence[int] = ()  # ids that must not come now: what would stop, before min_tokens are there
+    allowed: bytes | None = None  # what a constraint lets come now: one bit an id, the lowest first; None: all
 
     def __post_init__(self) -> None:
         assert self.params.is_resolved, "SamplingParams.resolve() first"
@@ -43,6 +45,7 @@ class SampleRow:
             or params.logit_bias
             or params.logits_processors
             or self.banned
+            or self.allowed is not None
         )
 
 
@@ -174,11 +177,12 @@ def _logprobs_asked_for(logits: Tensor, rows: Sequence[SampleRow], tokens: list[
 
 
 def _change(logits: Tensor, rows: Sequence[SampleRow]) -> dict[int, Exception]:
-    """Penalties, bias, processors and bans, in place on (rows, vocab); -> what processors raised, by row."""
+    """All that changes logits, in place on (rows, vocab); -> what processors raised, by row."""
     _penalise_repetition(logits, rows)
     _add(logits, [_answer_penalties(row) for row in rows])
     _add(logits, [row.params.logit_bias for row in rows])
     errors = _process(logits, rows)
+    _constrain(logits, rows)
     logits[_places([set(row.banned) for row in rows], logits.device)] = -math.inf  # last: nothing lifts a ban
     return errors
 
@@ -228,6 +232,20 @@ def _process(logits: Tensor, rows: Sequence[SampleRow]) -> dict[int, Exception]:
             errors[i] = error
             logits[i] = math.nan
     return errors
+
+
+def _constrain(logits: Tensor, rows: Sequence[SampleRow]) -> None:
+    """Mask what the constraints of rows do not allow; the bits travel packed to where the logits are."""
+    places = [i for i, row in enumerate(rows) if row.allowed is not None]
+    if not places:
+        return
+    packed = [torch.frombuffer(bytearray(rows[i].allowed), dtype=torch.uint8) for i in places]
+    bits = torch.stack(packed).to(logits.device)[..., None] >> torch.arange(8, dtype=torch.uint8, device=logits.device)
+    excluded = (bits & 1).view(len(places), -1)[:, : logits.shape[-1]] == 0
+    if len(places) == len(rows):
+        logits.masked_fill_(excluded, -math.inf)
+    else:
+        logits[places] = logits[places].masked_fill_(excluded, -math.inf)
 
 
 Draw = Callable[[Tensor, Sequence[SampleRow]], Tensor]  # logits (n, vocab), their n rows -> tokens (n,) int64

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import reprlib
 import sys
@@ -74,6 +75,25 @@ def _functions(name: str, value: object) -> tuple[LogitsProcessor, ...]:
     if not isinstance(value, list | tuple) or not all(map(callable, value)):
         raise SamplingError(name, "a list of functions", value)
     return tuple(value)
+
+
+def _schema(name: str, value: object) -> str | None:
+    """A JSON schema as text, its keys in their order."""
+    if value is None:
+        return None
+    try:
+        schema = json.loads(value) if isinstance(value, str) else value
+        if isinstance(schema, Mapping):
+            return json.dumps(schema, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError):
+        pass
+    raise SamplingError(name, "a JSON schema: a mapping, or its JSON", value)
+
+
+def _text(name: str, value: object) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise SamplingError(name, "a text or None", value)
+    return value
 
 
 _ID = _Number(0, sys.maxsize, "made of token ids (whole numbers, 0 or more)", Integral)
@@ -154,11 +174,25 @@ class SamplingParams:
         (), _functions, "Functions that change the logits.", body=False
     )
 
+    json_schema: str | Mapping[str, Any] | None = _field(
+        None, _schema, "The answer is JSON that this schema describes."
+    )
+    regex: str | None = _field(None, _text, "The whole answer matches this regular expression.")
+    grammar: str | None = _field(None, _text, "The answer is a text of this grammar, in Lark or GBNF.")
+
     def __post_init__(self) -> None:
         for name, known in SAMPLING_FIELDS.items():
             object.__setattr__(self, name, known.check(name, getattr(self, name)))
+        given = [name for name in SHAPES if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise SamplingError(given[1], f"left out beside {given[0]}", getattr(self, given[1]))
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise SamplingError("min_tokens", f"at most max_tokens ({self.max_tokens})", self.min_tokens)
+
+    @property
+    def shape(self) -> tuple[str, str] | None:
+        """What constrains the answer: which of SHAPES, and its text."""
+        return next(((name, text) for name in SHAPES if (text := getattr(self, name)) is not None), None)
 
     @property
     def is_resolved(self) -> bool:
@@ -186,5 +220,6 @@ class SamplingParams:
                     raise SamplingError(name, f"made of ids from 0 to {vocab_size - 1} (the vocabulary)", token)
 
 
+SHAPES = ("json_schema", "regex", "grammar")  # the fields of which one may say what an answer looks like
 SAMPLING_FIELDS: dict[str, SamplingField] = {f.name: f.metadata["known"] for f in fields(SamplingParams)}
 _OTHERWISE = {name: s.otherwise for name, s in SAMPLING_FIELDS.items() if s.otherwise is not None}

@@ -25,7 +25,7 @@ ROWS = """
 files  device  streams  progress  parallel  linear  kernels  request  sampling_params  version
 cache  rotary  embedding  vocabulary  blocks  sampling  options  keyboard  program
 attention  quantization  tokenizer  scheduler
-model  chat  answer
+model  chat  answer  constraints
 checkpoint  runner  choice  client
 engine
 building
@@ -169,7 +169,7 @@ def test_no_file_needs_what_windows_lacks_to_be_imported(path):
 
 def test_importing_llama_pulls_in_no_server_and_no_library_that_one_process_does_not_need():
     heavy = ["fairscale", "transformers", "fastapi", "uvicorn", "huggingface_hub", "fire", "triton", "gguf"]
-    heavy += ["rich", "pydantic", "jinja2", "sentencepiece", "tiktoken", "tokenizers"]
+    heavy += ["llguidance", "rich", "pydantic", "jinja2", "sentencepiece", "tiktoken", "tokenizers"]
     assert loaded("from llama import Llama", heavy) == []
 
 

@@ -16,7 +16,7 @@ SAMPLER_FLAGS = ["temperature", "top-p", "top-k", "repetition-penalty", "max-tok
 TUTORIAL_FLAGS = ["model_path", "gpus", "infer_dtype", "model_source"]
 FLAGS = {
     "chat": ["system", "history", "url", "api-key", *MODEL_FLAGS, *SAMPLER_FLAGS],
-    "complete": ["prompt", "stream", "echo", *MODEL_FLAGS, *SAMPLER_FLAGS],
+    "complete": ["prompt", "stream", "echo", "json-schema", "regex", "grammar", *MODEL_FLAGS, *SAMPLER_FLAGS],
     "batch": ["model", *MODEL_FLAGS],
     "convert": ["to", "shards", "max-shard-size", "dtype", "input_dir", "output_dir", "model_size"],
     "quantize": ["type"],

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ def single(checkpoint) -> dict:
         for i in range(24)
     ]
     others = llm.complete(prompts, seeded) + llm.complete([[1, *range(i, 3 * i + 2)] for i in range(24)], many)
+    others += llm.complete(prompts, replace(seeded, regex="([a-z]{2,3} ){1,3}[!?]", n=2))
     return {
         "tokens": [completion.tokens for completion in completions + others],
         "logprobs": [entry.logprob for completion in completions for entry in completion.logprobs],

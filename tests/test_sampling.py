@@ -28,8 +28,14 @@ NAN, INF = math.nan, math.inf
 ALMOST_ONE = 1 - 2.0**-53
 
 
-def row(params=None, tokens=(), num_prompt_tokens=0, key=(0, 0, 0), banned=(), **given):
-    return SampleRow((params or SamplingParams(**given)).resolve(), list(tokens), num_prompt_tokens, tuple(key), banned)
+def row(params=None, tokens=(), num_prompt_tokens=0, key=(0, 0, 0), banned=(), allowed=None, **given):
+    params = (params or SamplingParams(**given)).resolve()
+    return SampleRow(params, list(tokens), num_prompt_tokens, tuple(key), banned, allowed and packed(allowed))
+
+
+def packed(ids):
+    """A bit for each id, in whole words of 32."""
+    return sum(1 << id for id in set(ids)).to_bytes(4 * (max(ids) // 32 + 1), "little")
 
 
 def drawing(*numbers):
@@ -83,6 +89,9 @@ def twin_tokens(logits, row, draw, slack=1e-5):
     """
     changed = twin_changed(logits, row)
     changed[list(row.banned)] = -INF
+    if row.allowed is not None:
+        bits = int.from_bytes(row.allowed, "little")
+        changed[[token for token in range(len(changed)) if not bits >> token & 1]] = -INF
     if not np.isfinite(max(changed)):
         return {None}
     if row.params.temperature <= 0:
@@ -119,8 +128,9 @@ def batches(draw):
             logit_bias=draw(st.dictionaries(ids, st.sampled_from([-INF, -5.0, 2.5]), max_size=3)),
         )
         banned = draw(st.lists(ids, max_size=2))
+        allowed = draw(st.one_of(st.none(), st.lists(ids, min_size=1, max_size=5)))
         logits.append(draw(st.lists(logit, min_size=vocab, max_size=vocab)))
-        rows.append(row(params, tokens, draw(st.integers(0, len(tokens))), (0, 0, place), banned))
+        rows.append(row(params, tokens, draw(st.integers(0, len(tokens))), (0, 0, place), banned, allowed))
     numbers = draw(st.lists(st.floats(0, 1, exclude_max=True), min_size=len(rows), max_size=len(rows)))
     return torch.tensor(logits), rows, numbers
 

@@ -206,6 +206,18 @@ def test_complete_prints_the_same_text_streamed_or_not(llama, checkpoint):
     assert llama("complete", checkpoint, "--max-tokens", 12, "--seed", 3, stdin="quick fox")[1] == whole
 
 
+def test_complete_gives_an_answer_its_shape(llama, checkpoint, tmp_path):
+    (tmp_path / "schema.json").write_text('{"enum": [{"a": 1}, ["b", 2]]}')
+    (tmp_path / "number.gbnf").write_text('root ::= "<" [0-9] [0-9] ">"')
+    complete = ("complete", checkpoint, "--prompt", "quick fox", "--max-tokens", 60, "--seed", 3)
+    assert json.loads(llama(*complete, "--json-schema", tmp_path / "schema.json")[1]) in ({"a": 1}, ["b", 2])
+    assert re.fullmatch(r"[ab]{3}\n", llama(*complete, "--regex", "[ab]{3}", "--stream")[1])
+    assert re.fullmatch(r"<\d\d>\n", llama(*complete, "--grammar", tmp_path / "number.gbnf")[1])
+    status, out, err = llama(*complete, "--regex", "(?=a)b")
+    assert (status, out) == (1, "")
+    assert "look-around" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [

@@ -82,6 +82,7 @@ class Body(Fields):
 
 _IN_JSON = {
     "logit_bias": Annotated[dict[str, float], Field(max_length=MOST_BIASES)],
+    "json_schema": dict[str, Any] | str,
     "stop": Stop | Annotated[list[Stop], Field(max_length=MOST_STOPS)],
     "stop_token_ids": Annotated[list[int], Field(max_length=MOST_BIASES)],
 }

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from llama import Llama, SamplingParams
@@ -20,6 +21,7 @@ def main(checkpoint: str, tokenizer: str, directory: str) -> None:
     ]
     llm.engine.scheduler.chunk = 16
     completions += llm.complete([[1, *range(i, 3 * i + 2)] for i in range(24)], many)
+    completions += llm.complete(prompts, replace(seeded, regex="([a-z]{2,3} ){1,3}[!?]", n=2))
     streamed = "".join(llm.stream_text(prompts[0], greedy))
     assert streamed == completions[0].text, "what is streamed differs from what is returned"
     for leaving in (

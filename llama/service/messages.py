@@ -148,9 +148,13 @@ def message_json(call: Call, usage: Usage, content: list[dict[str, Any]], ending
     }
 
 
+def text_block(text: str) -> dict[str, Any]:
+    return {"type": "text", "text": text, "citations": None}
+
+
 def message_response(llm: Llama, call: Call, completions: Sequence[Completion]) -> dict[str, Any]:
     [completion] = completions
-    content = [{"type": "text", "text": completion.text, "citations": None}]
+    content = [text_block(completion.text)]
     return message_json(call, Usage.of(call.queries, completions), content, message_ending(call, completion))
 
 
@@ -202,7 +206,7 @@ class MessageFrames(Frames):
         nothing = message_json(
             self._call, Usage.of(self._call.queries), [], {"stop_reason": None, "stop_sequence": None}
         )
-        block = {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}}
+        block = {"type": "content_block_start", "index": 0, "content_block": text_block("")}
         return named_frame({"type": "message_start", "message": nothing}) + named_frame(block)
 
 

@@ -62,7 +62,7 @@ def test_a_message_has_the_parts_that_clients_read(llm):
     assert message["id"].startswith("msg_")
     [query] = opened(llm).queries
     [expected] = llm.complete([query.tokens], query.params)
-    assert message["content"] == [{"type": "text", "text": expected.text}]
+    assert message["content"] == [{"type": "text", "text": expected.text, "citations": None}]
     assert (message["stop_reason"], message["stop_sequence"]) == ("max_tokens", None)
     usage = message["usage"]
     assert usage["output_tokens"] == 8
@@ -136,7 +136,7 @@ def test_the_stream_says_what_the_message_says(llm, stop):
     assert opening["usage"]["input_tokens"] > 0
     assert opening["id"] == message["id"]
     said = "".join(event["delta"]["text"] for event in found[2:-3])
-    assert [{"type": "text", "text": said}] == message["content"]
+    assert [found[1]["content_block"] | {"text": said}] == message["content"]
     assert found[-2]["delta"] == {name: message[name] for name in ("stop_reason", "stop_sequence")}
     assert found[-2]["usage"] == message["usage"]
 

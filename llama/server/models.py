@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from llama.engine import EngineStats
 from llama.generation import Llama
+from llama.service.ollama_model import num_parameters
 from llama.version import VERSION
 
 
@@ -30,6 +32,10 @@ class ServedModel:
     def path(self) -> str:
         return str(self.llm.checkpoint.path) if self.llm.checkpoint else self.name
 
+    @cached_property
+    def num_parameters(self) -> int:
+        return num_parameters(self.llm)
+
     def to_json(self) -> dict[str, Any]:
         """OpenAI's object, with vLLM's and llama.cpp's further keys."""
         args, parameters = self.llm.model.params, list(self.llm.model.parameters())
@@ -47,7 +53,7 @@ class ServedModel:
                 "n_ctx_train": args.max_seq_len,
                 "n_vocab": args.vocab_size,
                 "n_embd": args.dim,
-                "n_params": sum(p.numel() for p in parameters),
+                "n_params": self.num_parameters,
                 "size": sum(t.numel() * t.element_size() for t in parameters + buffers),
             },
         }

@@ -1,0 +1,53 @@
+"""What docs/serving.md shows is run as a reader would run it."""
+
+import importlib.util
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.server import Running, serving
+from support.tiny import ByteTokenizer, answering_model
+
+from llama import Llama
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+PROGRAMS = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
+ADDRESS = "http://127.0.0.1:8000"
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    with serving(lambda: Llama(answering_model("Ok."), ByteTokenizer(), chat_format="llama2")) as server:
+        yield server
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.split()[1])
+def test_the_programs_of_the_documentation_run(running, program, capsys):
+    package = program.split()[1].split(".")[0]
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    exec(compile(program.replace(ADDRESS, running.url), "docs/serving.md", "exec"), {})
+    assert "Ok." in capsys.readouterr().out
+
+
+def test_the_documentation_has_a_program_for_each_client():
+    assert [program.split()[1] for program in PROGRAMS] == ["openai", "langchain_core.prompts", "anthropic"]
+
+
+def test_the_commands_of_the_documentation_that_ask_a_server_get_answers(running):
+    [command] = re.findall(r"^curl .*?}'", DOCUMENT, re.DOTALL | re.MULTILINE)
+    done = subprocess.run(["bash", "-c", command.replace(ADDRESS, running.url)], capture_output=True, text=True)
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"] == "Ok."
+
+
+def test_every_option_that_the_documentation_names_is_there():
+    from llama.options import MODEL
+    from llama.server.settings import SERVER
+
+    known = {"--" + option.name.replace("_", "-") for option in (*SERVER, *MODEL)}
+    others = {"--url", "--config", "--help", "--model_path", "--gpus", "--infer_dtype", "--model_source"}
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", DOCUMENT)) - {"--nproc_per_node"}
+    assert named <= known | others

@@ -230,16 +230,19 @@ def _grammar(kind: str, text: str) -> str:
 
 def _from_schema(text: str) -> str:
     schema = json.loads(text)
+    options = schema.get("x-guidance")  # llguidance's own
+    is_lenient = isinstance(options, dict) and options.get("lenient") is True
     for depth, part in _objects(schema):
         if depth > DEEPEST_SCHEMA:
             raise ConstraintError("json_schema", f"it is nested more than {DEEPEST_SCHEMA} deep")
-        least, required = part.get("minProperties"), part.get("required")
-        num_required = len(required) if isinstance(required, list) else 0
-        if isinstance(least, int) and least > max(1, num_required) and part.get("additionalProperties") is not False:
-            message = f"minProperties {least} is not supported beside additionalProperties: a name may come twice"
-            raise ConstraintError("json_schema", message)
         if part.get("uniqueItems") is False:  # says nothing
             del part["uniqueItems"]
+        least, required = part.get("minProperties"), part.get("required")
+        num_required = len(required) if isinstance(required, list) else 0
+        is_loose = part.get("additionalProperties") is not False and not is_lenient
+        if is_loose and isinstance(least, int) and least > max(1, num_required):
+            message = f"minProperties {least} is not supported beside additionalProperties: a name may come twice"
+            raise ConstraintError("json_schema", message)
     return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITE_SPACE})
 
 

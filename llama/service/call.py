@@ -83,7 +83,7 @@ class Call:
         except Refusal:
             raise
         except SamplingError as error:
-            raise Refusal(str(error), param=error.param) from error
+            raise Refusal(str(error), param=parsed.word(error.param)) from error
         except PromptTooLong as error:
             raise Refusal(str(error), param=endpoint.prompt, code="context_length_exceeded") from error
         except ValueError as error:

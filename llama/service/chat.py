@@ -11,16 +11,13 @@ from llama.answer import Completion, Event, Query
 from llama.chat import Prompt
 from llama.generation import Llama
 from llama.service.call import Call, Endpoint
-from llama.service.fields import Fields, Ignored, SamplingBody, Unserved
+from llama.service.fields import Fields, Ignored, Unserved
 from llama.service.frames import Delta, OpenAIFrames, deltas, json_line, server_sent
 from llama.service.openai import StreamOptions, Usage, UsageFrames, chat_logprobs, head, opened_head
 from llama.service.refusal import Refusal
+from llama.service.shape import ShapedBody
 
 MOST_MESSAGES = 4096
-
-
-class ResponseFormat(Fields):
-    type: Literal["text"]
 
 
 class ChatMessage(Fields):
@@ -60,14 +57,13 @@ class Continuing(Fields):
         return Prompt(dialog, options=options or {}, continues=self.continue_final_message)
 
 
-class ChatRequest(SamplingBody, Continuing):
+class ChatRequest(ShapedBody, Continuing):
     messages: Annotated[list[ChatMessage], Field(max_length=MOST_MESSAGES)]
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int = 0
     stream: bool = False
     stream_options: StreamOptions | None = None
-    response_format: ResponseFormat | None = None
     tools: Unserved = None
     tool_choice: Literal["none", "auto"] | None = None
     parallel_tool_calls: bool | None = None
@@ -91,7 +87,7 @@ class ChatRequest(SamplingBody, Continuing):
     def own_params(self) -> dict[str, Any]:
         if self.top_logprobs and not self.logprobs:
             raise Refusal("top_logprobs is given without logprobs: set logprobs to true", param="top_logprobs")
-        own: dict[str, Any] = {"logprobs": self.top_logprobs if self.logprobs else None}
+        own = {**super().own_params(), "logprobs": self.top_logprobs if self.logprobs else None}
         most = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
         if most == 0:
             raise Refusal("max_tokens is 0: an answer has at least 1 token", param="max_tokens")

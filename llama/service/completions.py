@@ -9,7 +9,7 @@ from typing import Any
 from llama.answer import Completion, Event, Query
 from llama.generation import Llama
 from llama.service.call import Call, Endpoint
-from llama.service.fields import Ignored, Prompts, SamplingBody, Unserved
+from llama.service.fields import Ignored, Prompts, Unserved
 from llama.service.frames import Delta, OpenAIFrames, deltas, json_line, server_sent
 from llama.service.openai import (
     StreamOptions,
@@ -23,13 +23,14 @@ from llama.service.openai import (
     text_offsets,
 )
 from llama.service.refusal import Refusal
+from llama.service.shape import ShapedBody
 from llama.tokenizer import Tokenizer
 
 DEFAULT_MAX_TOKENS = 16  # where a body gives none
 MOST_PROMPTS = 2048
 
 
-class CompletionRequest(SamplingBody):
+class CompletionRequest(ShapedBody):
     prompt: Prompts
     logprobs: int | None = None
     echo: bool = False
@@ -46,6 +47,7 @@ class CompletionRequest(SamplingBody):
 
     def own_params(self) -> dict[str, Any]:
         return {
+            **super().own_params(),
             "logprobs": self.logprobs,
             "prompt_logprobs": self.logprobs if self.echo else None,
             "echo": self.echo,

@@ -54,11 +54,8 @@ class Fields(BaseModel):
         if not isinstance(data, dict):
             return data
         ignore_unknown = bool(info.context and info.context["ignore_unknown"])
-        return {
-            key: value
-            for key, value in data.items()
-            if value is not None and (key in cls.model_fields or not ignore_unknown)
-        }
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        return {key: value for key, value in data.items() if value is not None and (key in known or not ignore_unknown)}
 
     @classmethod
     def __get_pydantic_json_schema__(cls, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -78,6 +75,10 @@ class Body(Fields):
     def is_streamed(self) -> bool:
         """Whether the answer is to be sent as it comes."""
         return bool(getattr(self, "stream", False))
+
+    def word(self, name: str) -> str:
+        """The body's own word for a field of SamplingParams."""
+        return name
 
 
 _IN_JSON = {

@@ -23,6 +23,7 @@ from llama.service.fields import MOST_STOPS, Body, Fields, Ignored, Stop, Unserv
 from llama.service.frames import Delta, Frames, deltas, json_line, server_sent
 from llama.service.openai import Usage
 from llama.service.refusal import Refusal
+from llama.service.shape import Schema
 from llama.service.tokens import no_queries
 
 MessageContent = str | list[dict[str, Any]]  # the blocks are looked at by `block_texts`
@@ -42,9 +43,14 @@ class MessageTurn(Fields):
     content: MessageContent
 
 
+class OutputFormat(Fields):
+    type: Literal["json_schema"]
+    schema_: Schema = Field(alias="schema")
+
+
 class OutputConfig(Fields):
     effort: Ignored = None
-    format: Unserved = None
+    format: OutputFormat | None = None
 
 
 class CountTokensRequest(Body):
@@ -83,6 +89,13 @@ class MessagesRequest(CountTokensRequest):
     service_tier: Ignored = None
     inference_geo: Ignored = None
 
+    @property
+    def json_schema(self) -> Schema | None:
+        return self.output_config.format.schema_ if self.output_config and self.output_config.format else None
+
+    def word(self, name: str) -> str:
+        return "output_config" if name == "json_schema" else name
+
 
 def block_texts(where: str, content: MessageContent) -> Iterator[str]:
     """Of the blocks, without what the model thought in earlier turns."""
@@ -102,6 +115,7 @@ def message_queries(llm: Llama, body: MessagesRequest) -> list[Query]:
         top_p=body.top_p,
         top_k=body.top_k,
         stop=tuple(body.stop_sequences),
+        json_schema=body.json_schema,
     )
     return [llm.chat_query(body.chat_prompt(), params.resolve(llm.defaults))]
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
@@ -26,6 +27,7 @@ from llama.service.fields import MOST_STOPS, Body, Fields, Ignored, Stop, Unserv
 from llama.service.frames import Delta, Frames, deltas, json_line
 from llama.service.openai import Usage, chat_logprobs
 from llama.service.refusal import Refusal
+from llama.service.shape import ANY_OBJECT, Schema
 
 
 def _only_off(off: float) -> AfterValidator:
@@ -87,14 +89,19 @@ class OllamaOptions(Fields):
 class OllamaBody(Body):
     stream: bool = True
     options: OllamaOptions = OllamaOptions()
-    format: Unserved = None
+    format: Literal["", "json"] | Schema = ""
     think: bool | str | None = None
     logprobs: bool = False
     top_logprobs: int = 0
     keep_alive: Ignored = None
 
     def sampling(self, llm: Llama) -> SamplingParams:
-        return self.options.params(self.top_logprobs if self.logprobs else None).resolve(llm.defaults)
+        params = self.options.params(self.top_logprobs if self.logprobs else None)
+        schema = ANY_OBJECT if self.format == "json" else self.format or None
+        return replace(params, json_schema=schema).resolve(llm.defaults)
+
+    def word(self, name: str) -> str:
+        return "format" if name == "json_schema" else name
 
     def template_options(self) -> dict[str, Any]:
         return {} if self.think is None else {"enable_thinking": self.think is not False}

@@ -178,7 +178,7 @@ def test_tokens_are_counted_without_an_answer(llm):
         (dict(messages=[{"role": "user", "content": "x" * 300}]), "the prompt has "),
         (dict(temperature="hot"), "temperature: "),
         (dict(n=2), "n: "),
-        (dict(output_config={"format": {"type": "json_schema"}}), "output_config.format: .*not served"),
+        (dict(output_config={"format": {"type": "xml"}}), "output_config.format.type: .*json_schema"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_in_anthropics_form(llm, fields, message):

@@ -150,7 +150,7 @@ def test_a_number_of_parameters_is_told_in_words():
     [
         (CHAT, dict(tools=[{"type": "function"}]), "tools: .*not served"),
         (CHAT, dict(messages=[{**USER, "images": ["aGk="]}]), "messages.0.images: .*not served"),
-        (CHAT, dict(format="json"), "format: .*not served"),
+        (CHAT, dict(format="xml"), "format.*: .*json"),
         (GENERATE, dict(suffix="x"), "suffix: "),
         (GENERATE, dict(context=[1, 2]), "context: "),
         (GENERATE, dict(options={"mirostat": 2}), "options.mirostat: this is not served: give 0"),

@@ -64,7 +64,7 @@ def test_what_says_nothing_is_taken_as_not_given(llm, fields):
     [
         (dict(stream=True), "stream: "),
         (dict(tools=[{"type": "function"}]), "tools: .*this is not served: leave it out"),
-        (dict(response_format={"type": "json_object"}), "response_format.type: "),
+        (dict(response_format={"type": "sound"}), "response_format.type: "),
         (dict(messages=[{**USER, "tool_calls": [{}]}]), "messages.0.tool_calls: .*not served"),
         (dict(messages=[{**USER, "audio": {}}]), "messages.0.audio: "),
         (dict(messages=[{"role": "user", "content": None}]), "message 1 is not of the form"),

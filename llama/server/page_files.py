@@ -41,8 +41,8 @@ POLICY = "; ".join(
         "trusted-types dompurify",
     ]
 )
+FOR_EVER = "public, max-age=31536000, immutable"
 HEADERS = {
-    "cache-control": "no-cache",  # kept, and asked for again by its ETag
     "content-security-policy": POLICY,
     "referrer-policy": "no-referrer",
     "x-content-type-options": "nosniff",
@@ -58,15 +58,15 @@ class PageFile:
     type: str
     etag: str
     packed: bytes | None
+    caching: str
 
     @classmethod
-    def read(cls, path: Path) -> PageFile:
-        content = path.read_bytes()
-        packed = None if path.suffix in PACKED else gzip.compress(content, mtime=0)
-        return cls(content, MEDIA_TYPES[path.suffix], f'"{sha256(content).hexdigest()[:32]}"', packed)
+    def of(cls, content: bytes, suffix: str, caching: str) -> PageFile:
+        packed = None if suffix in PACKED else gzip.compress(content, mtime=0)
+        return cls(content, MEDIA_TYPES[suffix], f'"{digest_of(content)}"', packed, caching)
 
     def response(self, request: Request) -> Response:
-        headers = {**HEADERS, "etag": self.etag}
+        headers = {**HEADERS, "etag": self.etag, "cache-control": self.caching}
         if self.etag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
         if self.packed is not None and "gzip" in request.headers.get("accept-encoding", ""):
@@ -74,12 +74,26 @@ class PageFile:
         return Response(self.content, media_type=self.type, headers=headers)
 
 
+def digest_of(content: bytes) -> str:
+    return sha256(content).hexdigest()[:32]
+
+
 @cache
 def page_files() -> dict[str, PageFile]:
-    """Every file by its path on the server; a path that is not here has no file, whatever it spells."""
+    """Every file by its path on the server; a path that is not here has no file, whatever it spells.
+
+    The first asks for the others under a name that changes with them, so browsers keep those for ever.
+    """
     paths = [path for path in sorted(FOLDER.rglob("*")) if path.suffix in MEDIA_TYPES]
-    files = {f"/page/{path.relative_to(FOLDER).as_posix()}": PageFile.read(path) for path in paths}
-    return {INDEX: files.pop("/page/index.html"), **files}
+    contents = {path.relative_to(FOLDER).as_posix(): path.read_bytes() for path in paths}
+    version = digest_of(b"".join(contents.values()))[:12]
+    index = contents.pop("index.html").replace(b'"page/', f'"page/{version}/'.encode())
+    files = {INDEX: PageFile.of(index, ".html", "no-cache")}
+    for name, content in contents.items():
+        files[f"/page/{version}/{name}"] = PageFile.of(
+            content, Path(name).suffix, "public, max-age=31536000, immutable"
+        )
+    return files
 
 
 def add_page(app: FastAPI) -> None:

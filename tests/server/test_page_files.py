@@ -16,12 +16,13 @@ def test_every_file_of_the_page_is_served_and_nothing_else(running: Running):
         assert response.read() == file.content
         assert response.headers["content-type"] == file.type
         assert "default-src 'none'" in response.headers["content-security-policy"]
-    for path in ("/page/", "/page/../settings.py", "/page/%2e%2e/settings.py", "/page/app.js/", "/page/index.html"):
+    for path in ("/page/", "/page/../settings.py", "/page/%2e%2e/settings.py", "/page/app.js", "/page/index.html"):
         assert running.open("GET", path).status == 404
 
 
-@pytest.mark.parametrize("path", ["/", "/page/app.js", "/page/vendor/katex.js"])
-def test_a_browser_that_has_a_file_gets_it_no_second_time(running: Running, path: str):
+@pytest.mark.parametrize("name", ["/", "/app.js", "/vendor/katex.js"])
+def test_a_browser_that_has_a_file_gets_it_no_second_time(running: Running, name: str):
+    [path] = [path for path in page_files() if path.endswith(name)]
     first = running.open("GET", path, headers={"accept-encoding": "gzip"})
     assert gzip.decompress(first.read()) == page_files()[path].content
     again = running.open("GET", path, headers={"if-none-match": first.headers["etag"]})

@@ -23,6 +23,13 @@ def started_chromium() -> Iterator[Browser]:
         browser.close()
 
 
+def forget(page: Page, url: str) -> None:
+    """Takes from the browser whatever a site has left there."""
+    session = page.context.new_cdp_session(page)
+    session.send("Storage.clearDataForOrigin", {"origin": url, "storageTypes": "all"})
+    session.detach()
+
+
 @dataclass
 class ChatPage:
     """A person at the page. `complaints`: what the browser said of it: errors, violations of its policy."""
@@ -36,11 +43,19 @@ class ChatPage:
 
     def __post_init__(self) -> None:
         self.page.set_default_timeout(15_000)
-        self.page.on("console", lambda message: message.type == "error" and self.complaints.append(message.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        for event in ("requestfinished", "requestfailed"):
-            self.page.on(event, self._count)
-        self.page.on("request", lambda request: self.asked.append(request.url))
+        self._listeners = {
+            "console": lambda message: message.type == "error" and self.complaints.append(message.text),
+            "pageerror": lambda error: self.complaints.append(str(error)),
+            "request": lambda request: self.asked.append(request.url),
+            "requestfinished": self._count,
+            "requestfailed": self._count,
+        }
+        for event, listen in self._listeners.items():
+            self.page.on(event, listen)
+
+    def close(self) -> None:
+        for event, listen in self._listeners.items():
+            self.page.remove_listener(event, listen)
 
     def _count(self, request: Request) -> None:
         self.num_ended += request.url.endswith("/completions")
@@ -50,8 +65,8 @@ class ChatPage:
         self.page.wait_for_selector("#model-name:not(:empty)")
         return self
 
-    def find(self, selector: str) -> Locator:
-        return self.page.locator(selector)
+    def find(self, selector: str, **which: str) -> Locator:
+        return self.page.locator(selector, **which)
 
     def write(self, text: str) -> None:
         self.page.fill("#composer-text", text)

@@ -113,8 +113,8 @@ export class Answer {
     const text = await getText("metrics").catch(() => "");
     const waiting = Number(/^vllm:num_requests_waiting(?:\{.*\})? (\S+)$/m.exec(text)?.[1] ?? 0);
     if (this.waiting === null) return;
-    const before = Math.min(waiting - 1, this.waiting.line ?? Infinity); // whoever came later does not count
-    this.waiting = before > 0 ? { line: before } : "reading";
+    const place = Math.min(waiting, this.waiting.line ?? Infinity); // whoever came later does not count
+    this.waiting = place > 0 ? { line: place } : "reading";
     this.onchange();
   }
 

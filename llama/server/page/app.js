@@ -3,6 +3,7 @@
 import { chat, newConversation, startChat, stop } from "./chat.js";
 import { answerOf } from "./answers.js";
 import { find } from "./dom.js";
+import { startNotebook } from "./notebook.js";
 import { onSetting, settings } from "./settings.js";
 import { removeOne, rename, showConversations, startSidebar, toggleSidebar } from "./sidebar.js";
 import { watchServer } from "./status.js";
@@ -35,10 +36,11 @@ function showTheme() {
 
 showTheme();
 onSetting((name) => name === "theme" && showTheme());
-startWords();
 document.addEventListener("keydown", onkey);
 startChat();
+startNotebook();
 startViews();
+startWords();
 watchServer();
 await startSidebar();
 onSetting(async (name) => {

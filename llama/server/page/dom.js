@@ -10,6 +10,7 @@ export function el(tag, attributes = {}, ...children) {
   for (const [name, value] of Object.entries(attributes)) {
     if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
     else if (name === "value" || name === "checked") node[name] = value;
+    else if (name.startsWith("aria-") && value !== null && value !== undefined) node.setAttribute(name, value); // "false" says something
     else if (value === true) node.setAttribute(name, "");
     else if (value !== null && value !== undefined && value !== false) node.setAttribute(name, value);
   }
@@ -20,7 +21,7 @@ export function el(tag, attributes = {}, ...children) {
 export function icon(name) {
   const svg = document.createElementNS(SVG, "svg");
   const use = document.createElementNS(SVG, "use");
-  use.setAttribute("href", `#${name}`);
+  use.setAttribute("href", `#i-${name}`);
   svg.setAttribute("aria-hidden", "true");
   svg.append(use);
   return svg;

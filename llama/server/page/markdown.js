@@ -202,7 +202,7 @@ let loading;
 
 function loadKatex() {
   loading ??= (async () => {
-    document.head.append(el("link", { rel: "stylesheet", href: "page/vendor/katex.css" }));
+    document.head.append(el("link", { rel: "stylesheet", href: new URL("./vendor/katex.css", import.meta.url) }));
     await import("./vendor/katex.js");
     katex = globalThis.katex;
   })();

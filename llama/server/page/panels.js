@@ -52,6 +52,7 @@ export function openTokens(panel, conversation, message, pick) {
       const chosen = tokens[i];
       const take = ([id, bytes, logprob]) => pick(message, { prompt, tokens: [...tokens.slice(0, i), [id, bytes, logprob, chosen[3]]] });
       place.replaceChildren(bars(chosen[3], chosen, take));
+      place.scrollIntoView({ block: "nearest" });
     });
     const ids = el("input", { type: "checkbox", onchange: () => row.classList.toggle("with-ids", ids.checked) });
     return [el("label", { class: "row" }, ids, t("tokenIds")), row, place];

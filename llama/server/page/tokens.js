@@ -16,10 +16,12 @@ const strict = new TextDecoder("utf-8", { fatal: true });
 /** A token's text for people: white space can be seen, and bytes that are no character are written as such. */
 export function visible(bytes) {
   if (!bytes.length) return "∅";
+  const hex = (byte) => `<0x${byte.toString(16).toUpperCase().padStart(2, "0")}>`;
   try {
-    return strict.decode(new Uint8Array(bytes)).replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll(/^ | $/g, "␣").replaceAll("\r", "␍");
+    const text = strict.decode(new Uint8Array(bytes));
+    return text.replaceAll("\n", "⏎").replaceAll("\t", "⇥").replaceAll("\r", "␍").replaceAll(/^ | $/g, "␣").replaceAll(/[\0-\x1f\x7f]/g, (c) => hex(c.charCodeAt(0)));
   } catch {
-    return bytes.map((byte) => `<0x${byte.toString(16).toUpperCase().padStart(2, "0")}>`).join("");
+    return bytes.map(hex).join("");
   }
 }
 

@@ -172,7 +172,10 @@ def serve(
         model = model or model_path
         if not is_given(context, "port"):
             listen["port"] = TUTORIAL_PORT
-    from llama.checkpoint import DEFAULT_SETTINGS
+    from llama.checkpoint import DEFAULT_SETTINGS, model_in
+
+    if "model_dir" in listen and not (model and os.path.exists(model)):
+        model = str(model_in(listen["model_dir"], model))
 
     def built() -> Llama:
         llm = build(model, load | {"seed": None})  # each start draws its own

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ..files.errors import CheckpointError, Finding
 from .conversion import convert, legacy_source, save_low_bit
 from .default import DEFAULT_ABOUT, DEFAULT_SETTINGS, default_model
+from .folder import model_in, models_in
 from .formats import open_checkpoint
 from .hub import resolve
 from .inspection import Estimate, Inspection, Stored, estimate, inspect
@@ -32,6 +33,8 @@ __all__ = [
     "inspect",
     "legacy_source",
     "load_weights",
+    "model_in",
+    "models_in",
     "open_checkpoint",
     "packed_modules",
     "resolve",

@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from llama.server.logs import unexpected
 from llama.server.metrics import CONTENT_TYPE
-from llama.server.models import slots
+from llama.server.models import slots, unloaded
 from llama.server.page_files import add_page
 from llama.server.response import CallResponse, refusal_response
 from llama.server.server import Server
@@ -120,15 +120,19 @@ def add_information(app: FastAPI, server: Server, responses: dict[int, dict[str,
 
     @get("/v1/models")
     def models() -> dict[str, Any]:
-        """The models that are served."""
-        return {"object": "list", "data": [server.model.to_json()]}
+        """The model that is served, and those of its folder that could be."""
+        others = [unloaded(*item) for item in server.others().items()]
+        return {"object": "list", "data": [server.model.to_json(), *others]}
 
     @get("/v1/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
-        """One of the models that are served."""
-        if name != server.model.name:
+        """One of the models that are listed."""
+        if name == server.model.name:
+            return server.model.to_json()
+        others = server.others()
+        if name not in others:
             raise Refusal(f"no model is called {name[:100]!r}", param="model", code="model_not_found", status=404)
-        return server.model.to_json()
+        return unloaded(name, others[name])
 
     @get("/props")
     def props() -> dict[str, Any]:

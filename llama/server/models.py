@@ -49,6 +49,7 @@ class ServedModel:
             "parent": None,
             "max_model_len": self.llm.max_seq_len,
             "permission": [],
+            "status": {"value": "loaded"},
             "meta": {
                 "n_ctx_train": args.max_seq_len,
                 "n_vocab": args.vocab_size,
@@ -88,6 +89,12 @@ class ServedModel:
             **{f"{name}_token": control_text(self.llm, token) for name, token in ids.items()},
             **{f"{name}_token_id": token if token >= 0 else None for name, token in ids.items()},
         }
+
+
+def unloaded(name: str, path: Path) -> dict[str, Any]:
+    """OpenAI's object for a model that could be served instead, marked as llama.cpp marks it."""
+    created = int(path.stat().st_mtime)
+    return {"id": name, "object": "model", "created": created, "owned_by": "llama", "status": {"value": "unloaded"}}
 
 
 def control_text(llm: Llama, token: int) -> str | None:

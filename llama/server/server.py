@@ -8,8 +8,10 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
+from llama.checkpoint import models_in
 from llama.generation import Llama
 from llama.server.engine_thread import EngineThread
 from llama.server.models import ServedModel
@@ -62,6 +64,12 @@ class Server:
                     await asyncio.shield(self.engine.ended)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def others(self) -> dict[str, Path]:
+        """Models of the folder that could be served instead, by name."""
+        found = models_in(self.settings.model_dir) if self.settings.model_dir else {}
+        served = self.llm.checkpoint and self.llm.checkpoint.path.resolve()
+        return {name: path for name, path in found.items() if path.resolve() != served}
+
     def unavailable(self) -> Refusal:
         message = "the server is stopping" if self.is_draining else "Loading model"
         return Refusal(message, status=503, kind="unavailable_error", code="unavailable", retry_after=RETRY_AFTER)
@@ -101,9 +109,10 @@ class Server:
                 param="model",
                 code="missing_required_parameter",
             )
-        if self.settings.strict_model and given not in (None, self.model.name):
+        is_other = isinstance(given, str) and given != self.model.name
+        if is_other and (self.settings.strict_model or given in self.others()):
             raise Refusal(
-                f"the model {str(given)[:100]!r} is not served: give {self.model.name}",
+                f"the model {given[:100]!r} is not served: give {self.model.name}",
                 param="model",
                 code="model_not_found",
                 status=404,

@@ -21,6 +21,7 @@ class ServerSettings:
     host: str = _setting("127.0.0.1", "The address to listen at; 0.0.0.0 is all.")
     port: int = _setting(8000, "The port to listen at; 0 takes a free one.", least=0)
     name: str | None = _setting(None, "What the model is called in /v1/models; its path's name if left out.")
+    model_dir: Path | None = _setting(None, "A folder of models: MODEL is the name of one, /v1/models lists all.")
     strict_model: bool = _setting(False, "Refuse requests for a model of another name.")
     ignore_unknown: bool = _setting(False, "Ignore fields that are not known instead of refusing them.")
     ollama: bool = _setting(False, "Serve Ollama's /api routes too, for editors that look for them.")

@@ -2,10 +2,13 @@
 
 import { chat, newConversation, startChat, stop } from "./chat.js";
 import { answerOf } from "./answers.js";
+import { loadCharacters } from "./characters.js";
 import { find } from "./dom.js";
+import { startCharacters } from "./characters_dialog.js";
 import { startNotebook } from "./notebook.js";
 import { onSetting, settings } from "./settings.js";
 import { removeOne, rename, showConversations, startSidebar, toggleSidebar } from "./sidebar.js";
+import { startSettings } from "./settings_dialog.js";
 import { watchServer } from "./status.js";
 import { startViews } from "./views.js";
 import { startWords } from "./words.js";
@@ -39,9 +42,12 @@ onSetting((name) => name === "theme" && showTheme());
 document.addEventListener("keydown", onkey);
 startChat();
 startNotebook();
+startSettings();
+startCharacters();
 startViews();
 startWords();
 watchServer();
+await loadCharacters();
 await startSidebar();
 onSetting(async (name) => {
   if (name !== "language") return;

@@ -4,13 +4,13 @@ import { Answer, answerOf } from "./answers.js";
 import { askLines, askWhether, toast } from "./dialogs.js";
 import { el, find, fit, icon, iconButton, perFrame } from "./dom.js";
 import { MessageView } from "./message.js";
-import { answerRequest, continueRequest, greetingOf, shownName, shownText } from "./modes.js";
+import { answerRequest, continueRequest, greet, pickRequest, shownName, shownPicture, shownText } from "./modes.js";
 import { openRaw, openTokens } from "./panels.js";
-import { serverModel, tokensRequest } from "./prompts.js";
+import { serverModel } from "./prompts.js";
 import { settings } from "./settings.js";
 import * as store from "./store.js";
 import { Conversation } from "./tree.js";
-import { idsOf, joined } from "./tokens.js";
+import { joined } from "./tokens.js";
 import { t } from "./words.js";
 
 const MOST_FILE_BYTES = 1 << 20;
@@ -143,7 +143,7 @@ async function answer(conversation, message, request, tokens) {
 async function answerTo(parent) {
   const { conversation } = chat;
   follows = true;
-  const request = await answerRequest(conversation, conversation.path(parent.id));
+  const request = answerRequest(conversation, conversation.path(parent.id));
   const message = await conversation.add(parent.id, { role: "assistant", model: serverModel.id });
   await answer(conversation, message, request);
 }
@@ -177,6 +177,7 @@ export function stop() {
 
 const actions = {
   answerName: () => shownName(chat.conversation),
+  answerPicture: () => shownPicture(chat.conversation),
   shown: (message) => shownText(chat.conversation, message),
 
   async copy(message) {
@@ -260,7 +261,7 @@ async function pick(message, tokens) {
   if (isEnd) tokens.tokens.pop();
   const content = joined(tokens.tokens.map(([, bytes]) => bytes), true);
   const sibling = await conversation.add(message.parent, { role: "assistant", model: message.model, content, finish: isEnd ? "stop" : null });
-  if (!isEnd) return answer(conversation, sibling, tokensRequest(idsOf(tokens)), tokens);
+  if (!isEnd) return answer(conversation, sibling, pickRequest(conversation, tokens), tokens);
   await store.put("tokens", { ...tokens, id: sibling.id, conversation: conversation.info.id });
   refresh();
 }
@@ -336,8 +337,8 @@ export function startChat() {
 
 export async function newConversation() {
   const conversation = Conversation.fresh({ system: settings.system, mode: settings.mode, character: settings.character });
+  await greet(conversation);
   await openConversation(conversation);
-  await greetingOf(conversation, refresh);
   chat.onchange();
   text.focus();
 }

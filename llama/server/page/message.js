@@ -35,7 +35,8 @@ export class MessageView {
 
   render() {
     this.isRendered = true;
-    this.who.textContent = this.name;
+    const picture = this.isAnswer && this.actions.answerPicture();
+    this.who.replaceChildren(...(picture ? [el("img", { src: picture, alt: "", class: "picture" })] : []), this.name);
     this.tools.setAttribute("aria-label", this.name);
     this.renderBody();
     this.renderTools();

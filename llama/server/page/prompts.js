@@ -1,7 +1,10 @@
-// What is asked of the server for an answer: from a conversation's path and the settings to a path and a body.
+// What is asked of the server for an answer: a path and a body, from what the model is to read and the settings.
 
 import { settings } from "./settings.js";
 import { chatLogprobs, textLogprobs } from "./tokens.js";
+
+/** What the server tells of its model: filled in by status.js. */
+export const serverModel = { id: "model", context: 0, stop: [], stopIds: [] };
 
 /** What every request has. */
 function common() {
@@ -11,9 +14,6 @@ function common() {
     ...settings.sampling,
   };
 }
-
-/** What the server tells of its model: filled in by status.js. */
-export const serverModel = { id: "model", context: 0, stop: [], stopIds: [] };
 
 /** A message's text with the files that were attached to it, each in a fence longer than any in it. */
 export function contentOf(message) {
@@ -34,29 +34,26 @@ export function wireMessages(path, system) {
   return system ? [{ role: "system", content: system }, ...messages] : messages;
 }
 
-/** The answer that follows a path; with `continues` what follows the path's last message, the model's. */
-export function chatRequest(conversation, path, continues = false) {
-  const body = { ...common(), messages: wireMessages(path, conversation.info.system) };
-  if (continues) Object.assign(body, { continue_final_message: true, add_generation_prompt: false });
+/** What follows messages: `what` is {messages} and whether the last of them goes on. */
+export function chatRequest(what, { stop = [] } = {}) {
+  const body = { ...common(), ...what };
+  if (stop.length) body.stop = [...(body.stop ?? []), ...stop];
+  if (settings.schema) body.response_format = { type: "json_schema", json_schema: { name: "answer", schema: JSON.parse(settings.schema) } };
+  if (settings.tools) body.tools = JSON.parse(settings.tools);
   if (settings.keepTokens) Object.assign(body, chatLogprobs);
   return { path: "v1/chat/completions", body };
 }
 
-/** What follows token ids, ended as an answer of a chat is. */
-export function tokensRequest(tokens) {
-  const { stop = [], stop_token_ids = [], ...sampling } = common();
-  const body = {
-    max_tokens: -1,
-    ...sampling,
-    prompt: tokens,
-    stop: [...stop, ...serverModel.stop],
-    stop_token_ids: [...stop_token_ids, ...serverModel.stopIds],
-  };
+/** What follows a text or token ids; `max_tokens` -1: as much as there is room for. */
+export function textRequest(prompt, { stop = [], ...fields } = {}) {
+  const body = { max_tokens: -1, ...common(), prompt, ...fields };
+  if (stop.length) body.stop = [...(body.stop ?? []), ...stop];
   if (settings.keepTokens) Object.assign(body, textLogprobs);
   return { path: "v1/completions", body };
 }
 
-/** What follows a text. */
-export function textRequest(prompt, fields = {}) {
-  return { path: "v1/completions", body: { max_tokens: -1, ...common(), prompt, ...fields } };
+/** What follows token ids, ended as an answer of a chat is. */
+export function tokensRequest(tokens, stop = []) {
+  const stop_token_ids = [...(settings.sampling.stop_token_ids ?? []), ...serverModel.stopIds];
+  return textRequest(tokens, { stop: [...serverModel.stop, ...stop], stop_token_ids });
 }

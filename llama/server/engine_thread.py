@@ -13,7 +13,7 @@ from llama.answer import Event
 from llama.generation import Llama
 from llama.parallel import Signal
 from llama.server.metrics import Metrics
-from llama.server.ranks import BEAT_SECONDS, Watchdog, silence
+from llama.server.ranks import BEAT_SECONDS, Watchdog, silence, together
 from llama.server.stream import CallStream
 from llama.service import Call
 
@@ -76,7 +76,7 @@ class EngineThread(Thread):
     def _end(self, error: BaseException | None) -> None:
         if self.ended.done():
             return
-        self.fail("the model has stopped" if error is None else f"the model has failed: {error}")
+        self.fail("the model has stopped" if error is None else "the model has failed")
         if error is None:
             self.ended.set_result(None)
         else:
@@ -100,10 +100,11 @@ class EngineThread(Thread):
         if self._leads:
             self._watchdog.start()
         try:
-            while self._obey():
-                self._step()
-            if self._leads:
-                self._llm.model.parallel.send(Signal.END, [])
+            with together(self._llm.model.parallel.size):
+                while self._obey():
+                    self._step()
+                if self._leads:
+                    self._llm.model.parallel.send(Signal.END, [])
         except BaseException as error:
             _log.exception("the engine's thread has failed")
             self._tell(self._end, error)

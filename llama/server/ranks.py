@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from llama.generation import Llama
@@ -55,6 +57,18 @@ def silence(limit: float) -> str:
     )
 
 
+@contextmanager
+def together(num_ranks: int) -> Iterator[None]:
+    """Where several ranks take part, an error leaves them without common ground: raises RuntimeError that says so."""
+    try:
+        yield
+    except Exception as error:
+        if num_ranks == 1:
+            raise
+        message = f"a rank has ended or a step has failed, and the ranks cannot go on together: {error}"
+        raise RuntimeError(message) from error
+
+
 def follow(llm: Llama, limit: float) -> None:
     """On ranks other than 0: helps until rank 0 has ended, and ends the process if it is not heard of for `limit` s.
 
@@ -62,14 +76,17 @@ def follow(llm: Llama, limit: float) -> None:
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    watchdog = Watchdog(limit, lambda: end_process(silence(limit)))
+    watchdog = Watchdog(limit, lambda: end_process(RuntimeError(silence(limit))))
     watchdog.start()
     runner = llm.engine.runner
-    llm.model.parallel.follow(lambda ints: runner.run(Pack.from_ints(ints)), watchdog.pet)
+    with together(llm.model.parallel.size):
+        llm.model.parallel.follow(lambda ints: runner.run(Pack.from_ints(ints)), watchdog.pet)
     watchdog.stop()
 
 
-def end_process(message: str) -> NoReturn:
-    """Ends at once, whatever other threads are waiting for."""
-    tell(f"llama: {message}")
-    os._exit(1)
+def end_process(error: Exception | None) -> NoReturn:
+    """Ends at once, whatever other threads wait for and libraries would still tidy up; with the error, if any."""
+    if error is not None:
+        tell(f"llama: {' '.join(str(error).split())}")
+    sys.stdout.flush()
+    os._exit(error is not None)

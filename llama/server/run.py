@@ -7,7 +7,6 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -22,7 +21,7 @@ from llama.server.guard import AllowedHosts, Guard, is_loopback
 from llama.server.limits import BodyLimits
 from llama.server.logs import RequestLog
 from llama.server.page_files import page_files
-from llama.server.ranks import follow
+from llama.server.ranks import end_process, follow
 from llama.server.server import Server
 from llama.server.settings import ServerSettings, listed
 from llama.server.shutdown import Shutdown
@@ -43,10 +42,31 @@ class Listener(uvicorn.Server):
 def run_server(build: Callable[[], Llama], settings: ServerSettings) -> None:
     """Serves until a signal stops it. Raises what kept the model from loading, or ended it.
 
-    Under torchrun rank 0 serves, and the others help it.
+    Under torchrun rank 0 serves, and the others help it. Several ranks, and one whose engine's thread is still busy
+    (it loads, or waits for others), end their process here.
     """
-    if int(os.environ.get("RANK", 0)):
-        return follow(build(), settings.rank_timeout)
+    error: Exception | None = None
+    try:
+        if int(os.environ.get("RANK", 0)):
+            follow(build(), settings.rank_timeout)
+        else:
+            serve_first(build, settings)
+    except Exception as caught:
+        error = caught
+    is_busy = any(isinstance(thread, EngineThread) for thread in threading.enumerate())
+    if is_busy or num_ranks() > 1:
+        end_process(error)
+    if error is not None:
+        raise error
+
+
+def num_ranks() -> int:
+    """As torchrun tells it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def serve_first(build: Callable[[], Llama], settings: ServerSettings) -> None:
+    """What one process does, or the first of several."""
 
     def announce(server: Server, stop: Callable[[], None]) -> None:
         host, port = listening.getsockname()[:2]
@@ -56,19 +76,8 @@ def run_server(build: Callable[[], Llama], settings: ServerSettings) -> None:
 
     if not settings.keys() and not is_loopback(settings.host):
         tell(f"llama: warning: whoever reaches {settings.host} may use the model; --api-key asks for a key")
-    error: Exception | None = None
     with bound(settings) as listening:
-        try:
-            asyncio.run(serve_on(listening, build, settings, announce))
-        except Exception as caught:
-            error = caught
-    if any(isinstance(thread, EngineThread) for thread in threading.enumerate()):  # it loads, or waits for a rank
-        if error is not None:
-            tell(f"llama: {error}")
-        sys.stdout.flush()
-        os._exit(error is not None)
-    if error is not None:
-        raise error
+        asyncio.run(serve_on(listening, build, settings, announce))
 
 
 def bound(settings: ServerSettings) -> socket.socket:
@@ -128,14 +137,17 @@ async def serve_on(
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, shutdown.ask)
     listening_task = asyncio.create_task(listener.serve(sockets=[listening]))
-    watching = asyncio.create_task(server.metrics.watch_loop())
+    watching = [asyncio.create_task(server.metrics.watch_loop())]
+    if num_ranks() > 1:
+        watching.append(asyncio.create_task(shutdown.ask_when_orphaned()))
     try:
         if await shutdown.unless_asked(server.start()):
             announce(server, shutdown.ask)
             await shutdown.unless_asked(asyncio.shield(server.engine.ended))
         await shutdown.drain()
     finally:
-        watching.cancel()
+        for task in watching:
+            task.cancel()
         listener.should_exit = True
         await listening_task
         await server.close()

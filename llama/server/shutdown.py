@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable
 
 import uvicorn
@@ -30,6 +31,13 @@ class Shutdown:
             self._hurried.set()
         self._asked.set()
         self.server.is_draining = True
+
+    async def ask_when_orphaned(self) -> None:
+        """Asks when this process' parent has ended, as torchrun does where it is killed: nobody else would."""
+        parent = os.getppid()
+        while os.getppid() == parent:
+            await asyncio.sleep(1)
+        self.ask()
 
     async def unless_asked(self, work: Awaitable[object]) -> bool:
         """Waits for the work until a stop is asked for. Returns whether the work is done, or raises its error."""

@@ -1,0 +1,82 @@
+"""One model on two ranks, served; and what becomes of all when one ends or hangs."""
+
+import json
+import signal
+from functools import partial
+from http.client import HTTPResponse
+from pathlib import Path
+
+import pytest
+from support.meta_files import save_meta, save_tokenizer
+from support.processes import ServerProcesses, server_processes
+from support.tiny import tiny_args, tiny_weights
+
+from llama import Llama
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory) -> partial:
+    directory: Path = tmp_path_factory.mktemp("ranks")
+    args = tiny_args(vocab_size=400)
+    tokenizer = save_tokenizer(directory / "tokenizer.model")
+    save_meta(directory / "model", args, tiny_weights(args))
+    return partial(Llama.build, directory / "model", tokenizer, max_seq_len=2048, device="cpu", dtype="fp32")
+
+
+def stream(ranks: ServerProcesses) -> HTTPResponse:
+    """A long answer that has begun."""
+    connection = ranks.connection()
+    body = {"model": "m", "prompt": [1, 2, 3], "stream": True, "ignore_eos": True, "temperature": 0}
+    connection.request("POST", "/v1/completions", json.dumps(body), {"content-type": "application/json"})
+    response = connection.getresponse()
+    response.readline()
+    return response
+
+
+def test_ranks_end_together_when_the_first_is_told_to(build):
+    with server_processes(build, 2, shutdown_timeout=0) as ranks:
+        answer = stream(ranks)
+        ranks.send(signal.SIGTERM, rank=1)  # torchrun sends it to all: it is the first rank's to answer
+        ranks.send(signal.SIGTERM)
+        assert answer.read().endswith(b"data: [DONE]\n\n")
+        assert ranks.exit_statuses() == [0, 0]
+
+
+def test_a_rank_that_is_killed_ends_all_and_streams_are_told(build):
+    with server_processes(build, 2) as ranks:
+        answer = stream(ranks)
+        ranks.send(signal.SIGKILL, rank=1)
+        *_, error, done, _ = answer.read().decode().split("\n\n")
+        assert json.loads(error.strip().removeprefix("data: "))["error"]["message"] == "the model has failed"
+        assert done == "data: [DONE]"
+        assert ranks.exit_statuses() == [1, -signal.SIGKILL]
+        assert "llama: a rank has ended or a step has failed, and the ranks cannot go on together" in ranks.told
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_while_nothing_happens_is_missed(build, victim):
+    with server_processes(build, 2) as ranks:
+        ranks.send(signal.SIGKILL, victim)
+        assert sorted(ranks.exit_statuses()) == [-signal.SIGKILL, 1]
+        assert "the ranks cannot go on together" in ranks.told
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_hangs_ends_the_others_with_a_word(build, victim):
+    with server_processes(build, 2, rank_timeout=1) as ranks:
+        ranks.send(signal.SIGSTOP, victim)
+        ranks.read_until("nothing was heard of the other ranks for 1 s")
+        ranks.send(signal.SIGKILL, victim)
+        assert sorted(ranks.exit_statuses()) == [-signal.SIGKILL, 1]
+
+
+def test_a_rank_that_was_only_held_up_goes_on(build):
+    with server_processes(build, 2) as ranks:
+        expected, answer = stream(ranks).read(), stream(ranks)
+        ranks.send(signal.SIGSTOP, rank=1)
+        ranks.send(signal.SIGCONT, rank=1)
+        texts = [
+            [json.loads(frame[6:])["choices"] for frame in text.decode().split("\n\n") if frame.startswith("data: {")]
+            for text in (expected, answer.read())
+        ]
+        assert texts[0] == texts[1] != []

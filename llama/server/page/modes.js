@@ -3,7 +3,7 @@
 
 import { postJSON } from "./api.js";
 import { characterOf } from "./characters.js";
-import { chatRequest, contentOf, textRequest, tokensRequest, wireMessages } from "./prompts.js";
+import { answerTokens, chatRequest, contentOf, textRequest, tokensRequest, wireMessages } from "./prompts.js";
 import { settings } from "./settings.js";
 import * as store from "./store.js";
 import { idsOf } from "./tokens.js";
@@ -62,7 +62,7 @@ const stops = (conversation) => Object.values(names(conversation)).map((name) =>
 
 function requestFor(conversation, what) {
   if (what.prompt === undefined) return chatRequest(what, isInstruct(conversation) ? {} : { stop: stops(conversation) });
-  return textRequest(what.prompt, { stop: stops(conversation) });
+  return textRequest(what.prompt, { stop: stops(conversation), ...answerTokens() });
 }
 
 const tokenized = async (what) => (await postJSON("tokenize", what)).tokens;

@@ -123,7 +123,7 @@ async function showLook() {
 }
 
 async function showNext(text) {
-  const { path, body } = textRequest(text, { max_tokens: 1, min_tokens: 0, ...textLogprobs, logprobs: 20, ignore_eos: true, stop: null });
+  const { path, body } = textRequest(text, { max_tokens: 1, min_tokens: 0, ...textLogprobs, logprobs: 20, ignore_eos: true });
   delete body.stream_options;
   const { choices } = await postJSON(path, body);
   const [, , , alternatives] = kept(choices[0].logprobs.content[0]);

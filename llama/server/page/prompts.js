@@ -48,12 +48,14 @@ export function chatRequest(what, { stop = [] } = {}) {
 export function textRequest(prompt, { stop = [], ...fields } = {}) {
   const body = { max_tokens: -1, ...common(), prompt, ...fields };
   if (stop.length) body.stop = [...(body.stop ?? []), ...stop];
-  if (settings.keepTokens) Object.assign(body, textLogprobs);
   return { path: "v1/completions", body };
 }
+
+/** What of an answer's tokens is asked for in a text's request. */
+export const answerTokens = () => (settings.keepTokens ? textLogprobs : {});
 
 /** What follows token ids, ended as an answer of a chat is. */
 export function tokensRequest(tokens, stop = []) {
   const stop_token_ids = [...(settings.sampling.stop_token_ids ?? []), ...serverModel.stopIds];
-  return textRequest(tokens, { stop: [...serverModel.stop, ...stop], stop_token_ids });
+  return textRequest(tokens, { stop: [...serverModel.stop, ...stop], stop_token_ids, ...answerTokens() });
 }

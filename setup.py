@@ -38,7 +38,7 @@ setup(
     ],
     extras_require={
         "hub": ["huggingface-hub>=1.0"],
-        "server": ["fastapi>=0.115", "uvicorn>=0.34", "prometheus-client>=0.21"],
+        "server": ["fastapi>=0.115", "uvicorn>=0.34", "httptools>=0.6.3", "prometheus-client>=0.21"],
     },
     entry_points={"console_scripts": ["llama=llama.__main__:main"]},
 )

@@ -130,7 +130,11 @@ async def serve_on(
         ssl_certfile=settings.ssl_certfile,
         ssl_keyfile=settings.ssl_keyfile,
     )
-    config.load()  # raises where a certificate is wrong
+    try:
+        config.load()
+    except OSError as error:
+        what = f"{settings.ssl_certfile} holds no certificate with its key, in PEM"
+        raise OSError(f"{what}: give --ssl-certfile and --ssl-keyfile ({error})") from error
     listener = Listener(config)
     shutdown = Shutdown(server, listener)
     if threading.current_thread() is threading.main_thread():

@@ -72,7 +72,7 @@ def serve_first(build: Callable[[], Llama], settings: ServerSettings) -> None:
         host, port = listening.getsockname()[:2]
         scheme = "http" if settings.ssl_certfile is None else "https"
         where = f"[{host}]" if ":" in host else host
-        tell(f"Serving {server.model.name} at {scheme}://{where}:{port} (Ctrl-C stops)")
+        tell(f"Serving {server.model.name} at {scheme}://{where}:{port} (open it in a browser to chat; Ctrl-C stops)")
 
     if not settings.keys() and not is_loopback(settings.host):
         tell(f"llama: warning: whoever reaches {settings.host} may use the model; --api-key asks for a key")
@@ -87,7 +87,7 @@ def bound(settings: ServerSettings) -> socket.socket:
         return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
         where = f"{settings.host} port {settings.port}"
-        raise OSError(f"cannot listen at {where}: {error.strerror}; give another --host or --port") from error
+        raise OSError(f"cannot listen at {where}: {os.strerror(error.errno)}; give another --host or --port") from error
 
 
 def surrounded(app: ASGIApp, server: Server) -> ASGIApp:

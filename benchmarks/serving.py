@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.request import urlopen
 
 from common.machine import processor
@@ -44,28 +45,31 @@ def prompt(number: int, num_words: int = 48) -> str:
 
 @contextmanager
 def served(command: list[str], url: str | None = None) -> Iterator[str]:
-    """A server in a process of its own; the address that it prints, or `url` once it answers there."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    """A server in a process of its own; the address that it prints, or `url` once anything answers there."""
+    with tempfile.TemporaryFile("w+") as told:
+        process = subprocess.Popen(command, stderr=told, stdout=subprocess.DEVNULL)
+        try:
+            while not answers(url):
+                time.sleep(0.2)
+                if process.poll() is not None:
+                    raise SystemExit(f"{command} ended with status {process.returncode}")
+                told.seek(0)
+                match = re.search(r"at (http://\S+)", told.read())
+                url = url or (match and match[1])
+            yield url
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def answers(url: str | None) -> bool:
     try:
-        found = url
-        while found is None:
-            line = process.stderr.readline()
-            if not line:
-                raise SystemExit(f"{command} ended with status {process.wait()}")
-            match = re.search(r"at (http://[^ ]+)", line)
-            found = match and match[1]
-        until = time.monotonic() + 120
-        while url is not None and time.monotonic() < until:
-            try:
-                urlopen(f"{url}/v1/models", timeout=10).close()
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield found
-    finally:
-        process.terminate()
-        process.stderr.close()
-        process.wait(30)
+        urlopen(f"{url}/v1/models", timeout=10).close()
+    except HTTPError:  # an answer, too
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def own_server(*options: str) -> list[str]:

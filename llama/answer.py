@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from llama.sampling_params import SamplingParams
+from llama.tool_call import ToolCall
 
 FinishReason = Literal["stop", "length", "error", "abort"]
 Pooling = Literal["mean", "last"]
@@ -60,6 +61,7 @@ class Completion:
     error: str | None = None  # what went wrong, where the finish reason is "error"
     refused: bool = False  # the chat format refuses the dialog: the text says so
     embedding: tuple[float, ...] | None = None  # where pooling was asked for
+    tool_calls: tuple[ToolCall, ...] = ()  # where tools were offered; the text is what is said besides
     num_cached_tokens: int = field(default=0, compare=False)  # of the prompt, that need not be computed
     place: int = field(default=0, compare=False)  # of its query among those that were given
     index: int = field(default=0, compare=False)  # which of the query's n answers
@@ -72,6 +74,7 @@ class Completion:
                 fields[name] = [Logprob.from_json(entry) for entry in fields[name]]
         if fields["embedding"] is not None:
             fields["embedding"] = tuple(fields["embedding"])
+        fields["tool_calls"] = tuple(ToolCall(**call) for call in fields["tool_calls"])
         return cls(**fields)
 
 

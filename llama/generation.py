@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -26,6 +26,8 @@ from llama.chat import (
     Message,
     Prompt,
     Role,
+    ToolError,
+    ToolUse,
     choose_format,
     fit_dialog,
 )
@@ -264,15 +266,34 @@ class Llama:
         queries = [Query(*pair) for pair in zip(tokens, self._resolved(params, len(tokens)), strict=True)]
         return sorted(self.run(queries, strict=True), key=attrgetter("place", "index"))
 
-    def chat(self, dialogs: Sequence[Dialog | Prompt], params: Params = None) -> list[Completion]:
+    def chat(
+        self,
+        dialogs: Sequence[Dialog | Prompt],
+        params: Params = None,
+        *,
+        tools: Sequence[Mapping[str, Any] | Callable[..., Any]] = (),
+        tool_choice: str = "auto",
+        parallel_tool_calls: bool = True,
+    ) -> list[Completion]:
         """Answers dialogs; as `complete`. A dialog that its format refuses as unsafe gets the refusal as text.
 
         `Prompt(dialog, continues=True)` goes on from the dialog's last message, the assistant's: the text is what
-        is new.
+        is new. tools: functions that the model may call, as OpenAI's API describes them, or Python's own with type
+        hints; a completion's `tool_calls` are those that it asks for, and nothing is called here. tool_choice: "auto",
+        "required", "none", or the name of the one to call.
         """
         resolved = self._resolved(params, len(dialogs))
-        queries = [self.chat_query(*pair) for pair in zip(dialogs, resolved, strict=True)]
-        return sorted(self.run(queries, strict=True), key=attrgetter("place", "index"))
+        use = ToolUse(tools, tool_choice, parallel_tool_calls)
+        queries = [self.chat_query(*pair, use) for pair in zip(dialogs, resolved, strict=True)]
+        completions = sorted(self.run(queries, strict=True), key=attrgetter("place", "index"))
+        return [self.with_tool_calls(completion, use) for completion in completions]
+
+    def with_tool_calls(self, completion: Completion, use: ToolUse) -> Completion:
+        """The same with the calls that its text holds taken out of it, where tools are on offer."""
+        if not use.offered or completion.refused:
+            return completion
+        spoken = self.chat_format.spoken(completion.text, completion.tokens, use.callable_names)
+        return replace(completion, text=spoken.content, tool_calls=spoken.calls)
 
     def score(self, texts: Sequence[str | TokenIds]) -> list[list[Logprob | None]]:
         """How likely the model finds each token of each text, given those before it; the first has no score."""
@@ -328,12 +349,18 @@ class Llama:
             for prompt in prompts
         ]
 
-    def chat_query(self, dialog: Dialog | Prompt, params: SamplingParams) -> Query:
+    def chat_query(self, dialog: Dialog | Prompt, params: SamplingParams, use: ToolUse | None = None) -> Query:
         """What to ask the engine for the answer to a dialog; `params` are resolved. Raises DialogError.
 
-        A dialog that the format refuses as unsafe becomes a query with that refusal.
+        A dialog that the format refuses as unsafe becomes a query with that refusal. use: the tools on offer.
         """
         prompt = Prompt.of(dialog)
+        if use is not None and use.offered:
+            prompt = replace(prompt, tools=use.offered)
+            if grammar := use.grammar(self.chat_format.tool_format):
+                if params.shape is not None:
+                    raise ToolError(f"{params.shape[0]} is given beside tools that have to be called: leave it out")
+                params = replace(params, grammar=grammar)
         tokens = self.chat_format.encode(prompt)
         if self.chat_format.is_unsafe(prompt):
             return Query([], params, refusal=UNSAFE_ERROR)

@@ -22,7 +22,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A file or folder imports only from rows above its own. Quoted in docs/architecture.md.
 ROWS = """
-files  device  streams  progress  parallel  linear  kernels  request  sampling_params  version
+files  device  streams  progress  parallel  linear  kernels  request  sampling_params  tool_call  version
 cache  rotary  embedding  vocabulary  blocks  sampling  options  keyboard  program
 attention  quantization  tokenizer  scheduler
 model  chat  answer  constraints

@@ -16,6 +16,7 @@ from llama.chat.formats import (
 from llama.chat.prompt import Dialog, DialogError, Message, Prompt, Role, with_system
 from llama.chat.selection import choose_format
 from llama.chat.template import JinjaFormat
+from llama.chat.tools import Spoken, ToolError, ToolParser, ToolUse
 
 __all__ = [
     "B_INST",
@@ -35,6 +36,10 @@ __all__ = [
     "Message",
     "Prompt",
     "Role",
+    "Spoken",
+    "ToolError",
+    "ToolParser",
+    "ToolUse",
     "choose_format",
     "fit_dialog",
     "format_dialog",

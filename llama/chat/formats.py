@@ -8,12 +8,16 @@ tokens is split as if it stood alone; with sentencepiece each has its own leadin
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from llama.chat.prompt import Dialog, DialogError, Message, Prompt, free_characters, split_system
+from llama.chat.tools import Spoken, ToolFormat, ToolParser, choose_tool_format
+from llama.tool_call import ToolCall
 
 if TYPE_CHECKING:  # which needs torch
     from llama.tokenizer import Tokenizer
@@ -49,7 +53,8 @@ class ChatFormat(ABC):
     name: ClassVar[str]
     roles: ClassVar[tuple[str, ...]] = ("system", "user", "assistant")
     system_first: ClassVar[bool] = False  # a system message is taken only as the first
-    takes_tools: ClassVar[bool] = False
+    template: str | None = None  # the model's own, in Jinja
+    takes_tools: bool = False  # it writes descriptions, calls and results of tools itself
     needs: ClassVar[tuple[str, ...]] = ()
     needs_eos: ClassVar[bool] = False
     ends: ClassVar[tuple[str, ...]] = ()
@@ -93,6 +98,23 @@ class ChatFormat(ABC):
         """What the model answered, as the dialog's next message."""
         return {"role": "assistant", "content": text}
 
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model calls tools."""
+        return choose_tool_format(self.template, self.control)
+
+    def spoken(self, text: str, tokens: Sequence[int], names: Sequence[str]) -> Spoken:
+        """An answer taken apart: what it says, and its calls of the tools of these names."""
+        from llama.tokenizer import StreamDecoder
+
+        parser = ToolParser(self.tool_format, names, self.tool_format.controls)
+        decoder, pieces, room = StreamDecoder(self.tokenizer), [], len(text)
+        for token in tokens:  # a control token marks calls, and is not in the text
+            shown = decoder.push(token)[:room] if token < self.tokenizer.n_words else ""
+            room -= len(shown)
+            pieces += parser.push(shown, token)
+        return Spoken.of([*pieces, *parser.push(text[len(text) - room :]), *parser.end()])
+
     def validate_roles(self, messages: Sequence[Message]) -> None:
         """Raises DialogError for a role that the format does not have, or not there."""
         for number, message in enumerate(messages, 1):
@@ -106,8 +128,8 @@ class ChatFormat(ABC):
 
     def _segments(self, prompt: Prompt | Dialog) -> Iterable[Segment]:
         prompt = Prompt.of(prompt)
-        if prompt.tools and not self.takes_tools:
-            raise DialogError(f"chat format {self.name} has no place for tools: leave them out")
+        if not self.takes_tools:
+            prompt = self._with_tools_as_text(prompt)
         *before, last = prompt.messages
         self.validate_roles(before if prompt.continues else prompt.messages)
         if not prompt.continues:
@@ -115,6 +137,30 @@ class ChatFormat(ABC):
         if not last["content"]:  # of which nothing is there yet
             return self.write(replace(prompt, messages=tuple(before), continues=False))
         return self._write_continued(prompt)
+
+    def _with_tools_as_text(self, prompt: Prompt) -> Prompt:
+        """The same without tools: the system message describes them, calls and results are what messages say."""
+        if not prompt.tools and not any("tool_calls" in message for message in prompt.messages):
+            return prompt
+        system, turns = split_system(prompt.messages)
+        is_taken = "tool" in self.roles and self.template is None  # nobody knows which roles a template takes
+        told: list[Message] = []
+        if prompt.tools:
+            system = "\n\n".join(filter(None, (system, self.tool_format.instructions(prompt.tools))))
+        for turn in turns:
+            role, content = turn["role"], turn["content"]
+            if "tool_calls" in turn:
+                calls = [call["function"] for call in turn["tool_calls"]]
+                written = self.tool_format.write([ToolCall(c["name"], _json(c["arguments"])) for c in calls])
+                content = "\n".join(filter(None, (content, written)))
+            elif role == "tool" and not is_taken:
+                role, content = "user", self.tool_format.result(content)
+            if told and told[-1]["role"] == role == "user":  # several results, or a result and a question
+                told[-1] = {"role": role, "content": f"{told[-1]['content']}\n{content}"}
+            else:
+                told.append({"role": role, "content": content})
+        before = () if system is None else ({"role": "system", "content": system},)
+        return replace(prompt, messages=(*before, *told), tools=())
 
     def _write_continued(self, prompt: Prompt) -> list[Segment]:
         """What is written up to the end of the last message's text; a mark shows where, and keeps its spaces."""
@@ -267,6 +313,10 @@ class VicunaFormat(ChatFormat):
             else:
                 yield from (f"ASSISTANT: {turn['content'].strip()}", self.eos)
         yield "ASSISTANT:"
+
+
+def _json(arguments: object) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
 FORMATS: dict[str, type[ChatFormat]] = {

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 Role = Literal["system", "user", "assistant", "tool"]
 
 
 class Message(TypedDict):
-    """One turn of a dialog. Keys other than these two are ignored."""
+    """One turn of a dialog. Other keys are ignored."""
 
     role: Role
     content: str  # or OpenAI's list of parts, each {"type": "text", "text": text}
+    tool_calls: NotRequired[list[dict[str, Any]]]  # the assistant's, as OpenAI's API has them; arguments may be a dict
+    tool_call_id: NotRequired[str]  # of the call that a tool's message answers
+    name: NotRequired[str]  # of the tool that it is from
 
 
 Dialog = list[Message]
@@ -63,7 +67,30 @@ def _message(number: int, given: object) -> Message:
         content = "\n".join(_part_text(number, part) for part in content)
     if not isinstance(role, str) or not isinstance(content, str):
         raise DialogError(f"message {number} is not of the form {{'role': text, 'content': text}}")
-    return {"role": role, "content": content}
+    message: Message = {"role": role, "content": content}
+    if role == "assistant" and given.get("tool_calls"):
+        message["tool_calls"] = [_call(number, call) for call in given["tool_calls"]]
+    if role == "tool":
+        message |= {key: given[key] for key in ("tool_call_id", "name") if isinstance(given.get(key), str)}
+    return message
+
+
+def _call(number: int, given: object) -> dict[str, Any]:
+    """A call with its arguments as templates want them: as a mapping, if they are one."""
+    function = given.get("function") if isinstance(given, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise DialogError(f"message {number} has a call that is none; give {{'function': {{'name': ..., ...}}}}")
+    arguments = function.get("arguments") or {}
+    if isinstance(arguments, str):
+        try:
+            found = json.loads(arguments)
+        except (ValueError, RecursionError):  # an answer that was cut off
+            found = arguments
+        arguments = found if isinstance(found, dict) else arguments
+    elif not isinstance(arguments, Mapping):
+        raise DialogError(f"message {number} calls {function['name'][:64]!r} with arguments that are no JSON object")
+    call_id = {"id": given["id"]} if isinstance(given.get("id"), str) else {}
+    return {**call_id, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 def _part_text(number: int, part: object) -> str:

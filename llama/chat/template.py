@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # which needs torch
 class JinjaFormat(ChatFormat):
     """A Jinja chat template, rendered as transformers does, except that typed control strings stay text.
 
-    First the text that was given (contents, tools, options) is hidden: those of its characters that occur in
+    First the text that was given (messages, tools, options) is hidden: those of its characters that occur in
     control strings are replaced, before rendering, by private code points that occur nowhere else. However the
     template trims, joins or wraps it, a control string in the result is then the template's own. (Whitespace is
     not hidden, for `trim` to find it; keys of tools and options are not, for templates to look them up.)
@@ -29,7 +29,6 @@ class JinjaFormat(ChatFormat):
 
     name = "jinja"
     roles = ("system", "user", "assistant", "tool")
-    takes_tools = True
 
     def __init__(self, tokenizer: Tokenizer, template: str, source: str = "the chat template") -> None:
         """`source` names the template in messages. Raises ChatFormatError if it cannot be compiled."""
@@ -37,6 +36,8 @@ class JinjaFormat(ChatFormat):
 
         super().__init__(tokenizer)
         self.source = source
+        self.template = template
+        self.takes_tools = re.search(r"\btools\b", template) is not None
         if all(tag in template for tag in SPECIAL_TAGS):
             self.tags = SPECIAL_TAGS
         controls = sorted((text for text in self.control if text.strip()), key=len, reverse=True)
@@ -60,19 +61,19 @@ class JinjaFormat(ChatFormat):
 
     def _render(self, prompt: Prompt, characters: list[str]) -> list[Segment]:
         """The rendered prompt, cut at its control tokens, with these characters of given text hidden."""
-        given = [[m["content"] for m in prompt.messages], list(prompt.tools) or None, dict(prompt.options)]
+        said = [{key: value for key, value in message.items() if key != "role"} for message in prompt.messages]
+        given = [said, list(prompt.tools) or None, dict(prompt.options)]
         texts = list(_texts(given))
         free = free_characters([*texts, *self._used])
         show = {ord(next(free)): character for character in ["", *characters]}
         mark = chr(next(iter(show)))
         hide = {ord(character): code for code, character in show.items() if character}
-        contents, tools, options = _each_text(
+        said, tools, options = _each_text(
             given,
             lambda text: self._controls.sub(mark + r"\1", text.translate(hide)),
             lambda key: self._controls.sub(mark + r"\1", key),  # templates look keys up
         )
-        roles = [message["role"] for message in prompt.messages]
-        messages = [{"role": role, "content": text} for role, text in zip(roles, contents, strict=True)]
+        messages = [{"role": message["role"], **m} for message, m in zip(prompt.messages, said, strict=True)]
         variables = self._variables | {"add_generation_prompt": not prompt.continues} | options
         variables |= {"messages": messages, "tools": tools}
         with self._lock:

@@ -8,7 +8,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from llama.answer import Completion, Event, Query
-from llama.chat import Prompt
+from llama.chat import Prompt, ToolError, ToolParser, ToolUse
+from llama.chat.tools import AnswerPiece, merged
 from llama.generation import Llama
 from llama.service.call import Call, Endpoint
 from llama.service.fields import Fields, Ignored, Unserved
@@ -18,15 +19,38 @@ from llama.service.refusal import Refusal
 from llama.service.shape import ShapedBody
 
 MOST_MESSAGES = 4096
+MOST_CALLS = 128  # of a message
 
 
 class ChatMessage(Fields):
     role: str
     content: str | list[dict[str, Any]] | None = None  # parts are looked at by the chat format
-    name: Ignored = None  # no chat format has a place for it
+    name: str | None = None  # of a tool; no chat format has a place for anybody else's
     refusal: Ignored = None
     annotations: Unserved = None
-    tool_calls: Unserved = None
+    tool_calls: Annotated[list[dict[str, Any]], Field(max_length=MOST_CALLS)] | None = None
+    tool_call_id: str | None = None
+
+
+class NamedFunction(Fields):
+    name: str
+
+
+class NamedTool(Fields):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class AllowedTools(Fields):
+    mode: Literal["auto", "required"]
+    tools: list[dict[str, Any]]
+
+
+class ToolChoices(Fields):
+    """OpenAI's way to allow some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
 
 
 class TemplateOptions(Fields):
@@ -53,7 +77,7 @@ class Continuing(Fields):
                 "last message",
                 param="add_generation_prompt",
             )
-        dialog = tuple(message.model_dump(include={"role", "content"}) for message in messages)
+        dialog = tuple(message.model_dump(exclude={"refusal", "annotations"}) for message in messages)
         return Prompt(dialog, options=options or {}, continues=self.continue_final_message)
 
 
@@ -64,9 +88,9 @@ class ChatRequest(ShapedBody, Continuing):
     top_logprobs: int = 0
     stream: bool = False
     stream_options: StreamOptions | None = None
-    tools: Unserved = None
-    tool_choice: Literal["none", "auto"] | None = None
-    parallel_tool_calls: bool | None = None
+    tools: list[dict[str, Any]] = []
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | ToolChoices = "auto"
+    parallel_tool_calls: bool = True
     chat_template_kwargs: TemplateOptions | None = None
     cache_salt: str = ""
     user: Ignored = None
@@ -95,37 +119,71 @@ class ChatRequest(ShapedBody, Continuing):
             own["max_tokens"] = most
         return own
 
+    def tool_use(self) -> ToolUse:
+        """Raises Refusal."""
+        choice, tools = self.tool_choice, self.tools
+        if isinstance(choice, ToolChoices):
+            allowed = choice.allowed_tools
+            names = [tool.get("function", {}).get("name") for tool in allowed.tools]
+            tools = [tool for tool in tools if tool.get("function", {}).get("name") in names]
+            choice = allowed.mode
+        elif isinstance(choice, NamedTool):
+            choice = choice.function.name
+        try:
+            return ToolUse(tools, choice, self.parallel_tool_calls)
+        except ToolError as error:
+            raise Refusal(str(error), param=error.param) from error
+
 
 def chat_queries(llm: Llama, body: ChatRequest) -> list[Query]:
     if body.stream_options is not None and not body.stream:
         raise Refusal("stream_options are given without stream: set stream to true", param="stream_options")
     options = body.chat_template_kwargs.model_dump(exclude_none=True) if body.chat_template_kwargs else {}
-    query = llm.chat_query(body.chat_prompt(body.messages, options), body.params().resolve(llm.defaults))
+    prompt, params = body.chat_prompt(body.messages, options), body.params().resolve(llm.defaults)
+    try:
+        query = llm.chat_query(prompt, params, body.tool_use())
+    except ToolError as error:
+        raise Refusal(str(error), param=error.param) from error
     return [Query(query.tokens, query.params, salt=body.cache_salt.encode(), refusal=query.refusal)]
 
 
-def finish_reason(completion: Completion) -> str:
-    return "content_filter" if completion.refused else completion.finish_reason
+def finish_reason(completion: Completion, has_calls: bool = False, use: ToolUse | None = None) -> str:
+    """As OpenAI has it: calls end an answer with a word of their own, except those of the one tool that was named."""
+    if completion.refused:
+        return "content_filter"
+    is_calling = has_calls and completion.finish_reason == "stop" and not use.is_named
+    return "tool_calls" if is_calling else completion.finish_reason
+
+
+def chat_message(llm: Llama, completion: Completion) -> dict[str, Any]:
+    message = {
+        **llm.chat_format.parse(completion.text),
+        "refusal": completion.text if completion.refused else None,
+        "annotations": [],
+    }
+    if completion.tool_calls:
+        message["content"] = message["content"] or None
+        message["tool_calls"] = [call.to_json() for call in completion.tool_calls]
+    return message
 
 
 def chat_response(llm: Llama, call: Call, completions: Sequence[Completion]) -> dict[str, Any]:
+    use = call.body.tool_use()
+    usage = Usage.of(call.queries, completions).to_json()
+    completions = [llm.with_tool_calls(completion, use) for completion in completions]
     choices = [
         {
             "index": completion.index,
-            "message": {
-                **llm.chat_format.parse(completion.text),
-                "refusal": completion.text if completion.refused else None,
-                "annotations": [],
-            },
+            "message": chat_message(llm, completion),
             "logprobs": chat_logprobs(completion.logprobs, llm.tokenizer),
-            "finish_reason": finish_reason(completion),
+            "finish_reason": finish_reason(completion, bool(completion.tool_calls), use),
         }
         for completion in completions
     ]
     return {
         **head(call, "chatcmpl", "chat.completion"),
         "choices": choices,
-        "usage": Usage.of(call.queries, completions).to_json(),
+        "usage": usage,
     }
 
 
@@ -137,6 +195,9 @@ class ChatFrames(OpenAIFrames):
         self._opened = opened_head(call, "chatcmpl", "chat.completion.chunk")
         self._usage = UsageFrames(Usage.of(call.queries), call.body.stream_options)
         self._begun: set[int] = set()
+        self._use = call.body.tool_use()
+        self._format = llm.chat_format.tool_format
+        self._parsers: dict[int, ToolParser] = {}  # by choice, where tools are on offer
 
     def push(self, events: Sequence[Event]) -> str:
         return "".join(map(self._frames, deltas(events)))
@@ -149,21 +210,47 @@ class ChatFrames(OpenAIFrames):
         self._usage.usage.take(delta)
         if not delta.says_something:
             return ""
+        logprobs = json_line(chat_logprobs(delta.logprobs, self._tokenizer)) if delta.logprobs else "null"
+        is_refused = bool(delta.completion and delta.completion.refused)
+        said = self._parsed(delta) if self._use.offered and not is_refused else [delta.text] * bool(delta.text)
+        if not said and delta.logprobs:
+            said = [""]
         frames = []
-        if delta.index not in self._begun:
+        if delta.index not in self._begun and (said or delta.completion):
             self._begun.add(delta.index)
             frames.append(self._frame(delta, '{"role":"assistant","content":null}'))
-        if delta.text or delta.logprobs:
-            logprobs = json_line(chat_logprobs(delta.logprobs, self._tokenizer)) if delta.logprobs else "null"
-            field = "refusal" if delta.completion and delta.completion.refused else "content"
-            frames.append(self._frame(delta, f'{{"{field}":{json_line(delta.text)}}}', logprobs))
+        for piece in said:
+            frames.append(self._frame(delta, delta_json(piece, "refusal" if is_refused else "content"), logprobs))
+            logprobs = "null"  # they are told once
         if delta.completion is not None:
-            frames.append(self._frame(delta, "{}", finish=f'"{finish_reason(delta.completion)}"'))
+            parser = self._parsers.get(delta.index)
+            reason = finish_reason(delta.completion, bool(parser and parser.has_calls), self._use)
+            frames.append(self._frame(delta, "{}", finish=f'"{reason}"'))
         return "".join(frames)
+
+    def _parsed(self, delta: Delta) -> list[AnswerPiece]:
+        """The text and the calls that a choice's events have brought."""
+        if delta.index not in self._parsers:
+            self._parsers[delta.index] = ToolParser(self._format, self._use.callable_names, self._format.controls)
+        parser = self._parsers[delta.index]
+        found = [piece for event in delta.events for piece in parser.push(event.text, event.token)]
+        return merged(found + (parser.end() if delta.completion is not None else []))
 
     def _frame(self, delta: Delta, content: str, logprobs: str = "null", finish: str = "null") -> str:
         choice = f'{{"index":{delta.index},"delta":{content},"logprobs":{logprobs},"finish_reason":{finish}}}'
         return server_sent(f'{self._opened},"choices":[{choice}]{self._usage.tail}')
+
+
+def delta_json(piece: AnswerPiece, field: str) -> str:
+    """What a chunk says. Clients join what chunks say: a call's id and name stand in its first one only."""
+    if isinstance(piece, str):
+        return f'{{"{field}":{json_line(piece)}}}'
+    function: dict[str, Any] = {"arguments": piece.arguments}
+    call: dict[str, Any] = {"index": piece.index}
+    if piece.name is not None:
+        call |= {"id": piece.id, "type": "function"}
+        function = {"name": piece.name, **function}
+    return json_line({"tool_calls": [{**call, "function": function}]})
 
 
 CHAT = Endpoint(ChatRequest, chat_queries, chat_response, ChatFrames, prompt="messages", needs_model=True)

@@ -38,6 +38,7 @@ class Delta:
     index: int  # which of the query's n answers
     text: str = ""
     tokens: list[int] = field(default_factory=list)
+    events: list[Event] = field(default_factory=list)  # as they came, for who has to know which text a token brought
     logprobs: list[Logprob] = field(default_factory=list)
     completion: Completion | None = None
 
@@ -58,6 +59,7 @@ def deltas(events: Sequence[Event]) -> list[Delta]:
         key = event.request_id, event.index
         delta = found.get(key) or found.setdefault(key, Delta(*key))
         delta.text += event.text
+        delta.events.append(event)
         if event.token is not None:
             delta.tokens.append(event.token)
         if event.logprob is not None:

@@ -1,5 +1,7 @@
 """What each chat format writes, and what it refuses."""
 
+import json
+
 import pytest
 from support.chat import (
     CHATML_TEMPLATE,
@@ -171,10 +173,34 @@ def test_templates_render_as_in_transformers(template):
         assert JinjaFormat(tokenizer, template).text(dialog) == expected[0]
 
 
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+CALLING = [
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "function": {"name": "add", "arguments": "{}"}}]},
+    {"role": "tool", "tool_call_id": "c", "content": "four"},
+]
+
+
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_format_without_a_place_for_tools_refuses_them(name):
-    with pytest.raises(DialogError, match=f"^chat format {name} has no place for tools: leave them out$"):
-        FORMATS[name](ByteTokenizer()).encode(Prompt(tuple(turns("Hi")), ({"type": "function"},)))
+def test_a_format_without_a_place_for_tools_tells_of_them_in_text(name):
+    text = FORMATS[name](ByteTokenizer()).text(Prompt([{"role": "system", "content": "Be kind"}, *CALLING], (TOOL,)))
+    places = [text.rindex(part) for part in ("Be kind", json.dumps(TOOL), "2 + 2?", '{"name": "add", "', "four")]
+    assert places == sorted(places)
+    assert FORMATS[name](ByteTokenizer()).text(CALLING).index("four")  # also where no tools are offered any more
+
+
+def test_a_template_that_takes_tools_gets_calls_with_their_arguments_as_mappings():
+    template = (
+        "{% for tool in tools %}{{ tool.function.name }};{% endfor %}"
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments.a }}{% endfor %}"
+        "{{ m.tool_call_id or '' }};{% endfor %}"
+    )
+    dialog = [dict(message) for message in CALLING]
+    dialog[1]["tool_calls"] = [{"id": "c", "function": {"name": "add", "arguments": '{"a": "</s>"}'}}]
+    format = JinjaFormat(ByteTokenizer(), template)
+    assert format.text(Prompt(dialog, (TOOL,))) == "<s>add;user:2 + 2?;assistant:add</s>;tool:fourc;"
+    assert ByteTokenizer().eos_id not in format.encode(Prompt(dialog, (TOOL,)))
 
 
 def test_a_models_answer_is_the_next_message():

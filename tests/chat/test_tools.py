@@ -146,7 +146,9 @@ def test_no_text_is_too_odd_and_no_split_tells(format, text, cuts):
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-99, 99) | st.text(max_size=5),
-    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text("abc_", min_size=1, max_size=3), values, max_size=3),
+    lambda values: st.one_of(
+        st.lists(values, max_size=3), st.dictionaries(st.text("abc_", min_size=1, max_size=3), values, max_size=3)
+    ),
     max_leaves=6,
 )  # fmt: skip
 

@@ -4,21 +4,10 @@ from __future__ import annotations
 
 import secrets
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class ToolCall:
-    """A function's name and its arguments, as the model wrote them: JSON, unless the answer was cut off."""
-
-    name: str
-    arguments: str
-    id: str = ""
-
-    def to_json(self) -> dict[str, object]:
-        """As OpenAI's API has it."""
-        return {"id": self.id, "type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+from llama.tool_call import ToolCall
 
 
 @dataclass(frozen=True)
@@ -31,7 +20,7 @@ class CallPiece:
     id: str = ""  # with the name
 
 
-Piece = str | CallPiece  # text that is for people, or more of a call
+AnswerPiece = str | CallPiece  # text that is for people, or more of a call
 
 
 @dataclass(frozen=True)
@@ -42,7 +31,7 @@ class Spoken:
     calls: tuple[ToolCall, ...] = ()
 
     @classmethod
-    def of(cls, pieces: Iterable[Piece]) -> Spoken:
+    def of(cls, pieces: Iterable[AnswerPiece]) -> Spoken:
         content, names, arguments, ids = "", {}, {}, {}
         for piece in pieces:
             if isinstance(piece, str):
@@ -59,7 +48,3 @@ def new_call_id(num_characters: int | None = None) -> str:
     if num_characters is None:
         return f"call_{secrets.token_hex(12)}"
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(num_characters))
-
-
-def names_of(tools: Sequence[dict[str, object]]) -> tuple[str, ...]:
-    return tuple(tool["function"]["name"] for tool in tools)

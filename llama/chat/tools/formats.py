@@ -11,7 +11,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from llama.chat.tools.calls import ToolCall
 from llama.chat.tools.scanning import (
     NoCall,
     Reader,
@@ -26,6 +25,7 @@ from llama.chat.tools.scanning import (
     python_call,
     until,
 )
+from llama.tool_call import ToolCall
 
 Tool = Mapping[str, Any]  # a description of a function, as OpenAI's API has it
 ANY_TEXT = "TEXT: /(.|\\n)*/"
@@ -74,7 +74,7 @@ class ToolFormat(ABC):
         )
 
     def result(self, content: str) -> str:
-        """What a tool returned, as it is told where the chat format has no role for it."""
+        """What a tool returned, as it is told where the model's own template does not take it."""
         return f"<tool_response>\n{content}\n</tool_response>"
 
     def _all_marks(self) -> tuple[str, ...]:
@@ -131,7 +131,7 @@ def rebased(schema: Any, root: str) -> Any:
     return [rebased(item, root) for item in schema] if isinstance(schema, list) else schema
 
 
-class HermesFormat(ToolFormat):
+class HermesTools(ToolFormat):
     """Hermes 2 and 3, Qwen 2.5, and whoever knows none: a tagged object a call."""
 
     name = "hermes"
@@ -163,7 +163,7 @@ class HermesFormat(ToolFormat):
         return ("<tool_call>", "</tool_call>")
 
 
-class SmolLM2Format(HermesFormat):
+class SmolLM2Tools(HermesTools):
     """SmolLM2: an array of calls in one tag."""
 
     name = "smollm2"
@@ -183,7 +183,7 @@ class SmolLM2Format(HermesFormat):
         return f"call: {opened} body {closed}\nbody: {self._calls_json(tools, parallel)}"
 
 
-class Llama3Format(ToolFormat):
+class Llama3Tools(ToolFormat):
     """Llama 3.1: an object as the answer, or behind <|python_tag|>; lists and <function=...> are read too."""
 
     name = "llama3"
@@ -219,8 +219,11 @@ class Llama3Format(ToolFormat):
     def write(self, calls: Sequence[ToolCall]) -> str:
         return "; ".join(self._objects(calls))
 
+    def result(self, content: str) -> str:
+        return content
 
-class PythonicFormat(ToolFormat):
+
+class PythonicTools(ToolFormat):
     """Llama 3.2's small models: a list of Python's calls."""
 
     name = "pythonic"
@@ -267,13 +270,13 @@ class PythonicFormat(ToolFormat):
         rules.append("value: STRING | NUMBER | CONSTANT | list | dict")
         rules.append('list: "[" (value (", " value)*)? "]"')
         rules.append('dict: "{" (STRING ": " value (", " STRING ": " value)*)? "}"')
-        rules.append("STRING: /'([^'\\\\\\n]|\\\\['\\\\n])*'/")
+        rules.append("STRING: /'([^'\\\\\\x00-\\x1f]|\\\\['\\\\n])*'/")
         rules.append("NUMBER: /-?(0|[1-9][0-9]*)(\\.[0-9]+)?/")
         rules.append('CONSTANT: "True" | "False" | "None"')
         return "\n".join(rules)
 
 
-class MistralFormat(ToolFormat):
+class MistralTools(ToolFormat):
     """Mistral: [TOOL_CALLS] and an array; since v11 a name, [ARGS] and the arguments, for each call."""
 
     name = "mistral"
@@ -308,7 +311,7 @@ class MistralFormat(ToolFormat):
 
 
 TOOL_FORMATS: dict[str, type[ToolFormat]] = {
-    kind.name: kind for kind in (HermesFormat, SmolLM2Format, Llama3Format, PythonicFormat, MistralFormat)
+    kind.name: kind for kind in (HermesTools, SmolLM2Tools, Llama3Tools, PythonicTools, MistralTools)
 }
 
 
@@ -316,7 +319,11 @@ def choose_tool_format(template: str | None, controls: Mapping[str, int], name: 
     """The format that a model's template writes, else that whose control tokens there are, else Hermes'."""
     text = template or ""
     if name is None:
-        is_written = {"mistral": "[TOOL_CALLS]" in text, "hermes": "<tool_call>" in text}
+        is_written = {
+            "smollm2": "named SmolLM" in text,
+            "mistral": "[TOOL_CALLS]" in text,
+            "hermes": "<tool_call>" in text,
+        }
         is_written |= {"llama3": "<|python_tag|>" in text or "ipython" in text}
         is_known = {"mistral": "[TOOL_CALLS]" in controls, "llama3": "<|python_tag|>" in controls}
         name = next((name for name, found in (*is_written.items(), *is_known.items()) if found), "hermes")

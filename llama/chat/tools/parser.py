@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
-from llama.chat.tools.calls import CallPiece, Piece, Spoken, new_call_id
+from llama.chat.tools.calls import AnswerPiece, CallPiece, Spoken, new_call_id
 from llama.chat.tools.scanning import BLANK, NoCall, Reader
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ class ToolParser:
         self._format = format
         self._names = frozenset(names)
         self._controls = controls
-        self._found: list[Piece] = []
+        self._found: list[AnswerPiece] = []
         self._held = ""  # of text: white space that calls may follow, and what may become a mark
         self._has_spoken = False
         self._is_behind_calls = False
@@ -39,12 +39,12 @@ class ToolParser:
     def has_calls(self) -> bool:
         return self._num_calls > 0
 
-    def push(self, text: str, token: int | None = None) -> list[Piece]:
+    def push(self, text: str, token: int | None = None) -> list[AnswerPiece]:
         """What has become certain by the text that a token brought. What a control token marks stands behind it."""
         self._read(text + self._controls.get(token, ""))
         return self._taken()
 
-    def end(self) -> list[Piece]:
+    def end(self) -> list[AnswerPiece]:
         """What follows from there being no more."""
         while self._reader is not None:
             if self._num_calls > self._num_before:
@@ -73,7 +73,7 @@ class ToolParser:
 
     # ---- how it is done
 
-    def _taken(self) -> list[Piece]:
+    def _taken(self) -> list[AnswerPiece]:
         found, self._found = self._found, []
         return merged(found)
 
@@ -164,9 +164,9 @@ def overlap(text: str, mark: str) -> int:
     return next((n for n in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:n])), 0)
 
 
-def merged(pieces: list[Piece]) -> list[Piece]:
+def merged(pieces: list[AnswerPiece]) -> list[AnswerPiece]:
     """Neighbours as one, except that a name stands alone."""
-    found: list[Piece] = []
+    found: list[AnswerPiece] = []
     for piece in pieces:
         last = found[-1] if found else None
         if isinstance(piece, str) and isinstance(last, str):

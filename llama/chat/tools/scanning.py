@@ -254,7 +254,7 @@ def python_literal(char: str) -> Reader:
             quote = char
             written += char
             while (char := (yield)) != quote:
-                written += char
+                written += char if char >= " " else f"\\x{ord(char):02x}"
                 if char == "\\":
                     written += yield
             written += char
@@ -268,7 +268,7 @@ def python_literal(char: str) -> Reader:
                 closers.pop()
         char = yield
     try:
-        found = ast.literal_eval(written.strip().replace("\n", "\\n"))
+        found = ast.literal_eval(written.strip())
         return json.dumps(found, ensure_ascii=False, allow_nan=False), char
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         pass

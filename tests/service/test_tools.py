@@ -1,0 +1,152 @@
+"""Tools over OpenAI's chat completions: what is asked for is called, streamed or not."""
+
+import json
+
+import jsonschema
+import pytest
+from support.tiny import ByteTokenizer, tiny_args, tiny_model
+
+from llama import Llama, SamplingParams
+from llama.chat.tools import TOOL_FORMATS, ToolError, ToolUse, describe
+from llama.service import ENDPOINTS, Call, Refusal
+
+CHAT = ENDPOINTS["/v1/chat/completions"]
+PLACE = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Oslo"]}, "day": {"$ref": "#/$defs/day"}},
+    "required": ["city", "day"],
+    "additionalProperties": False,
+    "$defs": {"day": {"type": "integer", "minimum": 0, "maximum": 9}},
+}
+EMPTY = {"type": "object", "properties": {}, "additionalProperties": False}
+SCHEMAS = {"weather": PLACE, "now": EMPTY}
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": schema}} for name, schema in SCHEMAS.items()]
+STRICT = {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"not": {}}}}
+USER = [{"role": "user", "content": "hi"}]
+
+
+@pytest.fixture(scope="module")
+def llm() -> Llama:
+    return Llama(tiny_model(tiny_args(max_batch_size=8, max_seq_len=2048)), ByteTokenizer(), chat_format="vicuna")
+
+
+def asked(llm: Llama, **fields: object) -> tuple[dict, list[dict]]:
+    """The one choice of an answer, and the chunks of the same one streamed."""
+    body = {"messages": USER, "tools": TOOLS, "max_tokens": 300, "temperature": 1.2, "seed": 5, **fields}
+    call = Call.open(llm, CHAT, body)
+    [choice] = call.respond(llm, list(llm.run(call.queries)))["choices"]
+    call = Call.open(llm, CHAT, {**body, "stream": True}, can_stream=True)
+    frames = call.frames(llm)
+    text = "".join(frames.push([event]) for event in llm.stream(call.queries[0])) + frames.end()
+    chunks = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n")[:-2]]
+    return choice, [chunk["choices"][0] for chunk in chunks]
+
+
+def joined(chunks: list[dict]) -> dict:
+    """What OpenAI's client makes of chunks: texts of one place are joined."""
+    calls: dict[int, dict] = {}
+    for chunk in chunks:
+        for part in chunk["delta"].get("tool_calls", ()):
+            call = calls.setdefault(part["index"], {"id": "", "name": "", "arguments": ""})
+            call["id"] += part.get("id", "")
+            call["name"] += part["function"].get("name", "")
+            call["arguments"] += part["function"]["arguments"]
+    content = "".join(chunk["delta"].get("content") or "" for chunk in chunks)
+    return {"content": content or None, "calls": [(c["name"], c["arguments"]) for c in calls.values()]}
+
+
+@pytest.mark.parametrize("format", TOOL_FORMATS)
+@pytest.mark.parametrize(
+    ("choice", "parallel", "reason"),
+    [("required", False, "tool_calls"), ("required", True, "tool_calls"),
+     ({"type": "function", "function": {"name": "weather"}}, True, "stop")],
+)  # fmt: skip
+def test_a_call_that_is_required_comes_with_valid_arguments(llm, monkeypatch, format, choice, parallel, reason):
+    monkeypatch.setattr(llm.chat_format, "tool_format", TOOL_FORMATS[format](), raising=False)
+    bias = {"257": 3, str(ord("'")): 4, str(ord('"')): 3}
+    found, chunks = asked(llm, tool_choice=choice, parallel_tool_calls=parallel, logit_bias=bias)
+    assert found["finish_reason"] in (reason, "length")
+    calls = found["message"].get("tool_calls", [])
+    if found["finish_reason"] == "length":
+        return
+    assert found["message"]["content"] is None
+    assert calls
+    assert len(calls) == 1 or (parallel and choice == "required")
+    for call in calls:
+        assert call["type"] == "function"
+        arguments = json.loads(call["function"]["arguments"])
+        if format != "pythonic":  # whose values are any
+            jsonschema.validate(arguments, SCHEMAS[call["function"]["name"]])
+    streamed = joined(chunks)
+    assert streamed == {
+        "content": None, "calls": [(c["function"]["name"], c["function"]["arguments"]) for c in calls]
+    }  # fmt: skip
+    assert chunks[-1]["finish_reason"] == found["finish_reason"]
+    assert chunks[0]["delta"] == {"role": "assistant", "content": None}
+
+
+def test_an_answer_that_calls_nothing_is_text(llm):
+    found, chunks = asked(llm, max_tokens=12)
+    assert "tool_calls" not in found["message"]
+    assert joined(chunks) == {"content": found["message"]["content"] or None, "calls": []}
+
+
+def test_without_a_choice_tools_are_not_told_of(llm):
+    plain, none = (
+        Call.open(llm, CHAT, {"messages": USER, **fields}).queries[0].tokens
+        for fields in ({}, {"tools": TOOLS, "tool_choice": "none"})
+    )
+    assert plain == none
+    assert len(Call.open(llm, CHAT, {"messages": USER, "tools": TOOLS}).queries[0].tokens) > len(plain)
+
+
+def test_calls_and_results_are_part_of_a_dialog(llm):
+    dialog = [
+        *USER,
+        {"role": "assistant", "content": None,
+         "tool_calls": [{"id": "a", "type": "function", "function": {"name": "now", "arguments": "{}"}}]},
+        {"role": "tool", "tool_call_id": "a", "content": "noon"},
+    ]  # fmt: skip
+    [query] = Call.open(llm, CHAT, {"messages": dialog, "tools": TOOLS}).queries
+    assert '"name": "now", "arguments": {}' in llm.tokenizer.decode(list(query.tokens))
+    assert "noon" in llm.tokenizer.decode(list(query.tokens))
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        (dict(tools=[{"type": "function"}]), "tools"),
+        (dict(tools=[*TOOLS, TOOLS[0]]), "tools"),
+        (dict(tools=[], tool_choice="required"), "tool_choice"),
+        (dict(tool_choice={"type": "function", "function": {"name": "nobody"}}), "tool_choice"),
+        (dict(tool_choice="required", response_format={"type": "json_object"}), "tools"),
+        (
+            dict(tools=[{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"not": {}}}}]),
+            "grammar",
+        ),
+    ],
+)
+def test_what_cannot_be_offered_is_refused(llm, fields, param):
+    with pytest.raises(Refusal) as refused:
+        Call.open(llm, CHAT, {"messages": USER, "tools": TOOLS, **fields})
+    assert refused.value.param == param
+
+
+def add(a: int, b: int = 1, *, how: str | None = None) -> int:
+    """Adds two numbers."""
+    return a + b
+
+
+def test_a_python_function_is_a_tool(llm):
+    function = describe(add)["function"]
+    assert (function["name"], function["description"]) == ("add", "Adds two numbers.")
+    assert function["parameters"]["required"] == ["a"]
+    assert function["parameters"]["properties"]["b"] == {"default": 1, "title": "B", "type": "integer"}
+    params = SamplingParams(max_tokens=200, temperature=1.2, seed=1)
+    [completion] = llm.chat([USER], params, tools=[add], tool_choice="add")
+    [call] = completion.tool_calls
+    assert (call.name, completion.text) == ("add", "")
+    if completion.finish_reason == "stop":
+        jsonschema.validate(json.loads(call.arguments), function["parameters"])
+    with pytest.raises(ToolError, match="nobody"):
+        ToolUse([add], "nobody")

@@ -6,8 +6,10 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, pairwise
 from math import prod
 from mmap import mmap
 from pathlib import Path
@@ -58,15 +60,17 @@ class LazyArray:
     length: int
     start: int
     end: int
+    ends: Sequence[int] = ()
+    """Where each string ends; an array of numbers has none."""
 
     def read(self) -> list[Any]:
         """Its values as a Python list."""
         self.file.mapped.check()
-        data = self.file.mapped.buffer[self.start : self.end]
+        data = self.file.mapped.buffer
         if self.kind != STRING:
-            return list(struct.unpack(f"<{self.length}{SCALARS[self.kind]}", data))
+            return list(struct.unpack(f"<{self.length}{SCALARS[self.kind]}", data[self.start : self.end]))
         try:
-            return [data[start:end].decode() for start, end in _strings(data, 0, self.length)]
+            return [data[end + 8 : next].decode() for end, next in pairwise(chain((self.start,), self.ends))]
         except UnicodeDecodeError as error:
             raise CheckpointError(f"{self.file.path}: a string that is not UTF-8: {error.reason}") from error
 
@@ -219,10 +223,11 @@ class _Cursor:
             self.skip(length * size)
         elif kind == STRING:
             self.expect(length, 8, "strings")
-            ends = [end for _, end in _strings(self.file.mapped.buffer, start, length)]
-            if len(ends) < length or max(ends, default=0) > self.file.mapped.size:
+            ends = string_ends(self.file.mapped.buffer, start, length)
+            if len(ends) < length:
                 raise self.error(f"{length} strings are announced, but the file ends inside them")
             self.offset = ends[-1] if ends else start
+            return LazyArray(self.file, kind, length, start, self.offset, ends)
         else:
             raise self.error(f"arrays of metadata type {kind} are not supported")
         return LazyArray(self.file, kind, length, start, self.offset)
@@ -250,16 +255,19 @@ class Value:
         return _string(value) if self.kind == STRING else struct.pack("<" + SCALARS[self.kind], value)
 
 
-def _strings(data: bytes | mmap, at: int, count: int) -> Iterator[tuple[int, int]]:
-    """Where each of `count` strings, one behind the other, starts and ends; fewer where the data ends inside them."""
+def string_ends(data: mmap, at: int, count: int) -> Sequence[int]:
+    """Where each of `count` strings ends, the first at `at` and each behind the other; fewer where the data ends."""
     length_at = struct.Struct("<Q").unpack_from
-    last = len(data) - 8
+    size = len(data)
+    ends = array("Q")
     for _ in range(count):
-        if at > last:
-            return
-        start = at + 8
-        at = start + length_at(data, at)[0]
-        yield start, at
+        if at + 8 > size:
+            break
+        at += 8 + length_at(data, at)[0]
+        if at > size:
+            break
+        ends.append(at)
+    return ends
 
 
 def _string(text: str) -> bytes:

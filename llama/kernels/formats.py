@@ -135,12 +135,18 @@ class LowBitFormat:
     def dequantize(self, packed: Tensor) -> Tensor:
         """Unpack uint8 (rows, bytes) -> float32 (rows, columns)."""
         num_rows, columns = packed.shape[0], packed.shape[1] // self.block_bytes * self.block
+        if num_rows * columns <= WEIGHTS_AT_ONCE:
+            return self._numbers(packed).view(num_rows, columns)
         weight = packed.new_empty((num_rows, columns), dtype=torch.float32)
         for rows in row_chunks(num_rows, columns):
-            groups = self.unpack(packed[rows].reshape(-1, self.block_bytes))
-            part = self.values(groups.codes) * groups.scale
-            weight[rows] = (part if groups.minimum is None else part + groups.minimum).view(-1, columns)
+            weight[rows] = self._numbers(packed[rows]).view(-1, columns)
         return weight
+
+    def _numbers(self, packed: Tensor) -> Tensor:
+        """All weights of some rows, one group after the other."""
+        groups = self.unpack(packed.reshape(-1, self.block_bytes))
+        part = self.values(groups.codes) * groups.scale
+        return part if groups.minimum is None else part + groups.minimum
 
     def packed_columns(self, in_features: int) -> int:
         """Bytes of one packed row. Raises LowBitError where whole blocks do not fill the row."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from .vocabulary import MAX_TOKENS, Codec, Controls, TokenizerError, TokenType, 
 
 if TYPE_CHECKING:
     import tokenizers
+    from tokenizers import models
 
 PIECE_ENCODERS = {"Replace", "Prepend", "Metaspace"}
 """How sentencepiece-like files turn spaces into "▁"."""
@@ -173,17 +175,13 @@ class TokenizerJson:
         tokenizer = Tokenizer.from_str(json.dumps(empty | steps))
         if isinstance(model["vocab"], dict):
             # A token that is added takes its id from the model's vocabulary, if it is there.
-            vocab = {token: id for token, id in model["vocab"].items() if token not in special}
-            vocab |= words | {name: id for id, name in names.by_id.items()}
-            pairs = [
-                (left, right)
-                for left, right in _pairs(model["merges"])
-                if not (left in hidden or right in hidden or left + right in hidden)
-            ]
+            vocab = {**model["vocab"], **words, **{name: id for id, name in names.by_id.items()}}
+            for token in special:
+                vocab.pop(token, None)
             options = {name: model[name] for name in BPE_OPTIONS if model.get(name) is not None}
             if self.is_byte_level:
                 options.pop("unk_token", None)  # GPT-2's is also its end of text
-            tokenizer.model = models.BPE(vocab, pairs, **options)
+            tokenizer.model = _bpe(vocab, _pairs(model["merges"]), hidden, options)
         else:  # Unigram: an id is a place in a list, so what nobody may type stays under another name
             shown = {id: secrets.token_hex(16) for id in hidden.values()} | names.by_id
             rows = [(shown.get(id, piece), score) for id, (piece, score) in enumerate(model["vocab"])]
@@ -208,7 +206,7 @@ class TokenizerJson:
             raise TokenizerError(
                 "GGUF cannot say how it tokenizes: it is not BPE, or it changes text in some other way"
             )
-        pairs = list(_pairs(self.spec["model"]["merges"]))
+        pairs = _pairs(self.spec["model"]["merges"])
         if self.is_byte_level:
             return replace(vocabulary, merges=[" ".join(pair) for pair in pairs], pre=self._find_pre())
         order: dict[str, int] = {}  # a piece is as good as the first merge that makes it
@@ -270,11 +268,26 @@ def _is_piece_step(step: dict[str, Any]) -> bool:
     return step["type"] in ("ByteFallback", "Fuse", "Strip", "Metaspace")
 
 
-def _pairs(merges: Iterable[str | list[str]]) -> Iterator[tuple[str, str]]:
+def _pairs(merges: Iterable[str | list[str]]) -> list[tuple[str, str]]:
     """Merges as pairs; older files have "left right"."""
-    for merge in merges:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        yield left, right
+    return [tuple(merge.split(" ") if isinstance(merge, str) else merge) for merge in merges]
+
+
+def _bpe(
+    vocab: dict[str, int], pairs: list[tuple[str, str]], hidden: Mapping[str, int], options: dict[str, Any]
+) -> models.BPE:
+    """The library's model without the merges that take or make a hidden token."""
+    from tokenizers import models
+
+    if hidden.keys().isdisjoint(vocab):
+        # Then the library refuses such merges. Few files have any, and to look for them in all takes a large
+        # vocabulary a tenth of its time.
+        with suppress(Exception):
+            return models.BPE(vocab, pairs, **options)
+    others = [
+        (left, right) for left, right in pairs if not (left in hidden or right in hidden or left + right in hidden)
+    ]
+    return models.BPE(vocab, others, **options)
 
 
 # --- a vocabulary from elsewhere as a tokenizer.json ----------------------------------------------------------------

@@ -56,7 +56,7 @@ class Vocabulary:
     def of_type(self, *types: TokenType) -> dict[str, int]:
         """Tokens of these types and their ids, by id."""
         ids = sorted(id for type in types for id in self._ids_by_type.get(type, ()))
-        return {self.tokens[id]: id for id in ids}
+        return dict(zip(map(self.tokens.__getitem__, ids), ids, strict=True))
 
     @cached_property
     def _ids_by_type(self) -> dict[int, list[int]]:

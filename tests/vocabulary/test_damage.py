@@ -92,7 +92,8 @@ def test_json_that_is_no_tokenizer_json_is_refused(tmp_path):
     json_error(tmp_path, lambda spec: spec.update(decoder=replacing), "decoder ['Replace'] is not known")
     json_error(tmp_path, lambda spec: spec["model"]["vocab"].update(x=2**31), "id is not a number from 0 to")
     json_error(tmp_path, lambda spec: spec["model"]["vocab"].update(x="1"), "id is not a number from 0 to")
-    json_error(tmp_path, lambda spec: spec["model"].update(merges=["a zz"]), "a damaged vocabulary")
+    for merges in (["a zz"], ["a b c"], [["a"]], [7]):
+        json_error(tmp_path, lambda spec, merges=merges: spec["model"].update(merges=merges), "a damaged vocabulary")
     (tmp_path / "x").write_text('{"model": ')
     refuse(tmp_path / "x", "is not JSON")
     (tmp_path / "x").write_text('{"model": ' + "[" * 100_000)

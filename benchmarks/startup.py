@@ -62,6 +62,7 @@ def write_vocabulary(path: Path) -> None:
 def run(code: str, checkout: Path, *arguments: str) -> tuple[float, float]:
     """Seconds by the clock and of the processor, in a process of its own with the package from `checkout`."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "STARTED": str(time.time())}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # the first run compiles, as at a person's first start
     command = [sys.executable, "-c", AROUND.format(code=code), *arguments]
     done = subprocess.run(
         command, env=environment, cwd=checkout, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL

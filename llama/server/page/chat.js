@@ -104,15 +104,19 @@ function showBusy() {
   const isBusy = answerOf(chat.conversation) !== undefined;
   find("#send").hidden = isBusy;
   find("#stop-answer").hidden = !isBusy;
-  const last = chat.conversation.path().findLast((message) => message.stats);
-  find("#context").textContent = last && serverModel.context ? t("contextUsed", { used: last.stats.promptTokens + last.stats.tokens, all: serverModel.context }) : "";
+  showContext(chat.conversation.path().findLast((message) => message.stats)?.stats);
+}
+
+function showContext(stats) {
+  find("#context").textContent = stats && serverModel.context ? t("contextUsed", { used: stats.promptTokens + stats.tokens, all: serverModel.context }) : "";
 }
 
 const follow = perFrame(() => {
   const answer = answerOf(chat.conversation);
-  if (answer) chat.views.get(answer.message.id)?.update();
+  if (!answer) return showBusy();
+  chat.views.get(answer.message.id)?.update();
   if (follows) toEnd();
-  showBusy();
+  showContext(answer.message.stats);
 });
 
 function toEnd() {

@@ -7,7 +7,8 @@ import pytest
 from support.tiny import ByteTokenizer, tiny_args, tiny_model
 
 from llama import Llama, SamplingParams
-from llama.chat.tools import TOOL_FORMATS, ToolError, ToolUse, describe
+from llama.chat.tools import TOOL_FORMATS, ToolCall, ToolError, ToolUse, describe
+from llama.constraints import Constraints
 from llama.service import ENDPOINTS, Call, Refusal
 
 CHAT = ENDPOINTS["/v1/chat/completions"]
@@ -150,3 +151,32 @@ def test_a_python_function_is_a_tool(llm):
         jsonschema.validate(json.loads(call.arguments), function["parameters"])
     with pytest.raises(ToolError, match="nobody"):
         ToolUse([add], "nobody")
+
+
+@pytest.mark.parametrize("format", TOOL_FORMATS)
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("is_control", [False, True])
+def test_a_strict_tools_arguments_are_kept_to_wherever_a_call_begins(format, parallel, is_control):
+    tokenizer = ByteTokenizer()
+    controls = dict.fromkeys(("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>"), 258) if is_control else {}
+    tool = {"type": "function", "function": {"name": "now", "strict": True, "parameters": EMPTY}}
+    kind = TOOL_FORMATS[format](controls)
+    grammar = ToolUse([tool], parallel=parallel).grammar(kind)
+    constraints = Constraints(tokenizer, 264, tokenizer.stop_ids)
+
+    def takes(text: str, tokens: tuple[int, ...] = ()) -> bool:
+        matcher = constraints.matcher(SamplingParams(grammar=grammar), tokenizer.stop_ids)
+        for token in (*tokens, *text.encode()):
+            if not matcher.allowed()[token >> 3] >> (token & 7) & 1:
+                return False
+            matcher.take(token)
+        return bool(matcher.allowed()[257 >> 3] >> (257 & 7) & 1)
+
+    assert takes("It is noon.")
+    assert takes("")
+    [mark] = [mark for mark in ("<tool_call>", "[TOOL_CALLS]", "") if mark in (*kind.marks, "")][:1]
+    written = kind.write([ToolCall("now", "{}")])
+    wrong = written.replace("now", "then")
+    has_control = is_control and bool(mark)
+    texts = [text.removeprefix(mark) if has_control else text for text in (written, wrong)]
+    assert [takes(text, (258,) * has_control) for text in texts] == [True, False]

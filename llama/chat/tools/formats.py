@@ -172,6 +172,8 @@ class SmolLM2Tools(HermesTools):
         return f"start: call\n{self._call(tools, parallel)}"
 
     def optional(self, tools: Sequence[Tool], parallel: bool) -> str:
+        if self.marks[0] in self._ids:
+            return f"start: TEXT call?\n{self._call(tools, parallel)}\n{ANY_TEXT}"
         call = self._call(tools, parallel).replace(self._lark("<tool_call>") + " ", "", 1)
         return f'start: (head call)? TEXT\nhead[lazy]: TEXT "<tool_call>"\n{call}\n{ANY_TEXT}'
 

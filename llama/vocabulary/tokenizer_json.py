@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import tokenizers
     from tokenizers import models
 
+LONG_TEXT = 2048  # characters from which on other threads run meanwhile: only a batch lets go of the interpreter
 PIECE_ENCODERS = {"Replace", "Prepend", "Metaspace"}
 """How sentencepiece-like files turn spaces into "▁"."""
 
@@ -80,7 +81,10 @@ class Tokenizers:
         return [id for part in parts for id in self._encode(part)]
 
     def _encode(self, text: str) -> list[int]:
-        ids = self._model.encode(text, add_special_tokens=False).ids
+        if len(text) < LONG_TEXT:
+            ids = self._model.encode(text, add_special_tokens=False).ids
+        else:
+            ids = self._model.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return [self._ids.get(id, id) for id in ids] if self._ids else ids
 
     def token_bytes(self, id: int) -> bytes:

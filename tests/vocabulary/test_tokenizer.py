@@ -21,7 +21,7 @@ from support.vocabularies import (
 )
 
 from llama.tokenizer import StreamDecoder, Tokenizer
-from llama.vocabulary import TokenType
+from llama.vocabulary import TokenType, tokenizer_json
 from llama.vocabulary.byte_level import CHAR_OF_BYTE
 
 # --- text never becomes a control token -----------------------------------------------------------------------------
@@ -236,6 +236,25 @@ def test_a_megabyte_is_encoded_whole(name, text, tiny):
     bytes_of = {id: tokenizer.token_bytes(id) for id in set(ids)}
     joined = b"".join(bytes_of[id] for id in ids).decode()
     assert joined.removeprefix(" " if joined[1:] == LONG[text] else "") == LONG[text]
+
+
+@pytest.mark.parametrize("name", ["byte-level json", "pieces json"])
+def test_a_long_text_is_encoded_where_others_can_run_and_as_a_short_one_is(name, tiny, monkeypatch):
+    tokenizer = tiny[name]
+    text = "the quick brown fox, " * 200
+    expected = plain(tokenizer, text)
+    monkeypatch.setattr(tokenizer_json, "LONG_TEXT", len(text) + 1)
+    assert plain(tokenizer, text) == expected
+    monkeypatch.setattr(tokenizer_json, "LONG_TEXT", 1)
+    monkeypatch.setattr(tokenizer.codec, "_model", OnlyBatches(tokenizer.codec._model))
+    assert plain(tokenizer, text) == expected
+
+
+class OnlyBatches:
+    """A library's tokenizer without the call that holds the interpreter until it returns."""
+
+    def __init__(self, model):
+        self.encode_batch_fast = model.encode_batch_fast
 
 
 @pytest.mark.parametrize("text", LONG)

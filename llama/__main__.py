@@ -35,6 +35,7 @@ app = typer.Typer(
 MODEL_HELP = "A checkpoint; the embedded default if left out."
 NAME = re.compile(r"[\w.-]+(/[\w.-]+)+(:[\w.-]+)?", re.ASCII)  # org/name, org/name:type, org/name/file
 Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)]
+Lora = Annotated[list[str] | None, typer.Option("--lora", help="A LoRA adapter to merge in; DIR=0.7 weighs it.")]
 
 USAGE_ERROR = typer.BadParameter.__base__  # click's, or that of the click inside typer, as the version has it
 INTERRUPTED = 130  # what typer returns where a command was ended by Ctrl-C
@@ -194,6 +195,7 @@ def convert(
     shards: Annotated[int | None, typer.Option(min=1, help="How many weight files.")] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="The most bytes of a file, as 5GB (hf).")] = None,
     dtype: Annotated[str | None, typer.Option(help="bf16, fp16 or fp32; as stored if left out.")] = None,
+    lora: Lora = None,
     input_dir: Annotated[Path | None, typer.Option("--input_dir", hidden=True)] = None,
     output_dir: Annotated[Path | None, typer.Option("--output_dir", hidden=True)] = None,
     model_size: Annotated[str | None, typer.Option("--model_size", hidden=True)] = None,
@@ -217,6 +219,7 @@ def convert(
             shards=shards,
             dtype=dtype,
             max_shard_size=max_shard_size,
+            adapter=lora,
             progress=advance,
         )
     warn(warnings)
@@ -227,6 +230,7 @@ def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A checkpoint of any format.")],
     target: Annotated[Path, typer.Argument(metavar="DST", help="The directory to write.")],
     type: Annotated[str, typer.Option(help="sym_int4, asym_int4, sym_int5, asym_int5, sym_int8, nf4, q4_0 ...")],
+    lora: Lora = None,
 ) -> None:
     """Write a checkpoint in a low-bit format, which loads at once."""
     from llama import checkpoint
@@ -235,7 +239,8 @@ def quantize(
 
     format = resolve_format(type)
     with progress_bar("Writing", show=True) as advance:
-        warnings = checkpoint.save_low_bit(checkpoint.open_checkpoint(path_of(source)), target, format, advance)
+        opened = checkpoint.with_adapters(checkpoint.open_checkpoint(path_of(source)), lora)
+        warnings = checkpoint.save_low_bit(opened, target, format, advance)
     warn(warnings)
 
 
@@ -249,10 +254,14 @@ def inspect(
     *,
     sizes: dict[str, Any],
 ) -> None:
-    """Show what a checkpoint is, from its headers alone."""
+    """Show what a checkpoint, or an adapter, is, from its headers alone."""
     from llama import checkpoint, report
 
-    found = checkpoint.inspect(path_of(model), ranks)
+    path = path_of(model)
+    if checkpoint.is_adapter(path):
+        report.show_adapter(checkpoint.open_adapter(path))
+        return
+    found = checkpoint.inspect(path, ranks)
     report.show_inspection(found)
     if estimate:
         report.show_estimates(checkpoint.estimate(found.args, max_batch_size=max_batch_size, world_size=ranks, **sizes))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
+import torch
+
 from llama.sampling_params import SamplingParams
 from llama.tool_call import ToolCall
 
@@ -22,7 +24,8 @@ class PromptTooLong(ValueError):
 class Query:
     """A prompt and what is asked for: `params.n` answers to it, or with `pooling` one vector of its states.
 
-    `salt`: prefixes of the cache are shared only under the same one. `refusal`: the answer to what a chat format
+    `salt`: prefixes of the cache are shared only under the same one. `adapter`: the name of one that was loaded beside
+    the model. `refusal`: the answer to what a chat format
     refuses; such a query never reaches the model.
     """
 
@@ -30,6 +33,7 @@ class Query:
     params: SamplingParams  # resolved
     pooling: Pooling | None = None
     salt: bytes = b""
+    adapter: str | None = None
     refusal: str | None = None
 
 
@@ -135,3 +139,24 @@ class Inbox:
             if self.num_open[event.request_id] == 0:
                 del self.num_open[event.request_id], self.places[event.request_id]
         return placed
+
+
+def answered(completions: list[Completion]) -> list[Completion]:
+    """The completions, if none of them failed; a refusal is an answer."""
+    for completion in completions:
+        if completion.finish_reason == "error" and not completion.refused:
+            raise RuntimeError(completion.error)
+    return completions
+
+
+def unit_vectors(completions: Sequence[Completion]) -> torch.Tensor:
+    """Their embeddings, each of length 1: (completions, dim) float32."""
+    rows = [completion.embedding for completion in completions]
+    vectors = torch.tensor(rows, dtype=torch.float32)
+    return torch.nn.functional.normalize(vectors) if rows else vectors.view(0, 0)
+
+
+def flat_logprobs(completion: Completion) -> list[float]:
+    """One number a token, the reference's way: an echoed prompt's first token has 0.0."""
+    entries = [*(completion.prompt_logprobs or ()), *(completion.logprobs or ())]
+    return [0.0 if entry is None else entry.logprob for entry in entries]

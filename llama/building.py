@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from llama import parallel
+from llama.adapting import adapters_of
 from llama.chat import FORMATS, ChatFormat, choose_format
 from llama.chat.selection import read_template
 from llama.checkpoint import (
@@ -19,6 +20,7 @@ from llama.checkpoint import (
     open_checkpoint,
     packed_modules,
     untied,
+    with_adapters,
 )
 from llama.device import choose_device, choose_dtype, choose_kv_dtype, return_memory
 from llama.engine import Engine
@@ -56,12 +58,13 @@ def load(
     quantization: str | None = None,
     deterministic: bool = False,
     chat_format: str | None = None,
+    adapter: str | Path | Sequence[str | Path] | None = None,
 ) -> Loaded:
     """Opens a checkpoint of any format and loads this rank's part of it; the options are those of `Llama.build`.
 
     `quantization` is a format's name, "none" or None. Raises FileNotFoundError or ValueError, in one line.
     """
-    checkpoint = open_checkpoint(default_model() if ckpt_dir is None else ckpt_dir)
+    checkpoint = with_adapters(open_checkpoint(default_model() if ckpt_dir is None else ckpt_dir), adapter)
     target = choose_device(device)
     group = parallel.start(model_parallel_size, target.type)
     packed = packed_modules(untied(checkpoint), quantization, group.size, target)
@@ -146,7 +149,7 @@ def make_engine(
     dtype = choose_kv_dtype(kv_dtype, model.norm.weight.dtype)
     num_blocks = model.parallel.broadcast_json(count_blocks(model, kv_cache_memory, dtype))
     return Engine(
-        Runner(model, num_blocks, BLOCK_SIZE, dtype),
+        Runner(model, num_blocks, BLOCK_SIZE, dtype, adapters_of(model)),
         Scheduler(num_blocks, BLOCK_SIZE),
         tokenizer,
         max_seq_len=model.params.max_seq_len,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from llama.answer import POOLINGS, Completion, Event, FinishReason, Inbox, Logprob, PromptTooLong, Query
 from llama.choice import Choice, Pool, StopText, Turn
+from llama.lora import Adapters, Change, LoadedAdapter
 from llama.request import Request, Slice, Step
 from llama.runner import Output, Pack, Runner, pick
 from llama.sampling import Sampled, sample
@@ -72,6 +73,7 @@ class Engine:
         self._request_ids = count()
         self._sequence_ids = count()
         self._choices: dict[Request, list[Choice]] = {}  # several only until their common prompt is computed
+        self._adapter_of: dict[int, LoadedAdapter] = {}  # by request id
         self._open: dict[int, list[Choice]] = {}  # by request id: the choices that have not ended
         self._events: list[Event] = []  # what the next step tells besides its own
         self._inboxes: dict[int, Inbox] = {}  # by request id
@@ -98,13 +100,20 @@ class Engine:
         with self._lock:
             request_id = next(self._request_ids)
             salt = query.salt + self.runner.salt(len(query.tokens) + max_tokens)
-            request = self._request(query.tokens, max_tokens, salt, not needs_whole_prompt)
+            adapter = None if query.adapter is None else self.adapters.find(query.adapter)
+            if adapter is not None:
+                salt = adapter.digest + salt
+            group = 0 if adapter is None else adapter.number
+            request = self._request(query.tokens, max_tokens, salt, not needs_whole_prompt, group)
             choices = self._new_choices(request_id, query, request)
             if max_tokens or needs_whole_prompt:
                 self.scheduler.add(request)
                 self._choices[request] = choices
                 self._num_prompt_tokens += len(query.tokens)
             self._open[request_id] = list(choices)
+            if adapter is not None:
+                self._adapter_of[request_id] = adapter
+                self.adapters.hold(adapter)
             if request not in self._choices:
                 for choice in choices:
                     self._end(choice, "length")
@@ -118,6 +127,12 @@ class Engine:
                 return
             for choice in list(self._open.get(request_id, ())):
                 self._end(choice, "abort")
+
+    def abort_all(self) -> None:
+        """Ends every request."""
+        with self._lock:
+            for request_id in list(self._open):
+                self.abort(request_id)
 
     @property
     def has_work(self) -> bool:
@@ -252,8 +267,26 @@ class Engine:
         outside = next((token for token in tokens if not 0 <= token < vocab_size), None)
         if outside is not None:
             raise ValueError(f"the prompt holds token {outside}, but the vocabulary has 0 ... {vocab_size - 1}")
+        if query.adapter is not None:
+            self.adapters.find(query.adapter)
         query.params.validate(vocab_size)
         self._compile(query)
+
+    # ---- adapters
+
+    @property
+    def adapters(self) -> Adapters:
+        return self.runner.adapters
+
+    def load_adapter(self, name: str, digest: bytes, changes: Mapping[str, Sequence[Change]]) -> None:
+        """Queries may name it from now on. Raises ValueError for a name that is taken."""
+        with self._lock:
+            self.adapters.add(name, digest, changes)
+
+    def unload_adapter(self, name: str) -> None:
+        """Queries may not name it any more; those on their way end with it. Raises ValueError for an unknown name."""
+        with self._lock:
+            self.adapters.remove(name)
 
     # ---- how it is done
 
@@ -286,13 +319,14 @@ class Engine:
                 self._inboxes.pop(event.request_id, None)
         return events
 
-    def _request(self, tokens: Sequence[int], max_tokens: int, salt: bytes, reuse_prefix: bool) -> Request:
+    def _request(self, tokens: Sequence[int], max_tokens: int, salt: bytes, reuse_prefix: bool, group: int) -> Request:
         return Request(
             id=next(self._sequence_ids),
             tokens=list(tokens),
             max_total_tokens=len(tokens) + max_tokens,
             salt=salt,
             reuse_prefix=reuse_prefix,
+            group=group,
         )
 
     def _new_choices(self, request_id: int, query: Query, request: Request) -> list[Choice]:
@@ -362,7 +396,7 @@ class Engine:
             return
         choices.remove(choice)
         max_tokens = common.max_total_tokens - len(common.tokens)
-        choice.request = self._request(common.tokens, max_tokens, common.salt, common.reuse_prefix)
+        choice.request = self._request(common.tokens, max_tokens, common.salt, common.reuse_prefix, common.group)
         self._choices[choice.request] = [choice]
         self.scheduler.fork(common, choice.request)
 
@@ -402,6 +436,8 @@ class Engine:
         still_open.remove(choice)
         if not still_open:
             del self._open[choice.request_id]
+            if adapter := self._adapter_of.pop(choice.request_id, None):
+                self.adapters.release(adapter)
         if choice.request in self._choices:
             del self._choices[choice.request]
             self.scheduler.finish(choice.request)

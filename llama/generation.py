@@ -1,7 +1,11 @@
-"""`Llama`: a model and its tokenizer, ready to answer. The reference's calls, and what people ask for beyond them."""
+"""`Llama`: a model and its tokenizer, ready to answer. The reference's calls, and what people ask for beyond them.
+
+This file is long because it is what programs call: most of its lines say what each call takes.
+"""
 
 from __future__ import annotations
 
+import gc
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +16,17 @@ from typing import Any, TypedDict
 
 import torch
 
-from llama.answer import Completion, Event, Logprob, Pooling, Query
+from llama.adapting import changes_of
+from llama.answer import (
+    Completion,
+    Event,
+    Logprob,
+    Pooling,
+    Query,
+    answered,
+    flat_logprobs,
+    unit_vectors,
+)
 from llama.building import load, make_engine
 from llama.chat import (
     B_INST,
@@ -31,7 +45,8 @@ from llama.chat import (
     choose_format,
     fit_dialog,
 )
-from llama.checkpoint import Checkpoint, open_checkpoint, save_low_bit
+from llama.checkpoint import Checkpoint, open_checkpoint, open_weighted, save_low_bit
+from llama.device import return_memory
 from llama.model import Transformer
 from llama.quantization import resolve_format
 from llama.runner import Pack
@@ -98,6 +113,8 @@ class Llama:
         kv_dtype: str = "auto",
         deterministic: bool = False,
         chat_format: str | None = None,
+        adapter: str | Path | Sequence[str | Path] | None = None,
+        adapters: Mapping[str, str | Path] | None = None,
     ) -> Llama:
         """Loads a checkpoint of any format.
 
@@ -121,6 +138,9 @@ class Llama:
             deterministic: give every request the same bits whatever shares its steps, wherever its prompt is cut
                 into chunks, with or without a cached prefix or a preemption; slower.
             chat_format: a format's name or the path of a Jinja template; None asks the model.
+            adapter: a PEFT directory or GGUF file with a LoRA adapter that is merged into the model while it loads,
+                with its tokenizer where it brings one; or several, in order. "PATH=0.7" gives one a weight.
+            adapters: those that calls may name, by name, each for its own rows; see `load_adapter`.
 
         Raises FileNotFoundError or ValueError, in one line, for what cannot be loaded.
         """
@@ -138,6 +158,7 @@ class Llama:
             quantization=quantization,
             deterministic=deterministic,
             chat_format=chat_format,
+            adapter=adapter,
         )
         llm = Llama(
             loaded.model,
@@ -151,6 +172,8 @@ class Llama:
             checkpoint=loaded.checkpoint,
             quantization=quantization,
         )
+        for name, path in (adapters or {}).items():
+            llm.load_adapter(name, path)
         if llm.rank == 0:
             print(f"Loaded in {time.time() - started:.2f} seconds")
         return llm
@@ -207,6 +230,41 @@ class Llama:
         if self.rank == 0:
             save_low_bit(self.checkpoint, directory, self.quantization)
 
+    # ---- adapters, and the end
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Puts a LoRA adapter, or "PATH=0.7", beside the model: `adapter=name` uses it, all other calls do not feel it.
+
+        Under `torchrun` every rank calls it. Raises FileNotFoundError or ValueError, in one line, for a name that is
+        taken and for what cannot be loaded so; an adapter with a vocabulary of its own is merged (`build(adapter=)`).
+        """
+        self.engine.adapters.validate_new(name)
+        opened = open_weighted(path)
+        self.engine.load_adapter(name, opened.digest, changes_of(opened, self.model))
+
+    def unload_adapter(self, name: str) -> None:
+        """Nobody may name it any more. What is on its way ends with it; then its memory comes back."""
+        self.engine.unload_adapter(name)
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters beside the model."""
+        return self.engine.adapters.names
+
+    def close(self) -> None:
+        """Ends what is under way and gives the model's memory back; nothing can be asked of it any more."""
+        if self.engine is not None:
+            self.engine.abort_all()
+        self.engine = self.model = self.checkpoint = None
+        gc.collect()
+        return_memory()
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     # ---- the reference's calls
 
     def generate(
@@ -257,13 +315,18 @@ class Llama:
 
     # ---- beyond the reference
 
-    def complete(self, prompts: Sequence[str | TokenIds], params: Params = None) -> list[Completion]:
+    def complete(
+        self, prompts: Sequence[str | TokenIds], params: Params = None, adapter: str | None = None
+    ) -> list[Completion]:
         """Continues texts or token ids; `params` are for all, or one for each. n > 1: prompt-major.
+
+        `adapter`: the name of one that was loaded beside the model.
 
         Raises ValueError, and answers none, where one of them can never run.
         """
         tokens = self.prompt_tokens(prompts)
-        queries = [Query(*pair) for pair in zip(tokens, self._resolved(params, len(tokens)), strict=True)]
+        pairs = zip(tokens, self._resolved(params, len(tokens)), strict=True)
+        queries = [Query(*pair, adapter=adapter) for pair in pairs]
         return sorted(self.run(queries, strict=True), key=attrgetter("place", "index"))
 
     def chat(
@@ -274,6 +337,7 @@ class Llama:
         tools: Sequence[Mapping[str, Any] | Callable[..., Any]] = (),
         tool_choice: str = "auto",
         parallel_tool_calls: bool = True,
+        adapter: str | None = None,
     ) -> list[Completion]:
         """Answers dialogs; as `complete`. A dialog that its format refuses as unsafe gets the refusal as text.
 
@@ -284,7 +348,7 @@ class Llama:
         """
         resolved = self._resolved(params, len(dialogs))
         use = ToolUse(tools, tool_choice, parallel_tool_calls)
-        queries = [self.chat_query(*pair, use) for pair in zip(dialogs, resolved, strict=True)]
+        queries = [self.chat_query(*pair, use, adapter) for pair in zip(dialogs, resolved, strict=True)]
         completions = sorted(self.run(queries, strict=True), key=attrgetter("place", "index"))
         return [self.with_tool_calls(completion, use) for completion in completions]
 
@@ -306,15 +370,19 @@ class Llama:
         queries = [Query(tokens, params, pooling) for tokens in self.prompt_tokens(texts)]
         return unit_vectors(answered(sorted(self.run(queries, strict=True), key=attrgetter("place"))))
 
-    def stream_text(self, prompt: str | TokenIds, params: SamplingParams | None = None) -> Iterator[str]:
+    def stream_text(
+        self, prompt: str | TokenIds, params: SamplingParams | None = None, adapter: str | None = None
+    ) -> Iterator[str]:
         """The pieces of one continuation as they come; joined they are `complete`'s text."""
         [tokens] = self.prompt_tokens([prompt])
-        for event in self.stream(Query(tokens, self._resolved(params, 1)[0])):
+        for event in self.stream(Query(tokens, self._resolved(params, 1)[0], adapter=adapter)):
             yield event.text
 
-    def stream_chat(self, dialog: Dialog | Prompt, params: SamplingParams | None = None) -> Iterator[str]:
+    def stream_chat(
+        self, dialog: Dialog | Prompt, params: SamplingParams | None = None, adapter: str | None = None
+    ) -> Iterator[str]:
         """The pieces of one answer as they come; joined they are `chat`'s text."""
-        for event in self.stream(self.chat_query(dialog, self._resolved(params, 1)[0])):
+        for event in self.stream(self.chat_query(dialog, self._resolved(params, 1)[0], adapter=adapter)):
             yield event.text
 
     # ---- what these calls, and other callers, are made of
@@ -349,7 +417,13 @@ class Llama:
             for prompt in prompts
         ]
 
-    def chat_query(self, dialog: Dialog | Prompt, params: SamplingParams, use: ToolUse | None = None) -> Query:
+    def chat_query(
+        self,
+        dialog: Dialog | Prompt,
+        params: SamplingParams,
+        use: ToolUse | None = None,
+        adapter: str | None = None,
+    ) -> Query:
         """What to ask the engine for the answer to a dialog; `params` are resolved. Raises DialogError.
 
         A dialog that the format refuses as unsafe becomes a query with that refusal. use: the tools on offer.
@@ -370,7 +444,7 @@ class Llama:
                 stop=(*params.stop, *self.chat_format.stop),
                 stop_token_ids=(*params.stop_token_ids, *self.chat_format.stop_ids),
             )
-        return Query(tokens, params)
+        return Query(tokens, params, adapter=adapter)
 
     def fit(self, dialog: Dialog, params: SamplingParams) -> Dialog:
         """The dialog without as many of its oldest turns as leave room for an answer. Raises DialogError."""
@@ -390,6 +464,8 @@ class Llama:
 
     def _events(self, queries: Iterable[Query], strict: bool) -> Iterator[list[Event]]:
         """The engine's events, on every rank."""
+        if self.engine is None:
+            raise RuntimeError("this model was closed: build it again")
         runner = self.engine.runner
         return self.model.parallel.lead(
             self.engine.run(queries, strict), lambda ints: runner.run(Pack.from_ints(ints)), Event
@@ -427,24 +503,3 @@ class Llama:
 def id_list(tokens: TokenIds) -> list[int]:
     """Token ids of any kind as Python's own integers."""
     return [int(token) for token in tokens]
-
-
-def answered(completions: list[Completion]) -> list[Completion]:
-    """The completions, if none of them failed; a refusal is an answer."""
-    for completion in completions:
-        if completion.finish_reason == "error" and not completion.refused:
-            raise RuntimeError(completion.error)
-    return completions
-
-
-def unit_vectors(completions: Sequence[Completion]) -> torch.Tensor:
-    """Their embeddings, each of length 1: (completions, dim) float32."""
-    rows = [completion.embedding for completion in completions]
-    vectors = torch.tensor(rows, dtype=torch.float32)
-    return torch.nn.functional.normalize(vectors) if rows else vectors.view(0, 0)
-
-
-def flat_logprobs(completion: Completion) -> list[float]:
-    """One number a token, the reference's way: an echoed prompt's first token has 0.0."""
-    entries = [*(completion.prompt_logprobs or ()), *(completion.logprobs or ())]
-    return [0.0 if entry is None else entry.logprob for entry in entries]

@@ -17,6 +17,7 @@ class AnyLinear(Protocol):
 
     in_features: int
     out_features: int
+    bias: torch.Tensor | None
 
     @property
     def kind(self) -> str:
@@ -24,6 +25,9 @@ class AnyLinear(Protocol):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(num_tokens, in_features) -> (num_tokens, out_features), in x's dtype"""
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight as float32 (out_features, in_features)."""
 
     def prepare(self, fixed_rows: int | None = None) -> Self:
         """After loading: stores the weight, in its own place, in the layout that its product reads fastest.
@@ -141,6 +145,10 @@ class Linear(nn.Module):
             return joint.plain(of_joint)[rows]
         return self.blocked.to_dense()[rows].clone()
 
+    def dequantize(self) -> torch.Tensor:
+        """The weight as float32 (out_features, in_features)."""
+        return self.plain().float()
+
     def _save_to_state_dict(self, destination: dict[str, torch.Tensor], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.weight is None:
@@ -163,6 +171,7 @@ class Joint:
         self.siblings = owner._modules  # and not `owner`: weights in a circle would outlive their model
         self.names = names
         self.joint: AnyLinear | None = None
+        self.added: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None  # changes y that was made of x
 
     @property
     def linears(self) -> list[AnyLinear]:
@@ -172,8 +181,10 @@ class Joint:
         """(num_tokens, in_features) -> (num_tokens, sum of the parts' out_features)"""
         if self.joint is None:
             results = [linear(x) for linear in self.linears]
-            return results[0] if len(results) == 1 else torch.cat(results, dim=-1)
-        return self.joint(x)
+            y = results[0] if len(results) == 1 else torch.cat(results, dim=-1)
+        else:
+            y = self.joint(x)
+        return y if self.added is None else self.added(y, x)
 
     def prepare(self, fixed_rows: int | None = None) -> None:
         """Joins the parts, or each with itself where they are of different kinds, and prepares the result."""

@@ -145,6 +145,7 @@ class Transformer(nn.Module):
         if not params.tie_word_embeddings:
             self.output = Linear(params.dim, params.vocab_size // parallel.size)
         self.fixed_rows: int | None = None
+        self.added_to_embedding = self.added_to_output = None  # as a `Joint`'s `added`
         self._cache: ContiguousCache | None = None  # what forward() remembers between calls
 
     @property
@@ -184,6 +185,8 @@ class Transformer(nn.Module):
         freqs = rope_frequencies(args.head_dim, args.rope_theta, scaling, positions.device, limits=limits)
         rotary = Rotary.at(positions, freqs, 1.0 if scaling is None else scaling.magnitude)
         h = self.tok_embeddings(tokens).to(self.norm.weight.dtype)
+        if self.added_to_embedding is not None:
+            h = self.added_to_embedding(h, tokens)
         for layer, cache in zip(self.layers, caches, strict=True):
             h = layer(h, rotary, cache)
         return self.norm(h)
@@ -196,6 +199,8 @@ class Transformer(nn.Module):
             local = in_tiles(partial(F.linear, weight=self.tok_embeddings.weight), states, self.fixed_rows)
         else:
             local = F.linear(states, self.tok_embeddings.weight)
+        if self.added_to_output is not None:
+            local = self.added_to_output(local, states)
         return self.parallel.all_gather(local).float()
 
     def step(

@@ -78,6 +78,7 @@ MODEL = Options(  # parameters of `Llama.build`
         Option("dtype", "auto, bf16, fp16 or fp32.", str, "auto"),
         Option("quantization", "sym_int4, nf4, q8_0 ...; none unpacks low-bit blocks."),
         Option("kv_dtype", "auto, or int8: keys and values in 8 bits, for long contexts.", str, "auto"),
+        Option("adapter", "A LoRA adapter to merge in; DIR=0.7 gives it a weight.", list[str] | None, flag="--lora"),
     ]
 )
 

@@ -15,7 +15,7 @@ from llama.streams import printable
 
 if TYPE_CHECKING:
     from llama.batch import Batch, Counts
-    from llama.checkpoint import Estimate, Finding, Inspection, Stored
+    from llama.checkpoint import Adapter, Estimate, Finding, Inspection, Stored
     from llama.generation import Llama
 
 
@@ -42,6 +42,31 @@ def show_inspection(found: Inspection) -> None:
         facts["unknown keys"] = ", ".join(found.unknown_keys)
     if found.warnings:
         facts["warnings"] = "; ".join(found.warnings)
+    show_facts(facts)
+
+
+def show_adapter(adapter: Adapter) -> None:
+    modules = sorted({name.rpartition(".")[2] for name in adapter.low_rank})
+    facts = {
+        "path": adapter.path,
+        "format": f"{adapter.format}, an adapter (LoRA)",
+        "base model": adapter.base or "not said",
+        "modules": f"{len(adapter.low_rank)}: {', '.join(modules)}",
+        "ranks": ", ".join(map(str, adapter.ranks)) or "none",
+        "parameters": f"{adapter.parameters:,}",
+    }
+    if any(one.magnitude is not None for one in adapter.low_rank.values()):
+        facts["magnitudes"] = "yes (DoRA)"
+    if adapter.whole:
+        facts["whole weights"] = ", ".join(f"{name} {list(one.shape)}" for name, one in adapter.whole.items())
+    if adapter.tokenizer_path is not None:
+        facts["tokenizer"] = adapter.tokenizer_path.name
+    if adapter.unknown_keys:
+        facts["unknown keys"] = ", ".join(adapter.unknown_keys)
+    show_facts(facts)
+
+
+def show_facts(facts: dict[str, object]) -> None:
     width = max(map(len, facts))
     for name, value in facts.items():
         print(printable(f"{name:{width}}  {value}"))

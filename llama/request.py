@@ -34,6 +34,7 @@ class Request:
     salt: bytes = b""  # prefixes are shared only under the same salt
     reuse_prefix: bool = True  # False: every prompt token is computed (prompt logprobs need them all)
     params: object = None  # the caller's own; never looked at here
+    group: int = 0  # requests of one group stand side by side in a step
 
     # filled by the scheduler
     status: Status = field(default=Status.NEW, init=False)

@@ -6,8 +6,9 @@ Under `torchrun` rank 0 sends the packed step to the other ranks as one list of 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import chain, groupby
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ import torch
 from llama.attention import LayerCache, choose_backend, layer_caches
 from llama.cache import KVCache, Span
 from llama.device import free_memory, return_memory
+from llama.lora import Adapters, Run
 from llama.model import Transformer
 from llama.parallel import Signal
 from llama.scheduler import Step
@@ -51,6 +53,8 @@ class Pack:
     wanted: list[int]  # the rows whose logits are wanted
     copies: list[tuple[int, int]]  # (source, target) blocks, copied before anything else happens
     spans: list[Span]
+    runs: list[Run] = field(default_factory=list)  # whose rows are whose, where an adapter is named
+    dropped: list[int] = field(default_factory=list)  # adapters that nobody names any more
 
     @classmethod
     def of(cls, step: Step, num_logits: Sequence[int], block_size: int) -> Pack:
@@ -63,15 +67,20 @@ class Pack:
             spans.append(Span(len(tokens), part.count, part.stop, extents, part.request.max_total_tokens))
             tokens += part.tokens
             wanted += range(len(tokens) - count, len(tokens))
-        return cls(tokens, wanted, list(step.copies), spans)
+        runs = []
+        if any(part.request.group for part in step.slices):
+            for group, parts in groupby(step.slices, lambda part: part.request.group):
+                runs.append((group, sum(part.count for part in parts)))
+        return cls(tokens, wanted, list(step.copies), spans, runs)
 
     def to_ints(self) -> list[int]:
         spans = (
             (span.num_rows, span.context, span.limit, len(span.extents), *chain.from_iterable(span.extents))
             for span in self.spans
         )
-        lengths = (len(self.tokens), len(self.wanted), len(self.copies), len(self.spans))
-        return [*lengths, *self.tokens, *self.wanted, *chain(*self.copies), *chain.from_iterable(spans)]
+        parts = (self.tokens, self.wanted, self.copies, self.spans, self.runs, self.dropped)
+        pairs = chain(*self.copies), chain.from_iterable(spans), chain(*self.runs)
+        return [*map(len, parts), *self.tokens, *self.wanted, *chain(*pairs), *self.dropped]
 
     @classmethod
     def from_ints(cls, ints: Sequence[int]) -> Pack:
@@ -80,7 +89,7 @@ class Pack:
         def take(count: int) -> list[int]:
             return [next(numbers) for _ in range(count)]
 
-        num_tokens, num_wanted, num_copies, num_spans = take(4)
+        num_tokens, num_wanted, num_copies, num_spans, num_runs, num_dropped = take(6)
         tokens, wanted = take(num_tokens), take(num_wanted)
         copies = [tuple(take(2)) for _ in range(num_copies)]
         spans, first_row = [], 0
@@ -89,7 +98,8 @@ class Pack:
             extents = tuple(tuple(take(2)) for _ in range(num_extents))
             spans.append(Span(first_row, num_rows, context, extents, limit))
             first_row += num_rows
-        return cls(tokens, wanted, copies, spans)
+        runs = [tuple(take(2)) for _ in range(num_runs)]
+        return cls(tokens, wanted, copies, spans, runs, take(num_dropped))
 
 
 @dataclass(frozen=True)
@@ -108,7 +118,14 @@ def pick(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
 class Runner:
     """A program and the pool of `num_blocks` blocks in which it keeps every request's keys and values, in `dtype`."""
 
-    def __init__(self, model: Transformer, num_blocks: int, block_size: int, dtype: torch.dtype):
+    def __init__(
+        self,
+        model: Transformer,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        adapters: Adapters | None = None,
+    ):
         self.program: Program = model
         self.parallel = model.parallel
         self.vocab_size = model.vocab_size
@@ -116,6 +133,7 @@ class Runner:
         self.device = model.norm.weight.device
         self.cache = KVCache(model.cache_shape, num_blocks * block_size, self.device, dtype)
         self.scaling = model.params.rope_scaling
+        self.adapters = adapters or Adapters({})
         self.plan = choose_backend(self.cache, model.norm.weight.dtype, model.fixed_rows)
 
     def salt(self, limit: int) -> bytes:
@@ -129,7 +147,11 @@ class Runner:
         Every rank runs it; rank 0 sends it to the others first.
         """
         if self.parallel.leads:
+            pack = replace(pack, dropped=self.adapters.take_dropped())
             self.parallel.send(Signal.STEP, pack.to_ints())
+        elif self.parallel.rank:
+            for number in pack.dropped:
+                self.adapters.drop(number)
         for source, target in pack.copies:
             self.cache.copy(source * self.block_size, target * self.block_size, self.block_size)
         tokens = torch.tensor(pack.tokens, device=self.device)
@@ -143,7 +165,8 @@ class Runner:
         if self.scaling is not None and self.scaling.by_limit:
             limits = [span.limit for span in pack.spans for _ in range(span.num_rows)]
             limits = torch.tensor(limits, device=self.device)
-        output = Output(*self.program.step(tokens, positions, caches, wanted, limits))
+        with self.adapters.running(pack.runs, pack.wanted) if pack.runs else nullcontext():
+            output = Output(*self.program.step(tokens, positions, caches, wanted, limits))
         if len(pack.tokens) >= LONG_STEP and self.device.type == "cpu":
             return_memory()
         return output

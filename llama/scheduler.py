@@ -175,6 +175,7 @@ class Scheduler:
             count = min(request.num_pending_tokens, self.chunk, budget)
             slices.append(next_slice(request, count))
             budget -= count
+        slices.sort(key=attrgetter("request.group"))
         self._step = Step(tuple(slices), tuple(copies))
         return self._step
 

@@ -24,10 +24,10 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ROWS = """
 files  device  streams  progress  parallel  linear  kernels  request  sampling_params  tool_call  version
 cache  rotary  embedding  vocabulary  blocks  sampling  options  keyboard  program
-attention  quantization  tokenizer  scheduler
+attention  quantization  tokenizer  scheduler  lora
 model  chat  answer  constraints
 checkpoint  runner  choice  client
-engine
+engine  adapting
 building
 generation
 service  perplexity  terminal

@@ -11,15 +11,15 @@ from llama.__main__ import app
 from llama.options import CONFIG, MODEL, SAMPLER, Option, Options, takes
 from llama.server.settings import SERVER
 
-MODEL_FLAGS = ["tokenizer", "chat-format", "max-seq-len", "device", "dtype", "quantization", "kv-dtype"]
+MODEL_FLAGS = ["tokenizer", "chat-format", "max-seq-len", "device", "dtype", "quantization", "kv-dtype", "lora"]
 SAMPLER_FLAGS = ["temperature", "top-p", "top-k", "repetition-penalty", "max-tokens", "stop", "seed"]
 TUTORIAL_FLAGS = ["model_path", "gpus", "infer_dtype", "model_source"]
 FLAGS = {
     "chat": ["system", "history", "url", "api-key", *MODEL_FLAGS, *SAMPLER_FLAGS],
     "complete": ["prompt", "stream", "echo", "json-schema", "regex", "grammar", *MODEL_FLAGS, *SAMPLER_FLAGS],
     "batch": ["model", *MODEL_FLAGS],
-    "convert": ["to", "shards", "max-shard-size", "dtype", "input_dir", "output_dir", "model_size"],
-    "quantize": ["type"],
+    "convert": ["to", "shards", "max-shard-size", "dtype", "lora", "input_dir", "output_dir", "model_size"],
+    "quantize": ["type", "lora"],
     "inspect": ["estimate", "max-seq-len", "max-batch-size", "ranks", "kv-dtype"],
     "serve": ["config", *TUTORIAL_FLAGS, *MODEL_FLAGS, *(option.name.replace("_", "-") for option in SERVER)],
     "verify": [],

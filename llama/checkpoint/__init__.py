@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..files.errors import CheckpointError, Finding
+from .adapters import Adapter, LowRank, is_adapter, open_adapter, open_weighted, with_adapters
 from .conversion import convert, legacy_source, save_low_bit
 from .default import DEFAULT_ABOUT, DEFAULT_SETTINGS, default_model
 from .folder import model_in, models_in
@@ -19,11 +20,13 @@ from .weight import Weight
 __all__ = [
     "DEFAULT_ABOUT",
     "DEFAULT_SETTINGS",
+    "Adapter",
     "Checkpoint",
     "CheckpointError",
     "Estimate",
     "Finding",
     "Inspection",
+    "LowRank",
     "Stored",
     "Weight",
     "convert",
@@ -31,14 +34,18 @@ __all__ = [
     "estimate",
     "expected_shapes",
     "inspect",
+    "is_adapter",
     "legacy_source",
     "load_weights",
     "model_in",
     "models_in",
+    "open_adapter",
     "open_checkpoint",
+    "open_weighted",
     "packed_modules",
     "resolve",
     "save_low_bit",
     "untied",
     "verify",
+    "with_adapters",
 ]

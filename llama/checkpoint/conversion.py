@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from ..device import DTYPES, SPELLINGS
 from ..files.errors import CheckpointError
 from ..files.staging import clean_leftovers, staged
+from .adapters import with_adapters
 from .formats import FORMATS, open_checkpoint
 from .opened import Checkpoint
 from .tokenizer_files import TokenizerFiles
@@ -35,20 +36,22 @@ def convert(
     shards: int | None = None,
     dtype: torch.dtype | str | None = None,
     max_shard_size: int | str | None = None,
+    adapter: str | Path | Sequence[str | Path] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[str]:
     """Writes the checkpoint `src` to `dst` in the format `to` ("meta", "hf" or "gguf"), tokenizer and config included.
 
     `shards`: how many weight files (meta, hf). `max_shard_size`: bytes, or "5GB" (hf). `dtype`: "bf16", "fp16",
-    "fp32" or a torch dtype; None keeps the type that most weights have, and float32 for low-bit ones. `progress` gets
-    the bytes written and the bytes in all. Gives warnings, one line each: what was cleaned up, and what the programs
-    that own the format will not understand. An older `dst` stays until the new one is complete. Raises
-    CheckpointError or ValueError, in one line, and leaves nothing behind.
+    "fp32" or a torch dtype; None keeps the type that most weights have, and float32 for low-bit ones. `adapter`: paths
+    of adapters that are merged into it, in order, or "PATH=0.7" for one with a weight. `progress` gets the bytes
+    written and the bytes in all. Gives warnings, one line each: what was cleaned up, and what the programs that own the
+    format will not understand. An older `dst` stays until the new one is complete. Raises CheckpointError or
+    ValueError, in one line, and leaves nothing behind.
     """
     possible = _takers("dtype")
     if to not in possible:
         raise ValueError(f"cannot convert to {to!r}; {', '.join(possible)} are possible")
-    checkpoint, destination = open_checkpoint(src), Path(dst).expanduser()
+    checkpoint, destination = with_adapters(open_checkpoint(src), adapter), Path(dst).expanduser()
     warnings = _prepare(checkpoint.path, destination)
     options = {"dtype": _dtype(checkpoint, dtype)}
     if shards is not None and _takes_shards(to, shards):

@@ -54,6 +54,7 @@ MODULES = (
     Module("output", "lm_head", "output", 0),
 )
 EMBEDDING = "tok_embeddings.weight"
+OUTPUT = "output.weight"
 FROM_HF = {module.hf: module.name for module in MODULES}
 FROM_GGUF = {module.gguf: module.name for module in MODULES}
 TO_HF = {module.name: module.hf for module in MODULES}

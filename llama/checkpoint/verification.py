@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..files.errors import CheckpointError, Finding
+from .adapters import is_adapter
+from .adapters.verification import verify_adapter
 from .formats import recognise
 from .hub import resolve
 from .inventory import expected_shapes
@@ -24,6 +26,9 @@ def verify(path: str | Path) -> Iterator[Finding]:
     A checkpoint that cannot be opened gives a finding too. Raises FileNotFoundError where nothing is at `path`.
     """
     path = resolve(path)
+    if is_adapter(path):
+        yield from verify_adapter(path)
+        return
     if path.is_dir():
         yield from _checklists(path)
     try:

@@ -23,8 +23,8 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
-from llama.answer import Completion, PromptTooLong, Query
-from llama.generation import Llama, answered
+from llama.answer import Completion, PromptTooLong, Query, answered
+from llama.generation import Llama
 from llama.sampling_params import SamplingError
 from llama.service.fields import Body, parse
 from llama.service.frames import Frames

@@ -6,8 +6,8 @@ from base64 import b64encode
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from llama.answer import Completion, Query
-from llama.generation import Llama, unit_vectors
+from llama.answer import Completion, Query, unit_vectors
+from llama.generation import Llama
 from llama.sampling_params import SamplingParams
 from llama.service.call import Call, Endpoint
 from llama.service.completions import prompt_tokens

@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
-from llama.answer import Completion, Event, Logprob, Query
+from llama.answer import Completion, Event, Logprob, Query, unit_vectors
 from llama.chat import Prompt
-from llama.generation import Llama, unit_vectors
+from llama.generation import Llama
 from llama.sampling_params import SamplingParams
 from llama.service.call import Call, Endpoint
 from llama.service.chat import MOST_MESSAGES

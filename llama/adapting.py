@@ -1,0 +1,189 @@
+"""From an adapter's files to what this rank adds to its part of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from llama.checkpoint import Adapter, CheckpointError, LowRank
+from llama.checkpoint.inventory import EMBEDDING, OUTPUT, is_held, split_dim
+from llama.linear import AnyLinear, Joint
+from llama.lora import (
+    Adapters,
+    Change,
+    LowRankChange,
+    LowRankEmbedding,
+    WholeEmbedding,
+    WholeOutput,
+    stacked,
+)
+from llama.model import Transformer
+
+
+def adapters_of(model: Transformer) -> Adapters:
+    """A model's adapters, none yet: they change its joint products, its embedding and its output layer."""
+    places = {name: (joint, "added") for name, joint in joints(model)}
+    places |= {"tok_embeddings": (model, "added_to_embedding"), Adapters.OUTPUT: (model, "added_to_output")}
+    return Adapters(places, leads=model.parallel.rank == 0, tells=model.parallel.leads)
+
+
+def joints(model: Transformer) -> Iterator[tuple[str, Joint]]:
+    """By the name of their first part."""
+    for number, layer in enumerate(model.layers):
+        for path, owner in (("attention", layer.attention), ("feed_forward", layer.feed_forward)):
+            for joint in vars(owner).values():
+                if isinstance(joint, Joint):
+                    yield f"layers.{number}.{path}.{joint.names[0]}", joint
+
+
+def changes_of(adapter: Adapter, model: Transformer) -> dict[str, list[Change]]:
+    """What this rank adds, by place. Every rank takes part.
+
+    Raises CheckpointError for what only a merged adapter can do, and for an adapter of another model.
+    """
+    args = model.params
+    fitted = adapter.fitted(args)
+    for name, array in fitted.whole.items():
+        if name in (EMBEDDING, OUTPUT) and array.shape[0] != args.vocab_size:
+            raise CheckpointError(
+                f"{adapter.file}: has a vocabulary of its own, {array.shape[0]} tokens beside the model's "
+                f"{args.vocab_size}: merge it, with Llama.build(..., adapter=...) or --lora"
+            )
+        if name not in (EMBEDDING, OUTPUT) and not name.endswith(".bias"):
+            raise CheckpointError(
+                f"{adapter.file}: {name}: is whole, which a merged adapter alone can be: "
+                "Llama.build(..., adapter=...) or --lora"
+            )
+    return _Adapting(fitted, model).changes()
+
+
+class _Adapting:
+    """One adapter on its way to one rank's model."""
+
+    def __init__(self, adapter: Adapter, model: Transformer):
+        self.adapter = adapter
+        self.model = model
+        self.parallel = model.parallel
+        self.like = model.norm.weight
+
+    def changes(self) -> dict[str, list[Change]]:
+        found: dict[str, list[Change]] = {}
+        for place, joint in joints(self.model):
+            path = place.rpartition(".")[0]
+            change = self._joint([f"{path}.{name}" for name in joint.names], joint.linears)
+            if change is not None:
+                found[place] = [change]
+        if embedding := list(self._embedding()):
+            found["tok_embeddings"] = embedding
+        if output := list(self._output()):
+            found[Adapters.OUTPUT] = output
+        return found
+
+    def _joint(self, names: list[str], linears: list[AnyLinear]) -> Change | None:
+        """What is added to linears over one input, side by side."""
+        starts = [sum(linear.out_features for linear in linears[:i]) for i in range(len(linears) + 1)]
+        places = [slice(start, stop) for start, stop in pairwise(starts)]
+        parts, rows = [], []
+        gain, offset = torch.ones(starts[-1]), torch.zeros(starts[-1])
+        for name, linear, place in zip(names, linears, places, strict=True):
+            low_rank = self.adapter.low_rank.get(name)
+            bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.float().cpu()
+            new_bias = bias
+            whole = self.adapter.whole.get(f"{name}.bias")
+            if whole is not None and is_held(f"{name}.bias", self.parallel.rank):
+                new_bias = self._part(whole.read(0, 0, whole.shape[0]).float(), f"{name}.bias")
+            if low_rank is not None:
+                a, b = self._parts(low_rank, f"{name}.weight")
+                if low_rank.magnitude is not None:
+                    gain[place] = self._gain(low_rank, f"{name}.weight", linear.dequantize().cpu(), a, b)
+                    b = b * gain[place].unsqueeze(1)
+                if low_rank.bias is not None and is_held(f"{name}.bias", self.parallel.rank):
+                    new_bias = new_bias + self._part(low_rank.bias, f"{name}.bias")
+                parts.append((a, b))
+                rows.append(place)
+            offset[place] = new_bias - gain[place] * bias
+        has_offset = bool(offset.any())
+        if not parts and not has_offset:
+            return None
+        if not parts:
+            nothing = torch.zeros(1, linears[0].in_features), torch.zeros(linears[0].out_features, 1)
+            parts, rows = [nothing], places[:1]
+        a, b = stacked(parts, rows, starts[-1])
+        return LowRankChange(
+            self._own(a),
+            self._own(b),
+            self._own(gain) if bool((gain != 1).any()) else None,
+            self._own(offset) if has_offset else None,
+            self.model.fixed_rows,
+        )
+
+    def _embedding(self) -> Iterator[Change]:
+        whole, low_rank = self.adapter.whole.get(EMBEDDING), self.adapter.low_rank.get("tok_embeddings")
+        if whole is not None and not self._is_stored(EMBEDDING):
+            yield WholeEmbedding(self._own(whole.read(0, 0, whole.shape[0])))
+        if low_rank is not None:
+            yield LowRankEmbedding(self._own(low_rank.b.float() * low_rank.scale), self._own(low_rank.a))
+
+    def _output(self) -> Iterator[Change]:
+        whole, low_rank = self.adapter.whole.get(OUTPUT), self.adapter.low_rank.get("output")
+        weight = None
+        if whole is not None and not self._is_stored(OUTPUT):
+            weight = self._part(whole.read(0, 0, whole.shape[0]), OUTPUT).float()
+            yield WholeOutput(self._own(weight), self.model.fixed_rows)
+        if low_rank is not None:
+            a, b = self._parts(low_rank, OUTPUT)
+            gain = None
+            if low_rank.magnitude is not None:
+                gain = self._gain(low_rank, OUTPUT, self._head() if weight is None else weight, a, b)
+                b = b * gain.unsqueeze(1)
+            a, b = stacked([(a, b)], [slice(None)], b.shape[0])
+            yield LowRankChange(
+                self._own(a), self._own(b), None if gain is None else self._own(gain), None, self.model.fixed_rows
+            )
+
+    def _is_stored(self, name: str) -> bool:
+        """Whether a whole weight has the model's own values, as adapters often bring them along."""
+        module = self.model.tok_embeddings if name == EMBEDDING or self.model.output is None else self.model.output
+        own = getattr(module, "weight", None)
+        if own is None or not own.is_floating_point():
+            return False
+        part = self._part(self.adapter.whole[name].read(0, 0, self.adapter.whole[name].shape[0]), name)
+        return self._agree(torch.equal(part.to(own.dtype), own.cpu()))
+
+    def _agree(self, value: bool) -> bool:
+        """Whether it is so on every rank."""
+        return bool(self.parallel.all_reduce(torch.tensor([float(value)])) == self.parallel.size)
+
+    def _head(self) -> Tensor:
+        """This rank's part of the output layer, float32, on the CPU."""
+        model = self.model
+        return (model.tok_embeddings.weight.float() if model.output is None else model.output.dequantize()).cpu()
+
+    def _parts(self, low_rank: LowRank, name: str) -> tuple[Tensor, Tensor]:
+        """This rank's a and scaled b, float32: what is cut is cut as the weight is."""
+        a, b = low_rank.a.float(), low_rank.b.float() * low_rank.scale
+        if split_dim(name) == 0:
+            return a, self._part(b, name)
+        return self._part(a, name), b
+
+    def _part(self, tensor: Tensor, name: str) -> Tensor:
+        """This rank's part of a tensor that is cut as the weight or bias `name`."""
+        dim = split_dim(name)
+        if dim is None or self.parallel.size == 1:
+            return tensor
+        return tensor.chunk(self.parallel.size, dim)[self.parallel.rank]
+
+    def _gain(self, low_rank: LowRank, name: str, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """DoRA's magnitudes over the lengths of the sum's rows, (rows,): a constant once the adapter is trained."""
+        squares = torch.addmm(weight.float(), b, a).square_().sum(1)
+        magnitude = low_rank.magnitude.float()
+        if split_dim(name) == 1:
+            return magnitude / self.parallel.all_reduce(squares).sqrt()
+        return self._part(magnitude, name) / squares.sqrt()
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        """As the model computes, where it computes."""
+        return tensor.to(self.like.device, self.like.dtype).contiguous()

@@ -1,0 +1,231 @@
+"""Adapters of low rank beside a model (LoRA): what each adds to a product, and to which rows of a step.
+
+Hu et al. 2021, arXiv:2106.09685. Rows of one adapter lie side by side in a step, so that each is a slice and nothing is
+gathered; rows that name none are not touched.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import accumulate, count
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama.linear import in_tiles
+
+Run = tuple[int, int]  # (an adapter's number, 0 for none; how many rows)
+
+
+class Change(Protocol):
+    """What an adapter does to one product, or to the embedding."""
+
+    def apply(self, y: Tensor, x: Tensor) -> None:
+        """Changes y (rows, out), in place, that was computed of x (rows, in); x is (rows,) ids for the embedding."""
+
+
+@dataclass(frozen=True)
+class LowRankChange:
+    """y * gain + x a b + offset. The scale is in b; gain and offset are those of DoRA, and of biases."""
+
+    a: Tensor  # (in, rank)
+    b: Tensor  # (rank, out)
+    gain: Tensor | None = None  # (out,)
+    offset: Tensor | None = None  # (out,)
+    fixed_rows: int | None = None  # see `in_tiles`
+
+    def apply(self, y: Tensor, x: Tensor) -> None:
+        if self.gain is not None:
+            y.mul_(self.gain)
+        if self.fixed_rows is None:
+            y.addmm_(x @ self.a, self.b)
+        else:
+            y.add_(in_tiles(lambda tile: (tile @ self.a) @ self.b, x, self.fixed_rows))
+        if self.offset is not None:
+            y.add_(self.offset)
+
+
+@dataclass(frozen=True)
+class WholeOutput:
+    """An output layer in the place of the model's."""
+
+    weight: Tensor  # (out, in)
+    fixed_rows: int | None = None
+
+    def apply(self, y: Tensor, x: Tensor) -> None:
+        if self.fixed_rows is None:
+            y.copy_(F.linear(x, self.weight))
+        else:
+            y.copy_(in_tiles(lambda tile: F.linear(tile, self.weight), x, self.fixed_rows))
+
+
+@dataclass(frozen=True)
+class WholeEmbedding:
+    """An embedding in the place of the model's; every rank has all of it."""
+
+    table: Tensor  # (vocab_size, dim)
+
+    def apply(self, y: Tensor, x: Tensor) -> None:
+        y.copy_(F.embedding(x, self.table))
+
+
+@dataclass(frozen=True)
+class LowRankEmbedding:
+    """What is added to the rows that are looked up; every rank has all of it."""
+
+    table: Tensor  # (vocab_size, rank), scaled
+    a: Tensor  # (rank, dim)
+
+    def apply(self, y: Tensor, x: Tensor) -> None:
+        y.add_((F.embedding(x, self.table).unsqueeze(1) @ self.a).squeeze(1))
+
+
+class Site:
+    """One place of a model where adapters change a result: `changes` by their numbers, `runs` says whose rows they are.
+
+    `runs` is one list for all places, which the owner fills for a step.
+    """
+
+    def __init__(self, runs: list[Run]):
+        self.runs = runs
+        self.changes: dict[int, Sequence[Change]] = {}
+
+    def __call__(self, y: Tensor, x: Tensor) -> Tensor:
+        """y (num_tokens, out), changed in place."""
+        first = 0
+        for number, num_rows in self.runs:
+            for change in self.changes.get(number, ()):
+                if num_rows == len(y):
+                    change.apply(y, x)
+                else:
+                    change.apply(y[first : first + num_rows], x[first : first + num_rows])
+            first += num_rows
+        return y
+
+
+@dataclass(eq=False)
+class LoadedAdapter:
+    """An adapter on its model. `digest` is of its content: keys and values depend on it, and not on its name."""
+
+    name: str
+    number: int
+    digest: bytes
+    num_requests: int = field(default=0, compare=False)
+    is_unloaded: bool = False  # and waits for its requests
+
+
+class Adapters:
+    """The adapters of one model, by name; every rank has the same ones under the same numbers.
+
+    `places`: where they may change something, by name: an object and its attribute that is None or a `Site`. Rank 0
+    (`leads`) counts requests; where it `tells` other ranks, what it lets go of is in `dropped` until they know.
+    """
+
+    OUTPUT = "output"  # the place that sees the rows whose logits are wanted, and no others
+
+    def __init__(self, places: Mapping[str, tuple[Any, str]], leads: bool = True, tells: bool = False):
+        self.places = places
+        self.leads = leads
+        self.tells = tells
+        self.dropped: list[int] = []
+        self._numbers = count(1)
+        self._by_name: dict[str, LoadedAdapter] = {}
+        self._held: set[int] = set()  # numbers whose tensors are there
+        self._runs: list[Run] = []
+        self._wanted_runs: list[Run] = []
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._by_name)
+
+    def validate_new(self, name: str) -> None:
+        """Raises ValueError for a name that none can get."""
+        if not name or not isinstance(name, str):
+            raise ValueError(f"an adapter's name is {name!r}: give a text")
+        if name in self._by_name:
+            raise ValueError(f"the adapter {name!r} is loaded already: unload it first, or give another name")
+
+    def add(self, name: str, digest: bytes, changes: Mapping[str, Sequence[Change]]) -> None:
+        """Puts an adapter beside the model: its changes by place. Raises ValueError for a name that is taken."""
+        self.validate_new(name)
+        loaded = LoadedAdapter(name, next(self._numbers), digest)
+        for place, some in changes.items():
+            owner, attribute = self.places[place]
+            if getattr(owner, attribute) is None:
+                setattr(owner, attribute, Site(self._wanted_runs if place == self.OUTPUT else self._runs))
+            getattr(owner, attribute).changes[loaded.number] = some
+        self._by_name[name] = loaded
+        self._held.add(loaded.number)
+
+    def remove(self, name: str) -> None:
+        """Nobody can name it any more; its memory comes back when its last request has ended."""
+        loaded = self.find(name)
+        del self._by_name[name]
+        loaded.is_unloaded = True
+        if self.leads and not loaded.num_requests:
+            self.drop(loaded.number)
+
+    def find(self, name: str) -> LoadedAdapter:
+        """Raises ValueError, with the names that there are."""
+        if name not in self._by_name:
+            there = ", ".join(self._by_name) or "none"
+            raise ValueError(f"no adapter {name!r} is loaded; there are: {there}")
+        return self._by_name[name]
+
+    def hold(self, loaded: LoadedAdapter) -> None:
+        """A request with it begins."""
+        loaded.num_requests += 1
+
+    def release(self, loaded: LoadedAdapter) -> None:
+        """A request with it has ended."""
+        loaded.num_requests -= 1
+        if loaded.is_unloaded and not loaded.num_requests:
+            self.drop(loaded.number)
+
+    def drop(self, number: int) -> None:
+        """Lets go of an adapter's tensors; a place that no adapter changes is as if there never was one."""
+        self._held.discard(number)
+        for owner, attribute in self.places.values():
+            site = getattr(owner, attribute)
+            if site is not None:
+                site.changes.pop(number, None)
+                if not site.changes:
+                    setattr(owner, attribute, None)
+        if self.tells:
+            self.dropped.append(number)
+
+    def take_dropped(self) -> list[int]:
+        dropped, self.dropped = self.dropped, []
+        return dropped
+
+    @contextmanager
+    def running(self, runs: Sequence[Run], wanted: Sequence[int]) -> Iterator[None]:
+        """A step of these runs, of which the rows `wanted` (in order) get logits."""
+        ends = list(accumulate(num_rows for _, num_rows in runs))
+        marks = [0, *(bisect_left(wanted, end) for end in ends)]
+        self._runs[:] = runs
+        self._wanted_runs[:] = [(n, marks[i + 1] - marks[i]) for i, (n, _) in enumerate(runs)]
+        try:
+            yield
+        finally:
+            self._runs.clear()
+            self._wanted_runs.clear()
+
+
+def stacked(parts: Sequence[tuple[Tensor, Tensor]], rows: Sequence[slice], num_rows: int) -> tuple[Tensor, Tensor]:
+    """Several (a, b) over one input as one: a's side by side, (in, ranks), and b's as blocks, (ranks, num_rows).
+
+    Part i, a (rank, in) and b (out, rank), is for the outputs rows[i].
+    """
+    a = torch.cat([one for one, _ in parts]).T.contiguous()
+    b = a.new_zeros(a.shape[1], num_rows)
+    first = 0
+    for (_, one), place in zip(parts, rows, strict=True):
+        b[first : first + one.shape[1], place] = one.T
+        first += one.shape[1]
+    return a, b

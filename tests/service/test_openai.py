@@ -63,7 +63,7 @@ def test_what_says_nothing_is_taken_as_not_given(llm, fields):
     ("fields", "message"),
     [
         (dict(stream=True), "stream: "),
-        (dict(tools=[{"type": "function"}]), "a tool is no function"),
+        (dict(tools=[{"type": "function"}]), "tools holds what is no function"),
         (dict(response_format={"type": "sound"}), "response_format.type: "),
         (dict(messages=[USER, {"role": "assistant", "tool_calls": [{}]}]), "message 2 has a call that is none"),
         (dict(messages=[{**USER, "audio": {}}]), "messages.0.audio: "),

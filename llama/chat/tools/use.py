@@ -80,7 +80,7 @@ def checked(tool: object) -> Tool:
         tool.get("function") if isinstance(tool, Mapping) and tool.get("type", "function") == "function" else None
     )
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str) or not function["name"]:
-        raise ToolError("a tool is no function: give {'type': 'function', 'function': {'name': text, ...}}")
+        raise ToolError("tools holds what is no function: give {'type': 'function', 'function': {'name': text, ...}}")
     if not isinstance(function.get("parameters") or {}, Mapping):
         raise ToolError(f"the parameters of {function['name'][:64]!r} are no JSON schema")
     return {"type": "function", "function": dict(function)}

@@ -1,5 +1,6 @@
 """OpenAI's own package, with nothing changed but its base URL."""
 
+import asyncio
 import math
 from concurrent.futures import ThreadPoolExecutor
 
@@ -56,6 +57,21 @@ def test_32_calls_at_once_get_their_own_answers(client):
         answers = list(pool.map(ask, range(32)))
     assert all(streamed == whole for streamed, whole in answers)
     assert len({whole for _, whole in answers}) > 16
+
+
+def test_100_streams_at_once_are_whole_and_in_order(running):
+    async def ask(client: openai.AsyncOpenAI, seed: int) -> tuple[str, list[str]]:
+        asked = dict(model="m", prompt="go", seed=seed, temperature=1.0, max_tokens=10, extra_body={"ignore_eos": True})
+        found = [chunk.choices[0] async for chunk in await client.completions.create(**asked, stream=True)]
+        return "".join(choice.text for choice in found), [c.finish_reason for c in found if c.finish_reason]
+
+    async def ask_all() -> list[tuple[str, list[str]]]:
+        async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, seed) for seed in range(100)))
+
+    params = [SamplingParams(seed=seed, temperature=1.0, max_tokens=10, ignore_eos=True) for seed in range(100)]
+    expected = running.server.llm.complete(["go"] * 100, params)
+    assert asyncio.run(ask_all()) == [(answer.text, ["length"]) for answer in expected]
 
 
 def test_logprobs_are_those_of_score(client, running):

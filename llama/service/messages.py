@@ -6,7 +6,8 @@ cache_read_input_tokens, and not in input_tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Annotated, Any, Literal
@@ -15,18 +16,26 @@ from pydantic import Field
 
 from llama.answer import Completion, Event, Query
 from llama.chat import ChatFormatError, DialogError, Message, Prompt
+from llama.chat.tools import AnswerPiece, ToolError, ToolParser, ToolUse, merged
 from llama.generation import Llama
 from llama.sampling_params import SamplingParams
 from llama.service.call import Call, Endpoint
 from llama.service.chat import MOST_MESSAGES
 from llama.service.fields import MOST_STOPS, Body, Fields, Ignored, Stop, Unserved
 from llama.service.frames import Delta, Frames, deltas, json_line, server_sent
+from llama.service.message_blocks import (
+    MessageContent,
+    MessageTool,
+    MessageToolChoice,
+    block_texts,
+    tool_use,
+    turn_messages,
+)
 from llama.service.openai import Usage
 from llama.service.refusal import Refusal
 from llama.service.shape import Schema
 from llama.service.tokens import no_queries
 
-MessageContent = str | list[dict[str, Any]]  # the blocks are looked at by `block_texts`
 MESSAGE_ERRORS = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -56,8 +65,8 @@ class OutputConfig(Fields):
 class CountTokensRequest(Body):
     messages: Annotated[list[MessageTurn], Field(min_length=1, max_length=MOST_MESSAGES)]
     system: MessageContent | None = None
-    tools: Unserved = None
-    tool_choice: Ignored = None  # without tools there is nothing to choose
+    tools: list[MessageTool] = []
+    tool_choice: MessageToolChoice | None = None
     mcp_servers: Unserved = None
     container: Unserved = None
     output_config: OutputConfig | None = None
@@ -68,14 +77,18 @@ class CountTokensRequest(Body):
 
     def chat_prompt(self) -> Prompt:
         """Turns of one role in a row are one message, as Anthropic has them."""
-        given = [] if self.system is None else [("system", text) for text in block_texts("system", self.system)]
+        given: list[Message] = []
+        if self.system is not None:
+            given += [{"role": "system", "content": text} for text in block_texts("system", self.system)]
         for number, turn in enumerate(self.messages):
-            given += [(turn.role, text) for text in block_texts(f"messages.{number}.content", turn.content)]
-        dialog: list[Message] = [
-            {"role": role, "content": "\n".join(text for _, text in group)}
-            for role, group in groupby(given, itemgetter(0))
-        ]
-        return Prompt(dialog, continues=bool(dialog) and dialog[-1]["role"] == "assistant")
+            given += turn_messages(f"messages.{number}.content", turn.role, turn.content)
+        dialog = [message for _, group in groupby(given, itemgetter("role")) for message in joined(list(group))]
+        continues = bool(dialog) and dialog[-1]["role"] == "assistant" and "tool_calls" not in dialog[-1]
+        return Prompt(dialog, tools=self.tool_use().offered, continues=continues)
+
+    def tool_use(self) -> ToolUse:
+        """Raises Refusal."""
+        return tool_use(self.tools, self.tool_choice)
 
 
 class MessagesRequest(CountTokensRequest):
@@ -97,15 +110,11 @@ class MessagesRequest(CountTokensRequest):
         return "output_config" if name == "json_schema" else name
 
 
-def block_texts(where: str, content: MessageContent) -> Iterator[str]:
-    """Of the blocks, without what the model thought in earlier turns."""
-    for block in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-        kind = block.get("type")
-        if kind == "text" and isinstance(block.get("text"), str):
-            yield block["text"]
-        elif kind not in ("thinking", "redacted_thinking"):
-            message = f"{where} has a block of type {str(kind)[:40]!r} that is no text: give text only"
-            raise Refusal(message, param=where, code="unsupported_parameter")
+def joined(messages: list[Message]) -> list[Message]:
+    """Messages of one role as one; results of tools, and what is said with calls, stay apart."""
+    if any(message["role"] == "tool" or "tool_calls" in message for message in messages):
+        return messages
+    return [{"role": messages[0]["role"], "content": "\n".join(message["content"] for message in messages)}]
 
 
 def message_queries(llm: Llama, body: MessagesRequest) -> list[Query]:
@@ -117,16 +126,21 @@ def message_queries(llm: Llama, body: MessagesRequest) -> list[Query]:
         stop=tuple(body.stop_sequences),
         json_schema=body.json_schema,
     )
-    return [llm.chat_query(body.chat_prompt(), params.resolve(llm.defaults))]
+    try:
+        return [llm.chat_query(body.chat_prompt(), params.resolve(llm.defaults), body.tool_use())]
+    except ToolError as error:
+        raise Refusal(str(error), param=error.param) from error
 
 
-def message_ending(call: Call, completion: Completion) -> dict[str, Any]:
+def message_ending(call: Call, completion: Completion, has_calls: bool) -> dict[str, Any]:
     """Why the answer ended. A text of the chat format's own that ends a turn is no stop sequence of the client's."""
     stop = completion.stop if completion.stop in call.body.stop_sequences else None
     if completion.refused:
         reason = "refusal"
     elif completion.finish_reason == "length":
         reason = "max_tokens"
+    elif has_calls:
+        reason = "tool_use"
     else:
         reason = "end_turn" if stop is None else "stop_sequence"
     return {"stop_reason": reason, "stop_sequence": stop}
@@ -166,10 +180,22 @@ def text_block(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text, "citations": None}
 
 
+def tool_block(name: str, id: str, arguments: str = "") -> dict[str, Any]:
+    """A call; arguments that an answer's end has cut off are no JSON, and left out."""
+    try:
+        given = json.loads(arguments or "{}")
+    except ValueError:
+        given = {}
+    return {"type": "tool_use", "id": id, "name": name, "input": given, "caller": {"type": "direct"}}
+
+
 def message_response(llm: Llama, call: Call, completions: Sequence[Completion]) -> dict[str, Any]:
-    [completion] = completions
-    content = [text_block(completion.text)]
-    return message_json(call, Usage.of(call.queries, completions), content, message_ending(call, completion))
+    usage = Usage.of(call.queries, completions)
+    [completion] = [llm.with_tool_calls(completion, call.body.tool_use()) for completion in completions]
+    calls = completion.tool_calls or ()
+    content = [text_block(completion.text)] if completion.text or not calls else []
+    content += [tool_block(one.name, one.id, one.arguments) for one in calls]
+    return message_json(call, usage, content, message_ending(call, completion, bool(calls)))
 
 
 def count_response(llm: Llama, call: Call, completions: Sequence[Completion]) -> dict[str, Any]:
@@ -185,7 +211,7 @@ def message_error(refusal: Refusal) -> dict[str, Any]:
 
 
 class MessageFrames(Frames):
-    """A message, its one block of text, pieces of that, and how it ended. The official client wants events named."""
+    """A message, its blocks one after the other, and how it ended. The official client wants events named."""
 
     ping = server_sent('{"type":"ping"}', "ping")
 
@@ -193,6 +219,10 @@ class MessageFrames(Frames):
         self._call = call
         self._usage = Usage.of(call.queries)
         self._is_begun = False
+        self._block: str | None = None  # the type of the block that is open
+        self._num_blocks = 0
+        use, format = call.body.tool_use(), llm.chat_format.tool_format
+        self._parser = ToolParser(format, use.callable_names, format.controls) if use.offered else None
 
     def push(self, events: Sequence[Event]) -> str:
         return "".join(map(self._frames, deltas(events)))
@@ -207,21 +237,53 @@ class MessageFrames(Frames):
         self._usage.take(delta)
         frames = "" if self._is_begun else self._opening()
         self._is_begun = True
-        if delta.text:
-            said = f'{{"type":"text_delta","text":{json_line(delta.text)}}}'
-            frames += server_sent(f'{{"type":"content_block_delta","index":0,"delta":{said}}}', "content_block_delta")
+        frames += "".join(map(self._piece, self._pieces(delta)))
         if delta.completion is not None:
-            frames += named_frame({"type": "content_block_stop", "index": 0})
-            end, counts = message_ending(self._call, delta.completion), message_usage(self._usage)
-            frames += named_frame({"type": "message_delta", "delta": end, "usage": counts})
+            if not self._num_blocks:
+                frames += self._begin(text_block(""))
+            has_calls = self._parser is not None and self._parser.has_calls
+            end, counts = message_ending(self._call, delta.completion, has_calls), message_usage(self._usage)
+            frames += self._close() + named_frame({"type": "message_delta", "delta": end, "usage": counts})
         return frames
+
+    def _pieces(self, delta: Delta) -> list[AnswerPiece]:
+        """The text and the calls that the events have brought."""
+        if self._parser is None or (delta.completion and delta.completion.refused):
+            return [delta.text] * bool(delta.text)
+        found = [piece for event in delta.events for piece in self._parser.push(event.text, event.token)]
+        return merged(found + (self._parser.end() if delta.completion is not None else []))
+
+    def _piece(self, piece: AnswerPiece) -> str:
+        if isinstance(piece, str):
+            begun = "" if self._block == "text" else self._begin(text_block(""))
+            return begun + self._more(f'{{"type":"text_delta","text":{json_line(piece)}}}')
+        begun = "" if piece.name is None else self._begin(tool_block(piece.name, piece.id))
+        if not piece.arguments:
+            return begun
+        return begun + self._more(f'{{"type":"input_json_delta","partial_json":{json_line(piece.arguments)}}}')
+
+    def _more(self, delta: str) -> str:
+        index = self._num_blocks - 1
+        return server_sent(f'{{"type":"content_block_delta","index":{index},"delta":{delta}}}', "content_block_delta")
+
+    def _begin(self, block: dict[str, Any]) -> str:
+        closed = self._close()
+        self._block = block["type"]
+        self._num_blocks += 1
+        begun = {"type": "content_block_start", "index": self._num_blocks - 1, "content_block": block}
+        return closed + named_frame(begun)
+
+    def _close(self) -> str:
+        if self._block is None:
+            return ""
+        self._block = None
+        return named_frame({"type": "content_block_stop", "index": self._num_blocks - 1})
 
     def _opening(self) -> str:
         nothing = message_json(
             self._call, Usage.of(self._call.queries), [], {"stop_reason": None, "stop_sequence": None}
         )
-        block = {"type": "content_block_start", "index": 0, "content_block": text_block("")}
-        return named_frame({"type": "message_start", "message": nothing}) + named_frame(block)
+        return named_frame({"type": "message_start", "message": nothing})
 
 
 def named_frame(event: dict[str, Any]) -> str:

@@ -43,9 +43,9 @@ def test_tokens_are_counted(client):
 
 def test_errors_are_those_that_the_client_knows(client, running):
     with pytest.raises(anthropic.BadRequestError) as caught:
-        client.messages.create(**ASKED, tools=[{"name": "f", "input_schema": {"type": "object"}}])
+        client.messages.create(**ASKED, tools=[{"name": "f", "input_schema": {"type": 7}}] * 2)
     assert caught.value.body["error"]["type"] == "invalid_request_error"
-    assert caught.value.body["error"]["message"].startswith("tools: ")
+    assert caught.value.body["error"]["message"].startswith("two tools have one name")
     for path in ("/v1/messages", "/v1/messages/count_tokens"):
         status, body = running.post(path, {"model": "m"})
         assert (status, body["type"]) == (400, "error")

@@ -74,7 +74,11 @@ def test_a_message_has_the_parts_that_clients_read(llm):
     "fields",
     [
         dict(messages=[{"role": "user", "content": [{"type": "text", "text": "hi", "cache_control": {}}]}]),
-        dict(messages=[{"role": "user", "content": [{"type": "text", "text": "hi"}]}], tools=[], tool_choice={}),
+        dict(
+            messages=[{"role": "user", "content": [{"type": "text", "text": "hi"}]}],
+            tools=[],
+            tool_choice={"type": "auto"},
+        ),
         dict(thinking={"type": "enabled", "budget_tokens": 1024}, metadata={"user_id": "u"}, system=None),
         dict(service_tier="auto", output_config={"effort": "low"}, context_management={}),
     ],
@@ -163,14 +167,16 @@ def test_tokens_are_counted_without_an_answer(llm):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(tools=[{"name": "f", "input_schema": {}}]), "tools: .*this is not served"),
+        (dict(tools=[{"type": "web_search_20250305", "name": "f"}]), "tools.0.type: .*custom"),
+        (dict(tool_choice={"type": "tool", "name": "f"}), "tool_choice names 'f': there are none"),
+        (dict(tool_choice={"type": "tool"}), "give the name of the tool to call"),
         (dict(max_tokens=None), "max_tokens: Field required"),
         (dict(max_tokens=0), "max_tokens: "),
         (dict(messages=[]), "messages: "),
         (dict(messages=None), "messages: Field required"),
         (
             dict(messages=[{"role": "user", "content": [{"type": "image", "source": {}}]}]),
-            "type 'image' that is no text",
+            "type 'image' that has no place there",
         ),
         (dict(messages=[{"role": "user", "content": [{"type": "text"}]}]), "messages.0.content has a block"),
         (dict(messages=[{"role": "tool", "content": "x"}]), "messages.0.role: "),

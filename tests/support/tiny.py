@@ -98,6 +98,8 @@ def answering_model(answer: str) -> Transformer:
     weights["tok_embeddings.weight"] += torch.eye(264)
     following = torch.full((264,), ord(answer[0]))
     following[[*answer.encode()]] = torch.tensor([*answer.encode()[1:], ByteTokenizer.eos_id])
+    weights["output.weight"][ord('"')] = 1.0  # where the answer may not be given: a constraint's texts have an end
+    weights["output.weight"][ByteTokenizer.eos_id] = 0.5
     weights["output.weight"][following, torch.arange(264)] = 10.0
     model.load_state_dict(weights)
     return model

@@ -7,6 +7,7 @@ long its prompt took, and counts it in eval_duration.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,7 +18,8 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from llama.answer import Completion, Event, Logprob, Query, unit_vectors
-from llama.chat import Prompt
+from llama.chat import Message, Prompt
+from llama.chat.tools import AnswerPiece, Spoken, ToolCall, ToolError, ToolParser, ToolUse
 from llama.generation import Llama
 from llama.sampling_params import SamplingParams
 from llama.service.call import Call, Endpoint
@@ -103,6 +105,9 @@ class OllamaBody(Body):
     def word(self, name: str) -> str:
         return "format" if name == "json_schema" else name
 
+    def tool_use(self) -> ToolUse:
+        return ToolUse()
+
     def template_options(self) -> dict[str, Any]:
         return {} if self.think is None else {"enable_thinking": self.think is not False}
 
@@ -111,18 +116,32 @@ class OllamaMessage(Fields):
     role: str
     content: str = ""
     images: Unserved = None
-    tool_calls: Unserved = None
-    tool_name: Ignored = None
+    tool_calls: list[dict[str, Any]] = []
+    tool_name: str | None = None
     thinking: Ignored = None
+
+    def message(self) -> Message:
+        message: Message = {"role": self.role, "content": self.content, "tool_calls": self.tool_calls}
+        return message if self.tool_name is None else message | {"name": self.tool_name}
 
 
 class OllamaChatRequest(OllamaBody):
     messages: Annotated[list[OllamaMessage], Field(max_length=MOST_MESSAGES)] = []
-    tools: Unserved = None
+    tools: list[dict[str, Any]] = []
+
+    def tool_use(self) -> ToolUse:
+        """Raises Refusal."""
+        try:
+            return ToolUse(self.tools)
+        except ToolError as error:
+            raise Refusal(str(error), param=error.param) from error
 
     @staticmethod
-    def said(text: str) -> dict[str, Any]:
-        return {"message": {"role": "assistant", "content": text}}
+    def said(text: str, calls: Sequence[ToolCall] = ()) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if calls:
+            message["tool_calls"] = [{"function": ollama_call(call)} for call in calls]
+        return {"message": message}
 
 
 class OllamaGenerateRequest(OllamaBody):
@@ -135,7 +154,7 @@ class OllamaGenerateRequest(OllamaBody):
     images: Unserved = None
 
     @staticmethod
-    def said(text: str) -> dict[str, Any]:
+    def said(text: str, calls: Sequence[ToolCall] = ()) -> dict[str, Any]:
         return {"response": text}
 
 
@@ -150,9 +169,13 @@ class OllamaEmbedRequest(Body):
 def ollama_chat_queries(llm: Llama, body: OllamaChatRequest) -> list[Query]:
     if not body.messages:  # a client that wants the model loaded
         return []
-    dialog = [{"role": message.role, "content": message.content} for message in body.messages]
-    prompt = Prompt(dialog, options=body.template_options(), continues=dialog[-1]["role"] == "assistant")
-    return [llm.chat_query(prompt, body.sampling(llm))]
+    dialog = [message.message() for message in body.messages]
+    continues = dialog[-1]["role"] == "assistant" and not dialog[-1]["tool_calls"]
+    prompt = Prompt(dialog, options=body.template_options(), continues=continues)
+    try:
+        return [llm.chat_query(prompt, body.sampling(llm), body.tool_use())]
+    except ToolError as error:
+        raise Refusal(str(error), param=error.param) from error
 
 
 def ollama_generate_queries(llm: Llama, body: OllamaGenerateRequest) -> list[Query]:
@@ -188,12 +211,21 @@ def ollama_error(refusal: Refusal) -> dict[str, Any]:
     return {"error": str(refusal)}
 
 
+def ollama_call(call: ToolCall) -> dict[str, Any]:
+    """With arguments as an object; those that an answer's end has cut off are left out."""
+    try:
+        arguments = json.loads(call.arguments)
+    except ValueError:
+        arguments = {}
+    return {"name": call.name, "arguments": arguments}
+
+
 def timestamp() -> str:
     return datetime.now(UTC).isoformat().replace("+00:00", "Z")
 
 
-def line(call: Call, text: str, more: dict[str, Any]) -> dict[str, Any]:
-    return {"model": call.model, "created_at": timestamp(), **call.body.said(text), **more}
+def line(call: Call, text: str, more: dict[str, Any], calls: Sequence[ToolCall] = ()) -> dict[str, Any]:
+    return {"model": call.model, "created_at": timestamp(), **call.body.said(text, calls), **more}
 
 
 def piece_logprobs(logprobs: Sequence[Logprob] | None, llm: Llama) -> dict[str, Any]:
@@ -213,7 +245,7 @@ def last_line(call: Call, text: str, completion: Completion, usage: Usage, first
         "eval_duration": end - (call.opened if first is None else first),
     }
     prompt = {} if first is None else {"prompt_eval_duration": first - call.opened}
-    return line(call, text, counts | prompt)
+    return line(call, text, counts | prompt, completion.tool_calls or ())
 
 
 def loaded_line(call: Call) -> dict[str, Any]:
@@ -224,13 +256,14 @@ def loaded_line(call: Call) -> dict[str, Any]:
 def ollama_response(llm: Llama, call: Call, completions: Sequence[Completion]) -> dict[str, Any]:
     if not completions:
         return loaded_line(call)
-    [completion] = completions
-    whole = last_line(call, completion.text, completion, Usage.of(call.queries, completions), None)
+    usage = Usage.of(call.queries, completions)
+    [completion] = [llm.with_tool_calls(completion, call.body.tool_use()) for completion in completions]
+    whole = last_line(call, completion.text, completion, usage, None)
     return whole | piece_logprobs(completion.logprobs, llm)
 
 
 class OllamaFrames(Frames):
-    """A line of JSON for each piece, and a last one with counts and durations."""
+    """A line of JSON for each piece, one for all calls of tools, and a last one with counts and durations."""
 
     media_type = "application/x-ndjson"
     ping = ""  # lines of JSON have no comments
@@ -240,6 +273,9 @@ class OllamaFrames(Frames):
         self._call = call
         self._usage = Usage.of(call.queries)
         self._first: int | None = None
+        use, format = call.body.tool_use(), llm.chat_format.tool_format
+        self._parser = ToolParser(format, use.callable_names, format.controls) if use.offered else None
+        self._calls: list[AnswerPiece] = []
 
     def push(self, events: Sequence[Event]) -> str:
         self._first = self._first or time.perf_counter_ns()
@@ -254,11 +290,23 @@ class OllamaFrames(Frames):
     def _lines(self, delta: Delta) -> str:
         self._usage.take(delta)
         lines = []
-        if delta.text or delta.logprobs:
-            lines.append(line(self._call, delta.text, {"done": False} | piece_logprobs(delta.logprobs, self._llm)))
+        text = self._text(delta)
+        if text or delta.logprobs:
+            lines.append(line(self._call, text, {"done": False} | piece_logprobs(delta.logprobs, self._llm)))
         if delta.completion is not None:
+            if self._calls:
+                lines.append(line(self._call, "", {"done": False}, Spoken.of(self._calls).calls))
             lines.append(last_line(self._call, "", delta.completion, self._usage, self._first))
         return "".join(json_line(one) + "\n" for one in lines)
+
+    def _text(self, delta: Delta) -> str:
+        """What is for people; calls are kept until they are whole."""
+        if self._parser is None or (delta.completion and delta.completion.refused):
+            return delta.text
+        found = [piece for event in delta.events for piece in self._parser.push(event.text, event.token)]
+        found += self._parser.end() if delta.completion is not None else []
+        self._calls += [piece for piece in found if not isinstance(piece, str)]
+        return "".join(piece for piece in found if isinstance(piece, str))
 
 
 OLLAMA_CHAT = Endpoint(

@@ -54,7 +54,7 @@ def show_response(llm: Llama, call: Call, completions: Sequence[Completion]) -> 
             "tokenizer.ggml.bos_token_id": tokenizer.bos_id,
             "tokenizer.ggml.eos_token_id": tokenizer.eos_id,
         },
-        "capabilities": ["completion", "embedding"] if llm.engine.can_generate else ["embedding"],
+        "capabilities": ["completion", "tools", "embedding"] if llm.engine.can_generate else ["embedding"],
         "modified_at": modified_at(llm),
     }
 

@@ -52,7 +52,7 @@ def test_models_are_listed_and_shown(client, running):
 
 def test_errors_are_those_that_the_client_knows(client):
     for stream in (False, True):
-        with pytest.raises(ollama.ResponseError, match=r"^tools: ") as caught:
+        with pytest.raises(ollama.ResponseError, match=r"^tools holds ") as caught:
             list(client.chat(model="m", messages=[USER], tools=[{"type": "function"}], stream=stream))
         assert caught.value.status_code == 400
 

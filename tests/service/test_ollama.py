@@ -7,6 +7,7 @@ import pytest
 from support.tiny import ByteTokenizer, tiny_args, tiny_model
 
 from llama import Llama
+from llama.answer import Completion, Event
 from llama.service import OLLAMA_ENDPOINTS, Call, Refusal, failure
 from llama.service.ollama_model import in_words, ollama_running, ollama_tags
 
@@ -126,7 +127,7 @@ def test_a_model_is_shown_as_editors_look_for_it(llm):
         shown = Call.open(llm, OLLAMA_ENDPOINTS["/api/show"], body).respond(llm, [])
         info = shown["model_info"]
         assert info[f"{info['general.architecture']}.context_length"] == llm.max_seq_len
-        assert shown["capabilities"] == ["completion", "embedding"]
+        assert shown["capabilities"] == ["completion", "tools", "embedding"]
     with pytest.raises(Refusal, match=r"^model: give the model's name$"):
         Call.open(llm, OLLAMA_ENDPOINTS["/api/show"], {}).respond(llm, [])
 
@@ -148,7 +149,7 @@ def test_a_number_of_parameters_is_told_in_words():
 @pytest.mark.parametrize(
     ("url", "fields", "message"),
     [
-        (CHAT, dict(tools=[{"type": "function"}]), "tools: .*not served"),
+        (CHAT, dict(tools=[{"type": "function"}]), "tools holds what is no function"),
         (CHAT, dict(messages=[{**USER, "images": ["aGk="]}]), "messages.0.images: .*not served"),
         (CHAT, dict(format="xml"), "format.*: .*json"),
         (GENERATE, dict(suffix="x"), "suffix: "),
@@ -174,3 +175,32 @@ def test_an_error_in_the_midst_is_a_line(llm):
     frames = opened(llm, CHAT).frames(llm)
     assert json.loads(frames.fail(failure("out of luck"))) == {"error": "out of luck"}
     assert frames.ping == ""
+
+
+def test_calls_of_tools_come_whole_with_arguments_as_objects():
+    """Text is streamed; all calls stand in one line in front of the last one."""
+    llm = Llama(tiny_model(tiny_args(max_seq_len=1024)), ByteTokenizer(), chat_format="llama2")
+    function = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+    body = {"model": "m", "messages": [USER], "tools": [{"type": "function", "function": function}]}
+    call = Call.open(llm, OLLAMA_ENDPOINTS[CHAT], body, can_stream=True)
+    text = 'Well. <tool_call>{"name": "weather", "arguments": {"city": "Oslo"}}</tool_call>'
+    parts = [Event(0, 0, 1, piece) for piece in text] + [Event(0, 0, completion=Completion(text, [], "stop"))]
+    frames = call.frames(llm)
+    *said, calls, last = [json.loads(one) for one in "".join(frames.push([p]) for p in parts).splitlines()]
+    assert "".join(one["message"]["content"] for one in said).strip() == "Well."
+    assert calls["message"]["tool_calls"] == [{"function": {"name": "weather", "arguments": {"city": "Oslo"}}}]
+    assert last["done"]
+    whole = call.respond(llm, [Completion(text, [1], "stop")])
+    assert whole["message"]["tool_calls"] == calls["message"]["tool_calls"]
+
+
+def test_calls_and_their_results_are_told_to_the_model(llm):
+    asked = {"function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    dialog = [USER, {"role": "assistant", "content": "", "tool_calls": [asked]}]
+    dialog.append({"role": "tool", "tool_name": "weather", "content": "rain"})
+    plain = Call.open(llm, OLLAMA_ENDPOINTS[CHAT], {"model": "m", "messages": [USER]}, can_stream=True)
+    whole = Call.open(llm, OLLAMA_ENDPOINTS[CHAT], {"model": "m", "messages": dialog}, can_stream=True)
+    told = llm.tokenizer.decode(list(whole.queries[0].tokens))
+    assert "weather" in told
+    assert "rain" in told
+    assert len(whole.queries[0].tokens) > len(plain.queries[0].tokens)

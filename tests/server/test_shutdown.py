@@ -120,7 +120,7 @@ def test_at_a_random_moment_under_load_no_stream_is_without_an_end(seed):
             outcomes = [one.result() for one in seen]
         assert server.exit_statuses() == [0]
         assert set(outcomes) <= {"whole", "cut off", "refused"}
-        assert server.told.endswith("(Ctrl-C stops)\n")  # and nothing since
+        assert server.told.endswith("Ctrl-C stops)\n")  # and nothing since
 
 
 def test_a_second_signal_ends_the_process_with_status_0():

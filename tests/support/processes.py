@@ -80,7 +80,7 @@ def server_processes(build: Callable[[], Any], num_ranks: int = 1, **settings: A
             process.start()
             servers.ranks.append(process)
         writing.close()
-        servers.read_until("(Ctrl-C stops)\n")
+        servers.read_until("Ctrl-C stops)\n")
         yield servers
     finally:
         for process in servers.ranks:

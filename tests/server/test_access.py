@@ -1,8 +1,7 @@
 """Keys, hosts and origins on a server's own routes, from sockets."""
 
-import asyncio
-
 import pytest
+from support.loops import run_async
 from support.server import Running, serving, tiny_llm
 from support.sockets import connect, error, exchange, request, status
 
@@ -28,7 +27,7 @@ def routes() -> list[tuple[str, str]]:
         app = make_app(Server(tiny_llm, ServerSettings(ollama=True)))
         return [(method, route.path) for route in app.routes for method in sorted(route.methods)]
 
-    return asyncio.run(found())
+    return run_async(found())
 
 
 @pytest.mark.parametrize(("method", "path"), routes())

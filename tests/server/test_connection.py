@@ -2,6 +2,7 @@ import asyncio
 
 import pytest
 import uvicorn
+from support.loops import run_async
 
 from llama.server import connection
 from llama.server.connection import Connection
@@ -54,7 +55,7 @@ def transport_after(*pieces: bytes, rounds: int = 0) -> Transport:
             await asyncio.sleep(0)
         one.connection_lost(ConnectionResetError())
 
-    asyncio.run(run())
+    run_async(run())
     return transport
 
 

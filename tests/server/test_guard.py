@@ -1,9 +1,9 @@
-import asyncio
 import json
 from hashlib import sha256
 
 import pytest
 from support.asgi import ask, echo, scope
+from support.loops import run_async
 
 from llama.server.guard import AllowedHosts, Guard
 
@@ -108,7 +108,7 @@ def test_a_websocket_is_closed():
     async def send(message):
         sent.append(message)
 
-    asyncio.run(OPEN({**scope(path="/health"), "type": "websocket"}, receive, send))
+    run_async(OPEN({**scope(path="/health"), "type": "websocket"}, receive, send))
     assert sent == [{"type": "websocket.close", "code": 1008}]
 
 

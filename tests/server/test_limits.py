@@ -1,8 +1,8 @@
-import asyncio
 import json
 
 import pytest
 from support.asgi import ask, echo, scope
+from support.loops import run_async
 
 import llama.server.limits
 from llama.server.limits import BodyLimits
@@ -34,7 +34,7 @@ def test_behind_the_body_the_app_hears_that_the_client_left():
         return messages.pop(0)
 
     limited = BodyLimits(app, max_bytes=9, timeout=60)
-    asyncio.run(limited(scope("POST", headers=JSON | {"content-length": "2"}), receive, None))
+    run_async(limited(scope("POST", headers=JSON | {"content-length": "2"}), receive, None))
     assert heard == [b"ab", "http.disconnect"]
 
 

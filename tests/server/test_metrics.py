@@ -2,6 +2,7 @@ import asyncio
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from support.loops import run_async
 from support.server import Running, serving, tiny_llm
 
 import llama.server.metrics
@@ -107,7 +108,7 @@ def test_the_event_loop_is_watched(monkeypatch):
             await asyncio.sleep(0)
         task.cancel()
 
-    asyncio.run(watch())
+    run_async(watch())
     assert samples(metrics.text())["llama_event_loop_lag_seconds_count",] > 5
 
 

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
+from support.loops import run_async
 from support.server import Running
 
 from llama import SamplingParams
@@ -71,7 +72,7 @@ def test_100_streams_at_once_are_whole_and_in_order(running):
 
     params = [SamplingParams(seed=seed, temperature=1.0, max_tokens=10, ignore_eos=True) for seed in range(100)]
     expected = running.server.llm.complete(["go"] * 100, params)
-    assert asyncio.run(ask_all()) == [(answer.text, ["length"]) for answer in expected]
+    assert run_async(ask_all()) == [(answer.text, ["length"]) for answer in expected]
 
 
 def test_logprobs_are_those_of_score(client, running):

@@ -8,6 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from support.loops import run_async
+
 
 @dataclass
 class Answer:
@@ -60,7 +62,7 @@ def ask(app: Any, scope: dict[str, Any], body: Iterable[bytes] = (b"",), then: s
     async def send(message: dict[str, Any]) -> None:
         answer.messages.append(message)
 
-    asyncio.run(app(scope, receive, send))
+    run_async(app(scope, receive, send))
     return answer
 
 

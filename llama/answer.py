@@ -25,8 +25,7 @@ class Query:
     """A prompt and what is asked for: `params.n` answers to it, or with `pooling` one vector of its states.
 
     `salt`: prefixes of the cache are shared only under the same one. `adapter`: the name of one that was loaded beside
-    the model. `refusal`: the answer to what a chat format
-    refuses; such a query never reaches the model.
+    the model. `refusal`: the answer to what a chat format refuses; such a query never reaches the model.
     """
 
     tokens: Sequence[int]

@@ -195,13 +195,18 @@ def from_ints(ints: list[int]) -> Any:
 SINGLE = ModelParallel()
 
 
+def num_launched() -> int:
+    """How many processes `torchrun` started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def start(model_parallel_size: int | None = None, device: str | None = None) -> ModelParallel:
     """Joins the ranks that `torchrun` started into models of `model_parallel_size` ranks (all, if None).
 
     With one process nothing is initialised. A process group or a model-parallel group that the host program
     made is used as it is. Raises ValueError where the sizes do not fit.
     """
-    world_size = dist.get_world_size() if dist.is_initialized() else int(os.environ.get("WORLD_SIZE", 1))
+    world_size = dist.get_world_size() if dist.is_initialized() else num_launched()
     size = model_parallel_size or world_size
     if size > world_size or world_size % size:
         raise ValueError(

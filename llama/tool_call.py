@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -12,6 +14,13 @@ class ToolCall:
     name: str
     arguments: str
     id: str = ""
+
+    def given(self) -> dict[str, Any]:
+        """The arguments as an object; an empty one where the answer was cut off in the midst of them."""
+        try:
+            return json.loads(self.arguments or "{}")
+        except ValueError:
+            return {}
 
     def to_json(self) -> dict[str, object]:
         """As OpenAI's API has it."""

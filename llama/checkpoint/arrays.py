@@ -168,15 +168,10 @@ class Joined(Array):
 
 
 @dataclass(frozen=True)
-class Reordered(Array):
-    """Rows of another array in another rotary order, head by head.
-
-    `reorder` gives whole heads, (heads * head_dim, ...), as a view (heads, ..., ...) that has the new order.
-    """
+class Wrapped(Array):
+    """Another array, changed as it is read: of the same shape, type and size."""
 
     array: Array
-    head_dim: int
-    reorder: Callable[[Tensor, int], Tensor]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -187,12 +182,23 @@ class Reordered(Array):
         return self.array.dtype
 
     @property
-    def stored(self) -> str:
-        return self.array.stored
-
-    @property
     def nbytes(self) -> int:
         return self.array.nbytes
+
+
+@dataclass(frozen=True)
+class Reordered(Wrapped):
+    """Rows of another array in another rotary order, head by head.
+
+    `reorder` gives whole heads, (heads * head_dim, ...), as a view (heads, ..., ...) that has the new order.
+    """
+
+    head_dim: int
+    reorder: Callable[[Tensor, int], Tensor]
+
+    @property
+    def stored(self) -> str:
+        return self.array.stored
 
     def read(self, dim: int, start: int, stop: int) -> Tensor:
         if dim != 0:

@@ -7,15 +7,19 @@ from pathlib import Path
 from .formats import FORMATS
 
 
-def models_in(folder: Path) -> dict[str, Path]:
+def models_in(folder: Path, only: str | None = None) -> dict[str, Path]:
     """By name, the folder's checkpoints: directories, and GGUF files without their suffix.
 
-    Raises FileNotFoundError where there is no such folder.
+    With `only` none but that one is looked into. Raises FileNotFoundError where there is no such folder.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such directory; give a folder of models")
     found = {path.stem if path.is_file() else path.name: path for path in sorted(folder.iterdir())}
-    return {name: path for name, path in found.items() if any(row.recognise(path) for row in FORMATS.values())}
+    return {
+        name: path
+        for name, path in found.items()
+        if only in (None, name) and any(row.recognise(path) for row in FORMATS.values())
+    }
 
 
 def model_in(folder: Path, name: str | None) -> Path:

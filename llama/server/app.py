@@ -16,9 +16,10 @@ from llama.server.logs import unexpected
 from llama.server.metrics import CONTENT_TYPE
 from llama.server.models import slots, unloaded
 from llama.server.page_files import add_page
-from llama.server.response import CallResponse, refusal_response
+from llama.server.refusing import refusal_response
+from llama.server.response import CallResponse
 from llama.server.server import Server
-from llama.service import ENDPOINTS, OLLAMA_ENDPOINTS, Endpoint, Refusal, error_form
+from llama.service import ENDPOINTS, OLLAMA_ENDPOINTS, Endpoint, Refusal
 from llama.service.ollama_model import OLLAMA_VERSION, ollama_running, ollama_tags
 from llama.version import VERSION
 
@@ -129,7 +130,7 @@ def add_information(app: FastAPI, server: Server, responses: dict[int, dict[str,
         """One of the models that are listed."""
         if name == server.model.name:
             return server.model.to_json()
-        others = server.others()
+        others = server.others(name)
         if name not in others:
             raise Refusal(f"no model is called {name[:100]!r}", param="model", code="model_not_found", status=404)
         return unloaded(name, others[name])
@@ -176,25 +177,22 @@ def add_information(app: FastAPI, server: Server, responses: dict[int, dict[str,
 def add_errors(app: FastAPI) -> None:
     """Every error has the form of its wire, and none tells how the server is made."""
 
-    def error_json(request: Request) -> Callable[[Refusal], dict[str, Any]]:
-        return error_form(request.scope["path"])
-
     @app.exception_handler(Refusal)
     async def refused(request: Request, error: Refusal) -> Response:
-        return refusal_response(error, error_json(request))
+        return refusal_response(request.scope["path"], error)
 
     @app.exception_handler(HTTPException)
     async def wrong_path(request: Request, error: HTTPException) -> Response:
         code = "not_found" if error.status_code == 404 else None
         message = f"{request.method} {request.scope['path'][:200]}: {error.detail}"
         refusal = Refusal(message, code=code, status=error.status_code)
-        response = refusal_response(refusal, error_json(request))
+        response = refusal_response(request.scope["path"], refusal)
         response.headers.update(error.headers or {})  # which methods are allowed
         return response
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> Response:
-        return refusal_response(unexpected(request.state.request_id), error_json(request))
+        return refusal_response(request.scope["path"], unexpected(request.state.request_id))
 
 
 def document_bodies(app: FastAPI, endpoints: Iterable[Endpoint]) -> None:

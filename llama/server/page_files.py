@@ -90,9 +90,7 @@ def page_files() -> dict[str, PageFile]:
     index = contents.pop("index.html").replace(b'"page/', f'"page/{version}/'.encode())
     files = {INDEX: PageFile.of(index, ".html", "no-cache")}
     for name, content in contents.items():
-        files[f"/page/{version}/{name}"] = PageFile.of(
-            content, Path(name).suffix, "public, max-age=31536000, immutable"
-        )
+        files[f"/page/{version}/{name}"] = PageFile.of(content, Path(name).suffix, FOR_EVER)
     return files
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 
+from starlette.responses import JSONResponse, Response
 from starlette.types import Scope, Send
 
 from llama.service import Refusal, error_form
@@ -12,17 +12,17 @@ from llama.service import Refusal, error_form
 Header = tuple[bytes, bytes]
 
 
-def error_body(path: str, refusal: Refusal) -> bytes:
-    return json.dumps(error_form(path)(refusal)).encode()
+def refusal_response(path: str, refusal: Refusal) -> Response:
+    """What a client gets in place of an answer."""
+    headers = {} if refusal.retry_after is None else {"retry-after": str(refusal.retry_after)}
+    return JSONResponse(error_form(path)(refusal), refusal.status, headers)
 
 
 async def refuse(
     scope: Scope, send: Send, refusal: Refusal, headers: Iterable[Header] = (), *, is_last: bool = True
 ) -> None:
     """Sends the whole answer; with `is_last` false its end is the caller's to send."""
-    body = error_body(scope["path"], refusal)
-    own = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if refusal.retry_after is not None:
-        own.append((b"retry-after", str(refusal.retry_after).encode()))
-    await send({"type": "http.response.start", "status": refusal.status, "headers": [*own, *headers]})
-    await send({"type": "http.response.body", "body": body, "more_body": not is_last})
+    response = refusal_response(scope["path"], refusal)
+    start = {"type": "http.response.start", "status": refusal.status, "headers": [*response.raw_headers, *headers]}
+    await send(start)
+    await send({"type": "http.response.body", "body": response.body, "more_body": not is_last})

@@ -3,26 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import Any
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from llama.answer import Completion
 from llama.server.connection import ABORT
+from llama.server.refusing import refusal_response
 from llama.server.server import Server
 from llama.server.stream import CallStream
 from llama.service import Call, Refusal, failure
 
 PATIENCE = 5.0  # seconds that a stream's head waits for the first event, so that an error can still be a status
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}  # no proxy holds it back
-
-
-def refusal_response(refusal: Refusal, error_json: Callable[[Refusal], Any] = Refusal.to_json) -> Response:
-    """What a client gets in place of an answer."""
-    headers = {} if refusal.retry_after is None else {"retry-after": str(refusal.retry_after)}
-    return JSONResponse(error_json(refusal), refusal.status, headers)
 
 
 class CallResponse(Response):
@@ -61,7 +54,7 @@ class CallResponse(Response):
             body = await self.server.in_pool(self.call.respond, self.server.llm, completions)
             response = JSONResponse(body)
         except (Refusal, RuntimeError, TimeoutError) as error:
-            response = refusal_response(self._refusal(error), self.call.endpoint.error_json)
+            response = refusal_response(scope["path"], self._refusal(error))
         await response(scope, receive, send)
 
     async def _stream(self, stream: CallStream, scope: Scope, receive: Receive, send: Send) -> None:
@@ -86,7 +79,7 @@ class CallResponse(Response):
             await write(frames.end())
         except (RuntimeError, TimeoutError) as error:
             if not is_begun:
-                response = refusal_response(self._refusal(error), self.call.endpoint.error_json)
+                response = refusal_response(scope["path"], self._refusal(error))
                 return await response(scope, receive, send)
             await write(frames.fail(self._refusal(error)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -14,6 +14,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from llama.generation import Llama
+from llama.parallel import num_launched
 from llama.server.app import make_app
 from llama.server.connection import Connection
 from llama.server.engine_thread import EngineThread
@@ -54,15 +55,10 @@ def run_server(build: Callable[[], Llama], settings: ServerSettings) -> None:
     except Exception as caught:
         error = caught
     is_busy = any(isinstance(thread, EngineThread) for thread in threading.enumerate())
-    if is_busy or num_ranks() > 1:
+    if is_busy or num_launched() > 1:
         end_process(error)
     if error is not None:
         raise error
-
-
-def num_ranks() -> int:
-    """As torchrun tells it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def serve_first(build: Callable[[], Llama], settings: ServerSettings) -> None:
@@ -142,7 +138,7 @@ async def serve_on(
             asyncio.get_running_loop().add_signal_handler(number, shutdown.ask)
     listening_task = asyncio.create_task(listener.serve(sockets=[listening]))
     watching = [asyncio.create_task(server.metrics.watch_loop())]
-    if num_ranks() > 1:
+    if num_launched() > 1:
         watching.append(asyncio.create_task(shutdown.ask_when_orphaned()))
     try:
         if await shutdown.unless_asked(server.start()):

@@ -64,9 +64,9 @@ class Server:
                     await asyncio.shield(self.engine.ended)
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def others(self) -> dict[str, Path]:
-        """Models of the folder that could be served instead, by name."""
-        found = models_in(self.settings.model_dir) if self.settings.model_dir else {}
+    def others(self, only: str | None = None) -> dict[str, Path]:
+        """Models of the folder that could be served instead, by name; with `only` at most that one."""
+        found = models_in(self.settings.model_dir, only) if self.settings.model_dir else {}
         served = self.llm.checkpoint and self.llm.checkpoint.path.resolve()
         return {name: path for name, path in found.items() if path.resolve() != served}
 
@@ -110,7 +110,7 @@ class Server:
                 code="missing_required_parameter",
             )
         is_other = isinstance(given, str) and given != self.model.name
-        if is_other and (self.settings.strict_model or given in self.others()):
+        if is_other and (self.settings.strict_model or self.others(given)):
             raise Refusal(
                 f"the model {given[:100]!r} is not served: give {self.model.name}",
                 param="model",

@@ -83,9 +83,10 @@ def tutorial_load(options: TutorialOptions) -> dict[str, Any]:
     import torch
 
     from llama.checkpoint import open_checkpoint, resolve
+    from llama.parallel import num_launched
 
     has_gpu = torch.cuda.is_available()
-    for warning in options.warnings(has_gpu=has_gpu, num_ranks=int(os.environ.get("WORLD_SIZE", 1))):
+    for warning in options.warnings(has_gpu=has_gpu, num_ranks=num_launched()):
         tell(f"llama: warning: {warning}")
     weights = open_checkpoint(resolve(options.model_path)).weights() if options.model_path else ()
     return options.load(has_gpu=has_gpu, is_low_bit=any(weight.is_packed for weight in weights))

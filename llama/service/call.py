@@ -24,6 +24,7 @@ from operator import attrgetter
 from typing import Any
 
 from llama.answer import Completion, PromptTooLong, Query, answered
+from llama.chat import ToolError
 from llama.generation import Llama
 from llama.sampling_params import SamplingError
 from llama.service.fields import Body, parse
@@ -84,6 +85,8 @@ class Call:
             raise
         except SamplingError as error:
             raise Refusal(str(error), param=parsed.word(error.param)) from error
+        except ToolError as error:
+            raise Refusal(str(error), param=error.param) from error
         except PromptTooLong as error:
             raise Refusal(str(error), param=endpoint.prompt, code="context_length_exceeded") from error
         except ValueError as error:

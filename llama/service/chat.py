@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llama.answer import Completion, Event, Query
-from llama.chat import Prompt, ToolError, ToolParser, ToolUse
-from llama.chat.tools import AnswerPiece, merged
+from llama.answer import Completion, Query
+from llama.chat import Prompt, ToolUse
+from llama.chat.tools import AnswerPiece
 from llama.generation import Llama
 from llama.service.call import Call, Endpoint
 from llama.service.fields import Fields, Ignored, Unserved
-from llama.service.frames import Delta, OpenAIFrames, deltas, json_line, server_sent
-from llama.service.openai import StreamOptions, Usage, UsageFrames, chat_logprobs, head, opened_head
+from llama.service.frames import Delta, json_line
+from llama.service.openai import OpenAIFrames, StreamOptions, Usage, chat_logprobs, head
 from llama.service.refusal import Refusal
 from llama.service.shape import ShapedBody
+from llama.service.tools import AnswerReader, offered
 
 MOST_MESSAGES = 4096
 MOST_CALLS = 128  # of a message
@@ -129,10 +132,7 @@ class ChatRequest(ShapedBody, Continuing):
             choice = allowed.mode
         elif isinstance(choice, NamedTool):
             choice = choice.function.name
-        try:
-            return ToolUse(tools, choice, self.parallel_tool_calls)
-        except ToolError as error:
-            raise Refusal(str(error), param=error.param) from error
+        return offered(tools, choice, self.parallel_tool_calls)
 
 
 def chat_queries(llm: Llama, body: ChatRequest) -> list[Query]:
@@ -140,11 +140,8 @@ def chat_queries(llm: Llama, body: ChatRequest) -> list[Query]:
         raise Refusal("stream_options are given without stream: set stream to true", param="stream_options")
     options = body.chat_template_kwargs.model_dump(exclude_none=True) if body.chat_template_kwargs else {}
     prompt, params = body.chat_prompt(body.messages, options), body.params().resolve(llm.defaults)
-    try:
-        query = llm.chat_query(prompt, params, body.tool_use())
-    except ToolError as error:
-        raise Refusal(str(error), param=error.param) from error
-    return [Query(query.tokens, query.params, salt=body.cache_salt.encode(), refusal=query.refusal)]
+    query = llm.chat_query(prompt, params, body.tool_use())
+    return [replace(query, salt=body.cache_salt.encode())]
 
 
 def finish_reason(completion: Completion, has_calls: bool = False, use: ToolUse | None = None) -> str:
@@ -191,54 +188,33 @@ class ChatFrames(OpenAIFrames):
     """For each choice: its role, what it says, its end; then the usage, if that is wanted."""
 
     def __init__(self, llm: Llama, call: Call):
+        super().__init__(call, "chatcmpl", "chat.completion.chunk")
         self._tokenizer = llm.tokenizer
-        self._opened = opened_head(call, "chatcmpl", "chat.completion.chunk")
-        self._usage = UsageFrames(Usage.of(call.queries), call.body.stream_options)
         self._begun: set[int] = set()
-        self._use = call.body.tool_use()
-        self._format = llm.chat_format.tool_format
-        self._parsers: dict[int, ToolParser] = {}  # by choice, where tools are on offer
+        self._use = use = call.body.tool_use()
+        self._readers: dict[int, AnswerReader] = defaultdict(lambda: AnswerReader(llm, use))  # by choice
 
-    def push(self, events: Sequence[Event]) -> str:
-        return "".join(map(self._frames, deltas(events)))
-
-    def end(self) -> str:
-        usage = server_sent(self._usage.last(self._opened)) if self._usage.at_end else ""
-        return usage + super().end()
-
-    def _frames(self, delta: Delta) -> str:
-        self._usage.usage.take(delta)
+    def frame(self, delta: Delta) -> str:
         if not delta.says_something:
             return ""
         logprobs = json_line(chat_logprobs(delta.logprobs, self._tokenizer)) if delta.logprobs else "null"
-        is_refused = bool(delta.completion and delta.completion.refused)
-        said = self._parsed(delta) if self._use.offered and not is_refused else [delta.text] * bool(delta.text)
-        if not said and delta.logprobs:
-            said = [""]
+        field = "refusal" if delta.completion and delta.completion.refused else "content"
+        reader = self._readers[delta.index]
+        said = reader.read(delta) or [""] * bool(delta.logprobs)
         frames = []
         if delta.index not in self._begun and (said or delta.completion):
             self._begun.add(delta.index)
-            frames.append(self._frame(delta, '{"role":"assistant","content":null}'))
+            frames.append(self._chunk(delta, '{"role":"assistant","content":null}'))
         for piece in said:
-            frames.append(self._frame(delta, delta_json(piece, "refusal" if is_refused else "content"), logprobs))
+            frames.append(self._chunk(delta, delta_json(piece, field), logprobs))
             logprobs = "null"  # they are told once
         if delta.completion is not None:
-            parser = self._parsers.get(delta.index)
-            reason = finish_reason(delta.completion, bool(parser and parser.has_calls), self._use)
-            frames.append(self._frame(delta, "{}", finish=f'"{reason}"'))
+            reason = finish_reason(delta.completion, reader.has_calls, self._use)
+            frames.append(self._chunk(delta, "{}", finish=f'"{reason}"'))
         return "".join(frames)
 
-    def _parsed(self, delta: Delta) -> list[AnswerPiece]:
-        """The text and the calls that a choice's events have brought."""
-        if delta.index not in self._parsers:
-            self._parsers[delta.index] = ToolParser(self._format, self._use.callable_names, self._format.controls)
-        parser = self._parsers[delta.index]
-        found = [piece for event in delta.events for piece in parser.push(event.text, event.token)]
-        return merged(found + (parser.end() if delta.completion is not None else []))
-
-    def _frame(self, delta: Delta, content: str, logprobs: str = "null", finish: str = "null") -> str:
-        choice = f'{{"index":{delta.index},"delta":{content},"logprobs":{logprobs},"finish_reason":{finish}}}'
-        return server_sent(f'{self._opened},"choices":[{choice}]{self._usage.tail}')
+    def _chunk(self, delta: Delta, content: str, logprobs: str = "null", finish: str = "null") -> str:
+        return self.chunk(f'{{"index":{delta.index},"delta":{content},"logprobs":{logprobs},"finish_reason":{finish}}}')
 
 
 def delta_json(piece: AnswerPiece, field: str) -> str:

@@ -6,19 +6,18 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from llama.answer import Completion, Event, Query
+from llama.answer import Completion, Query
 from llama.generation import Llama
 from llama.service.call import Call, Endpoint
 from llama.service.fields import Ignored, Prompts, Unserved
-from llama.service.frames import Delta, OpenAIFrames, deltas, json_line, server_sent
+from llama.service.frames import Delta, json_line
 from llama.service.openai import (
+    OpenAIFrames,
     StreamOptions,
     TextOffsets,
     Usage,
-    UsageFrames,
     head,
     logprob_entries,
-    opened_head,
     text_logprobs,
     text_offsets,
 )
@@ -112,22 +111,13 @@ class CompletionFrames(OpenAIFrames):
     """What each choice says, with its end; then the usage, if that is wanted. Answers are counted prompt by prompt."""
 
     def __init__(self, llm: Llama, call: Call):
+        super().__init__(call, "cmpl", "text_completion")
         self._tokenizer = llm.tokenizer
         self._queries = call.queries
         self._with_ids = call.body.return_token_ids
-        self._opened = opened_head(call, "cmpl", "text_completion")
-        self._usage = UsageFrames(Usage.of(call.queries), call.body.stream_options)
         self._offsets: dict[int, TextOffsets] = defaultdict(lambda: TextOffsets(llm.tokenizer))
 
-    def push(self, events: Sequence[Event]) -> str:
-        return "".join(map(self._frame, deltas(events)))
-
-    def end(self) -> str:
-        usage = server_sent(self._usage.last(self._opened)) if self._usage.at_end else ""
-        return usage + super().end()
-
-    def _frame(self, delta: Delta) -> str:
-        self._usage.usage.take(delta)
+    def frame(self, delta: Delta) -> str:
         params = self._queries[delta.place].params
         is_whole = params.echo and params.logprobs is not None  # the prompt's are known at the end only
         says_something = delta.says_something or (self._with_ids and delta.tokens)
@@ -147,7 +137,7 @@ class CompletionFrames(OpenAIFrames):
         ids = f',"token_ids":{json_line(delta.completion.tokens if is_whole else delta.tokens)}' * self._with_ids
         finish = json_line(delta.finish_reason)
         choice = f'{{"index":{index},"text":{json_line(text)},"logprobs":{logprobs},"finish_reason":{finish}{ids}}}'
-        return server_sent(f'{self._opened},"choices":[{choice}]{self._usage.tail}')
+        return self.chunk(choice)
 
 
 COMPLETIONS = Endpoint(CompletionRequest, completion_queries, completion_response, CompletionFrames, needs_model=True)

@@ -86,13 +86,3 @@ class Frames(ABC):
     @abstractmethod
     def fail(self, refusal: Refusal) -> str:
         """What tells the client, in the midst of the answer, that no more of it will come."""
-
-
-class OpenAIFrames(Frames):
-    """Data lines, then [DONE]; an error is a data line too, and [DONE] follows it."""
-
-    def end(self) -> str:
-        return server_sent("[DONE]")
-
-    def fail(self, refusal: Refusal) -> str:
-        return server_sent(json_line(refusal.to_json())) + server_sent("[DONE]")

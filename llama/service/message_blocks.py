@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llama.chat import Message
-from llama.chat.tools import ToolError, ToolUse
+from llama.chat import Message, ToolUse
 from llama.service.fields import Fields, Ignored
 from llama.service.refusal import Refusal
+from llama.service.tools import offered
 
 MessageContent = str | list[dict[str, Any]]
 UNSPOKEN = ("thinking", "redacted_thinking")  # what a model thought in earlier turns
@@ -45,10 +45,7 @@ def tool_use(tools: Sequence[MessageTool], choice: MessageToolChoice | None) -> 
     if words[choice.type] is None:
         raise Refusal("tool_choice.name: give the name of the tool to call", param="tool_choice")
     described = [tool.to_openai() for tool in tools]
-    try:
-        return ToolUse(described, words[choice.type], not choice.disable_parallel_tool_use)
-    except ToolError as error:
-        raise Refusal(str(error), param=error.param) from error
+    return offered(described, words[choice.type], not choice.disable_parallel_tool_use)
 
 
 def turn_messages(where: str, role: str, content: MessageContent) -> Iterator[Message]:

@@ -6,7 +6,6 @@ cache_read_input_tokens, and not in input_tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import groupby
 from operator import itemgetter
@@ -15,8 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from llama.answer import Completion, Event, Query
-from llama.chat import ChatFormatError, DialogError, Message, Prompt
-from llama.chat.tools import AnswerPiece, ToolError, ToolParser, ToolUse, merged
+from llama.chat import Message, Prompt, ToolUse
+from llama.chat.tools import AnswerPiece, ToolCall
 from llama.generation import Llama
 from llama.sampling_params import SamplingParams
 from llama.service.call import Call, Endpoint
@@ -34,7 +33,8 @@ from llama.service.message_blocks import (
 from llama.service.openai import Usage
 from llama.service.refusal import Refusal
 from llama.service.shape import Schema
-from llama.service.tokens import no_queries
+from llama.service.tokens import formatted, no_queries
+from llama.service.tools import AnswerReader
 
 MESSAGE_ERRORS = {
     400: "invalid_request_error",
@@ -126,10 +126,7 @@ def message_queries(llm: Llama, body: MessagesRequest) -> list[Query]:
         stop=tuple(body.stop_sequences),
         json_schema=body.json_schema,
     )
-    try:
-        return [llm.chat_query(body.chat_prompt(), params.resolve(llm.defaults), body.tool_use())]
-    except ToolError as error:
-        raise Refusal(str(error), param=error.param) from error
+    return [llm.chat_query(body.chat_prompt(), params.resolve(llm.defaults), body.tool_use())]
 
 
 def message_ending(call: Call, completion: Completion, has_calls: bool) -> dict[str, Any]:
@@ -180,13 +177,9 @@ def text_block(text: str) -> dict[str, Any]:
     return {"type": "text", "text": text, "citations": None}
 
 
-def tool_block(name: str, id: str, arguments: str = "") -> dict[str, Any]:
-    """A call; arguments that an answer's end has cut off are no JSON, and left out."""
-    try:
-        given = json.loads(arguments or "{}")
-    except ValueError:
-        given = {}
-    return {"type": "tool_use", "id": id, "name": name, "input": given, "caller": {"type": "direct"}}
+def tool_block(call: ToolCall) -> dict[str, Any]:
+    given = call.given()
+    return {"type": "tool_use", "id": call.id, "name": call.name, "input": given, "caller": {"type": "direct"}}
 
 
 def message_response(llm: Llama, call: Call, completions: Sequence[Completion]) -> dict[str, Any]:
@@ -194,15 +187,12 @@ def message_response(llm: Llama, call: Call, completions: Sequence[Completion]) 
     [completion] = [llm.with_tool_calls(completion, call.body.tool_use()) for completion in completions]
     calls = completion.tool_calls or ()
     content = [text_block(completion.text)] if completion.text or not calls else []
-    content += [tool_block(one.name, one.id, one.arguments) for one in calls]
+    content += [tool_block(one) for one in calls]
     return message_json(call, usage, content, message_ending(call, completion, bool(calls)))
 
 
 def count_response(llm: Llama, call: Call, completions: Sequence[Completion]) -> dict[str, Any]:
-    try:
-        return {"input_tokens": len(llm.chat_format.encode(call.body.chat_prompt()))}
-    except (DialogError, ChatFormatError) as error:
-        raise Refusal(str(error), param="messages") from error
+    return {"input_tokens": len(formatted(llm.chat_format.encode, call.body.chat_prompt))}
 
 
 def message_error(refusal: Refusal) -> dict[str, Any]:
@@ -221,8 +211,7 @@ class MessageFrames(Frames):
         self._is_begun = False
         self._block: str | None = None  # the type of the block that is open
         self._num_blocks = 0
-        use, format = call.body.tool_use(), llm.chat_format.tool_format
-        self._parser = ToolParser(format, use.callable_names, format.controls) if use.offered else None
+        self._reader = AnswerReader(llm, call.body.tool_use())
 
     def push(self, events: Sequence[Event]) -> str:
         return "".join(map(self._frames, deltas(events)))
@@ -237,27 +226,20 @@ class MessageFrames(Frames):
         self._usage.take(delta)
         frames = "" if self._is_begun else self._opening()
         self._is_begun = True
-        frames += "".join(map(self._piece, self._pieces(delta)))
+        frames += "".join(map(self._piece, self._reader.read(delta)))
         if delta.completion is not None:
             if not self._num_blocks:
                 frames += self._begin(text_block(""))
-            has_calls = self._parser is not None and self._parser.has_calls
-            end, counts = message_ending(self._call, delta.completion, has_calls), message_usage(self._usage)
+            end = message_ending(self._call, delta.completion, self._reader.has_calls)
+            counts = message_usage(self._usage)
             frames += self._close() + named_frame({"type": "message_delta", "delta": end, "usage": counts})
         return frames
-
-    def _pieces(self, delta: Delta) -> list[AnswerPiece]:
-        """The text and the calls that the events have brought."""
-        if self._parser is None or (delta.completion and delta.completion.refused):
-            return [delta.text] * bool(delta.text)
-        found = [piece for event in delta.events for piece in self._parser.push(event.text, event.token)]
-        return merged(found + (self._parser.end() if delta.completion is not None else []))
 
     def _piece(self, piece: AnswerPiece) -> str:
         if isinstance(piece, str):
             begun = "" if self._block == "text" else self._begin(text_block(""))
             return begun + self._more(f'{{"type":"text_delta","text":{json_line(piece)}}}')
-        begun = "" if piece.name is None else self._begin(tool_block(piece.name, piece.id))
+        begun = "" if piece.name is None else self._begin(tool_block(ToolCall(piece.name, "", piece.id)))
         if not piece.arguments:
             return begun
         return begun + self._more(f'{{"type":"input_json_delta","partial_json":{json_line(piece.arguments)}}}')

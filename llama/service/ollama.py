@@ -7,7 +7,6 @@ long its prompt took, and counts it in eval_duration.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,8 +17,8 @@ from pydantic import AfterValidator, Field
 from pydantic_core import PydanticCustomError
 
 from llama.answer import Completion, Event, Logprob, Query, unit_vectors
-from llama.chat import Message, Prompt
-from llama.chat.tools import AnswerPiece, Spoken, ToolCall, ToolError, ToolParser, ToolUse
+from llama.chat import Message, Prompt, ToolUse
+from llama.chat.tools import AnswerPiece, Spoken, ToolCall
 from llama.generation import Llama
 from llama.sampling_params import SamplingParams
 from llama.service.call import Call, Endpoint
@@ -30,6 +29,7 @@ from llama.service.frames import Delta, Frames, deltas, json_line
 from llama.service.openai import Usage, chat_logprobs
 from llama.service.refusal import Refusal
 from llama.service.shape import ANY_OBJECT, Schema
+from llama.service.tools import AnswerReader, offered
 
 
 def _only_off(off: float) -> AfterValidator:
@@ -131,16 +131,13 @@ class OllamaChatRequest(OllamaBody):
 
     def tool_use(self) -> ToolUse:
         """Raises Refusal."""
-        try:
-            return ToolUse(self.tools)
-        except ToolError as error:
-            raise Refusal(str(error), param=error.param) from error
+        return offered(self.tools)
 
     @staticmethod
     def said(text: str, calls: Sequence[ToolCall] = ()) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": text}
         if calls:
-            message["tool_calls"] = [{"function": ollama_call(call)} for call in calls]
+            message["tool_calls"] = [{"function": {"name": c.name, "arguments": c.given()}} for c in calls]
         return {"message": message}
 
 
@@ -172,10 +169,7 @@ def ollama_chat_queries(llm: Llama, body: OllamaChatRequest) -> list[Query]:
     dialog = [message.message() for message in body.messages]
     continues = dialog[-1]["role"] == "assistant" and not dialog[-1]["tool_calls"]
     prompt = Prompt(dialog, options=body.template_options(), continues=continues)
-    try:
-        return [llm.chat_query(prompt, body.sampling(llm), body.tool_use())]
-    except ToolError as error:
-        raise Refusal(str(error), param=error.param) from error
+    return [llm.chat_query(prompt, body.sampling(llm), body.tool_use())]
 
 
 def ollama_generate_queries(llm: Llama, body: OllamaGenerateRequest) -> list[Query]:
@@ -209,15 +203,6 @@ def ollama_embed_response(llm: Llama, call: Call, completions: Sequence[Completi
 
 def ollama_error(refusal: Refusal) -> dict[str, Any]:
     return {"error": str(refusal)}
-
-
-def ollama_call(call: ToolCall) -> dict[str, Any]:
-    """With arguments as an object; those that an answer's end has cut off are left out."""
-    try:
-        arguments = json.loads(call.arguments)
-    except ValueError:
-        arguments = {}
-    return {"name": call.name, "arguments": arguments}
 
 
 def timestamp() -> str:
@@ -273,8 +258,7 @@ class OllamaFrames(Frames):
         self._call = call
         self._usage = Usage.of(call.queries)
         self._first: int | None = None
-        use, format = call.body.tool_use(), llm.chat_format.tool_format
-        self._parser = ToolParser(format, use.callable_names, format.controls) if use.offered else None
+        self._reader = AnswerReader(llm, call.body.tool_use())
         self._calls: list[AnswerPiece] = []
 
     def push(self, events: Sequence[Event]) -> str:
@@ -301,10 +285,7 @@ class OllamaFrames(Frames):
 
     def _text(self, delta: Delta) -> str:
         """What is for people; calls are kept until they are whole."""
-        if self._parser is None or (delta.completion and delta.completion.refused):
-            return delta.text
-        found = [piece for event in delta.events for piece in self._parser.push(event.text, event.token)]
-        found += self._parser.end() if delta.completion is not None else []
+        found = self._reader.read(delta)
         self._calls += [piece for piece in found if not isinstance(piece, str)]
         return "".join(piece for piece in found if isinstance(piece, str))
 

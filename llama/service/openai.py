@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llama.answer import Completion, Logprob, Query
+from llama.answer import Completion, Event, Logprob, Query
 from llama.service.call import Call
 from llama.service.fields import Fields
-from llama.service.frames import Delta, json_line
+from llama.service.frames import Delta, Frames, deltas, json_line, server_sent
+from llama.service.refusal import Refusal
 from llama.tokenizer import StreamDecoder, Tokenizer
 from llama.version import VERSION
 
@@ -31,11 +33,6 @@ def head(call: Call, prefix: str, kind: str) -> dict[str, Any]:
         "model": call.model,
         "system_fingerprint": FINGERPRINT,
     }
-
-
-def opened_head(call: Call, prefix: str, kind: str) -> str:
-    """The same as JSON without its closing brace, for more to be written behind it."""
-    return json_line(head(call, prefix, kind))[:-1]
 
 
 @dataclass
@@ -69,30 +66,44 @@ class Usage:
         }
 
 
-@dataclass
-class UsageFrames:
-    """Where a stream tells its usage: nowhere, in a last chunk, or in every chunk."""
+class OpenAIFrames(Frames):
+    """A data line a chunk, then the usage, if that is wanted, and [DONE]; an error is a data line too.
 
-    usage: Usage
-    options: StreamOptions | None
+    With `continuous_usage_stats` every chunk tells the usage so far.
+    """
 
-    @property
-    def at_end(self) -> bool:
-        return self.options is not None and self.options.include_usage
+    def __init__(self, call: Call, prefix: str, kind: str):
+        self._opened = json_line(head(call, prefix, kind))[:-1]  # for more to be written behind it
+        self._usage = Usage.of(call.queries)
+        self._options: StreamOptions = call.body.stream_options or StreamOptions()
 
-    @property
-    def tail(self) -> str:
-        """What closes a chunk."""
-        if not self.at_end:
-            return "}"
-        return f',"usage":{self._json() if self.options.continuous_usage_stats else "null"}}}'
+    def push(self, events: Sequence[Event]) -> str:
+        frames = []
+        for delta in deltas(events):
+            self._usage.take(delta)
+            frames.append(self.frame(delta))
+        return "".join(frames)
 
-    def last(self, opened: str) -> str:
-        """The chunk behind all others, without choices."""
-        return f'{opened},"choices":[],"usage":{self._json()}}}'
+    @abstractmethod
+    def frame(self, delta: Delta) -> str:
+        """What to send of one choice; "" where there is nothing yet."""
 
-    def _json(self) -> str:
-        return json_line(self.usage.to_json())
+    def chunk(self, choices: str) -> str:
+        """A data line of these choices, which are JSON."""
+        usage = ""
+        if self._options.include_usage:
+            usage = f',"usage":{self._usage_json() if self._options.continuous_usage_stats else "null"}'
+        return server_sent(f'{self._opened},"choices":[{choices}]{usage}}}')
+
+    def end(self) -> str:
+        usage = f'{self._opened},"choices":[],"usage":{self._usage_json()}}}'
+        return (server_sent(usage) if self._options.include_usage else "") + server_sent("[DONE]")
+
+    def fail(self, refusal: Refusal) -> str:
+        return server_sent(json_line(refusal.to_json())) + server_sent("[DONE]")
+
+    def _usage_json(self) -> str:
+        return json_line(self._usage.to_json())
 
 
 def chat_logprobs(logprobs: Sequence[Logprob] | None, tokenizer: Tokenizer) -> dict[str, Any] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from llama.answer import Completion, Query
@@ -45,7 +46,7 @@ def tokenize_response(llm: Llama, call: Call, completions: Sequence[Completion])
     if len(given) + (body.messages is not None) != 1:
         raise Refusal("give one of prompt, content and messages", param="prompt")
     if body.messages is not None:
-        tokens = formatted(llm.chat_format.encode, body)
+        tokens = formatted(llm.chat_format.encode, partial(body.chat_prompt, body.messages))
     else:
         special = body.add_special_tokens if body.add_special is None else body.add_special
         tokens = llm.tokenizer.encode(given[0], bos=special and llm.tokenizer.add_bos, eos=False)
@@ -56,13 +57,13 @@ def tokenize_response(llm: Llama, call: Call, completions: Sequence[Completion])
 
 
 def apply_template_response(llm: Llama, call: Call, completions: Sequence[Completion]) -> dict[str, Any]:
-    return {"prompt": formatted(llm.chat_format.text, call.body)}
+    return {"prompt": formatted(llm.chat_format.text, partial(call.body.chat_prompt, call.body.messages))}
 
 
-def formatted(write: Callable[[Prompt], _T], body: TokenizeRequest | ApplyTemplateRequest) -> _T:
-    """What a chat format makes of a body's messages."""
+def formatted(write: Callable[[Prompt], _T], chat_prompt: Callable[[], Prompt]) -> _T:
+    """What a chat format makes of a body's messages. Raises Refusal."""
     try:
-        return write(body.chat_prompt(body.messages))
+        return write(chat_prompt())
     except (DialogError, ChatFormatError) as error:
         raise Refusal(str(error), param="messages") from error
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...files.errors import CheckpointError
 from ...kernels.formats import row_chunks
-from ..arrays import Array, Mapped, read_by_copy
+from ..arrays import Array, Mapped, Wrapped, read_by_copy
 from ..inventory import BIASES, EMBEDDING, OUTPUT, expected_shapes, module_of
 from ..opened import Checkpoint, is_tied
 from ..packing import untied
@@ -22,23 +22,10 @@ from .adapter import Adapter, LowRank
 
 
 @dataclass(frozen=True)
-class Merged(Array):
+class Merged(Wrapped):
     """A matrix with an adapter's change: the sum is made in float32 and rounded once. Blocks become numbers."""
 
-    array: Array
     change: LowRank
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.array.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return self.array.nbytes
 
     def read(self, dim: int, start: int, stop: int) -> Tensor:
         return read_by_copy(self, dim, start, stop)

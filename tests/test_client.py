@@ -1,6 +1,5 @@
 """A conversation with a model behind a server: the same terminal, over real HTTP."""
 
-import io
 import json
 import os
 import signal
@@ -15,7 +14,6 @@ import pytest
 from support.server import Running, serving
 
 from llama import SamplingParams, terminal
-from llama import __main__ as command_line
 from llama.client import RemoteError, RemoteModel
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
@@ -34,23 +32,6 @@ def running() -> Iterator[Running]:
 @pytest.fixture
 def model(running: Running) -> RemoteModel:
     return RemoteModel(f"{running.url}/v1/", "secret")
-
-
-@pytest.fixture
-def llama(monkeypatch, capsys):
-    """Runs a command in this process: (status, standard output, standard error)."""
-
-    def run(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llama", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        try:
-            command_line.main()
-            status = 0
-        except SystemExit as exit:
-            status = exit.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """The command line as a person meets it: answers on standard output, everything else on standard error."""
 
-import io
 import json
 import os
 import re
@@ -34,23 +33,6 @@ def checkpoint(tmp_path_factory) -> Path:
     save_tokenizer(directory / "tokenizer.model")
     args = tiny_args(vocab_size=400)
     return save_meta(directory / "model", args, tiny_weights(args))
-
-
-@pytest.fixture
-def llama(monkeypatch, capsys):
-    """Runs a command in this process: (status, standard output, standard error)."""
-
-    def run(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["llama", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
-        try:
-            command_line.main()
-            status = 0
-        except SystemExit as exit:
-            status = exit.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 def test_one_message_gives_one_answer_on_standard_output_alone(llama, checkpoint):

@@ -8,6 +8,7 @@ import pytest
 from support.meta_files import save_meta, save_tokenizer
 from support.server import Running
 from support.tiny import tiny_args, tiny_weights
+from support.tutorial import CLIENT_FIELDS
 from typer.testing import CliRunner
 
 from llama import __main__ as command_line
@@ -24,22 +25,7 @@ def test_the_tutorials_client_gets_its_answer(running: Running):
         {"role": "Assitant", "content": "你好,我是LLama2中文大语言模型"},
         {"role": "Human", "content": "推荐几部电影"},
     ]
-    payload = {
-        "system_prompt": "",
-        "history": history,
-        "n": 1,
-        "best_of": 1,
-        "presence_penalty": 1.2,
-        "frequency_penalty": 0.2,
-        "temperature": 0.3,
-        "top_p": 0.95,
-        "top_k": 50,
-        "use_beam_search": False,
-        "stop": [],
-        "ignore_eos": False,
-        "logprobs": None,
-        "max_new_tokens": 2048,
-    }
+    payload = {"system_prompt": "", "history": history, **CLIENT_FIELDS}
     status, answer = running.post("/generate", payload)
     assert (status, answer["status"]) == (200, 200)
     assert isinstance(answer["response"], str)

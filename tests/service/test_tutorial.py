@@ -4,6 +4,7 @@ import re
 
 import pytest
 from support.tiny import ByteTokenizer, tiny_args, tiny_model
+from support.tutorial import CLIENT_FIELDS
 
 from llama import Llama
 from llama.service import ENDPOINTS, Call, Refusal
@@ -50,23 +51,7 @@ def test_roles_are_the_clients_own_with_its_slip(llm, assistant):
 
 
 def test_all_fields_of_the_client_count(llm):
-    params = (
-        opened(
-            llm,
-            **{
-                "n": 1,
-                "best_of": 1,
-                "presence_penalty": 1.2,
-                "frequency_penalty": 0.2,
-                "temperature": 0.3,
-                "top_p": 0.95,
-            },
-            **{"top_k": 50, "use_beam_search": False, "stop": [], "ignore_eos": False, "logprobs": None},
-            max_new_tokens=2048,
-        )
-        .queries[0]
-        .params
-    )
+    params = opened(llm, **CLIENT_FIELDS).queries[0].params
     assert (params.n, params.presence_penalty, params.frequency_penalty) == (1, 1.2, 0.2)
     assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.3, 0.95, 50, 2048)
     assert (params.stop, params.logprobs) == (("Human:",), None)

@@ -31,7 +31,7 @@ engine  adapting
 building
 generation
 service  perplexity  terminal
-batch  server
+batch  server  protocol
 report
 __init__  __main__
 """

@@ -135,3 +135,13 @@ def test_a_completion_tells_the_ids_and_bytes_of_its_tokens_and_of_the_likeliest
 
 def test_a_prompt_is_shown_as_its_chat_format_writes_it(llm):
     assert respond(llm, "/apply-template", {"messages": [USER]}) == {"prompt": "<s>[INST] hi [/INST]"}
+
+
+def test_a_program_can_check_a_body_without_a_model():
+    from llama.protocol import ChatRequest, Refusal, parse
+
+    parts = [{"type": "text", "text": "hi"}]
+    assert parse(ChatRequest, {"messages": [{"role": "user", "content": parts}]}).messages[0].content == parts
+    with pytest.raises(Refusal) as refused:
+        parse(ChatRequest, {"messages": [USER], "something_new": 1})
+    assert refused.value.param == "something_new"

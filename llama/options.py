@@ -23,12 +23,15 @@ class Option:
     default: Any = None
     flag: str | None = None  # None: the name with dashes
     least: int | None = None
+    most: int | None = None
 
     @property
     def parameter(self) -> inspect.Parameter:
         """What stands in a command's signature for it."""
         flag = self.flag or "--" + self.name.replace("_", "-")
-        kind = Annotated[self.type, typer.Option(flag, help=self.help, min=self.least, show_envvar=False)]
+        kind = Annotated[
+            self.type, typer.Option(flag, help=self.help, min=self.least, max=self.most, show_envvar=False)
+        ]
         return inspect.Parameter(self.name, inspect.Parameter.KEYWORD_ONLY, default=self.default, annotation=kind)
 
 

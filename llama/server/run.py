@@ -83,7 +83,8 @@ def bound(settings: ServerSettings) -> socket.socket:
         return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
     except OSError as error:
         where = f"{settings.host} port {settings.port}"
-        raise OSError(f"cannot listen at {where}: {os.strerror(error.errno)}; give another --host or --port") from error
+        reason = str(error.strerror).partition(" (while")[0]  # Python repeats the address there
+        raise OSError(f"cannot listen at {where}: {reason}; give another --host or --port") from error
 
 
 def surrounded(app: ASGIApp, server: Server) -> ASGIApp:

@@ -19,7 +19,7 @@ class ServerSettings:
     """How `llama serve` listens, and what it bears. Times are seconds."""
 
     host: str = _setting("127.0.0.1", "The address to listen at; 0.0.0.0 is all.")
-    port: int = _setting(8000, "The port to listen at; 0 takes a free one.", least=0)
+    port: int = _setting(8000, "The port to listen at; 0 takes a free one.", least=0, most=65535)
     name: str | None = _setting(None, "What the model is called in /v1/models; its path's name if left out.")
     model_dir: Path | None = _setting(None, "A folder of models: MODEL is the name of one, /v1/models lists all.")
     strict_model: bool = _setting(False, "Refuse requests for a model of another name.")

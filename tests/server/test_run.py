@@ -37,6 +37,23 @@ def test_a_busy_port_is_named_before_a_model_is_loaded():
             run_server(build, ServerSettings(port=port))
 
 
+def test_a_host_that_nobody_knows_is_named_with_the_reason(monkeypatch):
+    def look_up(*args, **kwargs):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "create_server", look_up)
+    with pytest.raises(OSError, match="cannot listen at nowhere port 8000: Name or service not known; give another"):
+        bound(ServerSettings(host="nowhere"))
+
+
+@pytest.mark.parametrize("port", ["-1", "65536", "seven"])
+def test_a_port_that_is_none_is_a_wrong_call(llama, port):
+    status, _, error = llama("serve", "--port", port)
+    assert status == 2
+    assert error.startswith("llama: Invalid value for '--port': ")
+    assert len(error.splitlines()) == 1
+
+
 def test_what_keeps_the_model_from_loading_is_raised():
     def build():
         raise ValueError("no such model")

@@ -7,9 +7,12 @@ import pytest
 from support.tiny import ByteTokenizer, tiny_args, tiny_model
 
 from llama import Llama, SamplingParams
-from llama.chat.tools import TOOL_FORMATS, ToolCall, ToolError, ToolUse, describe
+from llama.answer import Completion, Event
+from llama.chat.tools import TOOL_FORMATS, Spoken, ToolCall, ToolError, ToolUse, describe
 from llama.constraints import Constraints
 from llama.service import ENDPOINTS, Call, Refusal
+from llama.service.frames import deltas
+from llama.service.tools import AnswerReader
 
 CHAT = ENDPOINTS["/v1/chat/completions"]
 PLACE = {
@@ -180,3 +183,25 @@ def test_a_strict_tools_arguments_are_kept_to_wherever_a_call_begins(format, par
     has_control = is_control and bool(mark)
     texts = [text.removeprefix(mark) if has_control else text for text in (written, wrong)]
     assert [takes(text, (258,) * has_control) for text in texts] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Well. <tool_",
+        'So <tool_call>{"name": "weather", "argum',
+        '<tool_call>{"name": "weather", "arguments": {"city"',
+        " ",
+    ],
+)
+def test_what_is_held_back_at_the_end_of_a_stream_is_said_after_all(llm, text):
+    """An answer may end in the midst of a mark, or of a call: in pieces it says what it says as a whole."""
+    use = ToolUse(TOOLS)
+    parts = [Event(0, 0, ord(c), c) for c in text]
+    parts.append(Event(0, 0, completion=Completion(text, [*text.encode()], "length")))
+    reader = AnswerReader(llm, use)
+    streamed = Spoken.of(piece for part in parts for delta in deltas([part]) for piece in reader.read(delta))
+    whole = llm.with_tool_calls(parts[-1].completion, use)
+    assert streamed.content == whole.text
+    assert [(c.name, c.arguments) for c in streamed.calls] == [(c.name, c.arguments) for c in whole.tool_calls]
+    assert text.strip() == "" or streamed.content or streamed.calls

@@ -222,7 +222,9 @@ def test_a_path_that_exists_never_asks_the_hub(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["/absent/model", "./org/name", "~/model", "model.gguf", "a/b/c", "../x", "org/"])
-def test_what_looks_like_a_path_is_never_asked_of_the_hub(name, monkeypatch):
+def test_what_looks_like_a_path_is_never_asked_of_the_hub(name, monkeypatch, tmp_path):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # beside which there is no x
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="no such file or directory; give"):
         resolve(name)

@@ -341,8 +341,9 @@ export function startChat() {
 
 export async function newConversation() {
   const conversation = Conversation.fresh({ system: settings.system, mode: settings.mode, character: settings.character });
-  await greet(conversation);
+  const greeted = greet(conversation); // it is there at once, and saved in a moment: what is typed meanwhile belongs here
   await openConversation(conversation);
-  chat.onchange();
   text.focus();
+  await greeted;
+  chat.onchange();
 }

@@ -107,6 +107,22 @@ def test_chat_instruct_puts_the_transcript_into_an_instruction(person: ChatPage)
     assert message["content"].endswith(f"Ada: {SKY}\nGrace: Why is the sky blue, again?\n")
 
 
+def test_a_new_conversation_is_open_before_its_greeting_is_saved(person: ChatPage):
+    """What is typed meanwhile belongs into it, and not into the one that was open."""
+    take(person, "ada.json", json.dumps(CARD).encode())
+    person.page.keyboard.press("Escape")
+    opened = person.page.evaluate(
+        """async () => {
+            const start = document.querySelector('script[type="module"]').src;
+            const { chat, newConversation } = await import(new URL("chat.js", start));
+            const before = chat.conversation;
+            newConversation();
+            return [chat.conversation !== before, chat.conversation.path().length];
+        }"""
+    )
+    assert opened == [True, 1]
+
+
 def test_instruct_knows_no_character(person: ChatPage):
     take(person, "ada.json", json.dumps(CARD).encode())
     person.find("#mode-instruct").check()

@@ -80,7 +80,11 @@ def bound(settings: ServerSettings) -> socket.socket:
     """A socket that listens, before a model is loaded in vain. Raises OSError that names the port."""
     try:
         family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        listening = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        # Its connections inherit it. asyncio sets it only where a socket names its protocol; without it the second
+        # packet of a response waits until the client has acknowledged the first, which takes Linux 40 ms.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listening
     except OSError as error:
         where = f"{settings.host} port {settings.port}"
         reason = str(error.strerror).partition(" (while")[0]  # Python repeats the address there

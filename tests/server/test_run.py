@@ -37,6 +37,13 @@ def test_a_busy_port_is_named_before_a_model_is_loaded():
             run_server(build, ServerSettings(port=port))
 
 
+def test_no_packet_of_a_response_waits_until_the_client_has_acknowledged_another():
+    with bound(ServerSettings(port=0)) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
 def test_a_host_that_nobody_knows_is_named_with_the_reason(monkeypatch):
     def look_up(*args, **kwargs):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")

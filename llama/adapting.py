@@ -21,6 +21,7 @@ from llama.lora import (
     stacked,
 )
 from llama.model import Transformer
+from llama.parallel import share
 
 
 def adapters_of(model: Transformer) -> Adapters:
@@ -174,7 +175,8 @@ class _Adapting:
         dim = split_dim(name)
         if dim is None or self.parallel.size == 1:
             return tensor
-        return tensor.chunk(self.parallel.size, dim)[self.parallel.rank]
+        start, stop = share(tensor.shape[dim], self.parallel.rank, self.parallel.size)
+        return tensor.narrow(dim, start, stop - start)
 
     def _gain(self, low_rank: LowRank, name: str, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """DoRA's magnitudes over the lengths of the sum's rows, (rows,): a constant once the adapter is trained."""

@@ -8,11 +8,11 @@ from torch import nn
 
 from llama.kernels.formats import FORMATS
 from llama.linear import StoredWeight
-from llama.parallel import SINGLE, ModelParallel
+from llama.parallel import SINGLE, ModelParallel, share
 
 
 class Embedding(nn.Module):
-    """Rows of a table that is cut over the vocabulary: each rank holds vocab_size / size of them.
+    """Rows of a table that is cut over the vocabulary, as `share` cuts it.
 
     A table that is only looked up may stay `as_stored`, in a smaller type than the model computes in.
     """
@@ -21,7 +21,9 @@ class Embedding(nn.Module):
         super().__init__()
         self.as_stored = as_stored
         self.parallel = parallel
-        self.num_rows = vocab_size // parallel.size
+        self.vocab_size = vocab_size
+        self.first, stop = share(vocab_size, parallel.rank, parallel.size)
+        self.num_rows = stop - self.first
         self.dim = dim
         self.weight: torch.Tensor = nn.Parameter(torch.empty(self.num_rows, dim), requires_grad=False)
 
@@ -29,7 +31,7 @@ class Embedding(nn.Module):
         """(num_tokens,) int64 -> (num_tokens, dim)"""
         if self.parallel.size == 1:
             return self.rows(tokens)
-        local = tokens - self.parallel.rank * self.num_rows
+        local = tokens - self.first
         elsewhere = (local < 0) | (local >= self.num_rows)
         rows = self.rows(local.masked_fill(elsewhere, 0))
         return self.parallel.all_reduce(rows.masked_fill_(elsewhere.unsqueeze(-1), 0))

@@ -16,7 +16,7 @@ from llama.device import return_memory
 from llama.embedding import Embedding
 from llama.kernels.elementwise import rms_norm, swiglu
 from llama.linear import Joint, Linear, in_tiles
-from llama.parallel import SINGLE, ModelParallel
+from llama.parallel import SINGLE, ModelParallel, share_size
 from llama.rotary import RopeScaling, Rotary, rope_frequencies
 
 
@@ -143,7 +143,7 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(params.dim, params.norm_eps)
         self.output = None
         if not params.tie_word_embeddings:
-            self.output = Linear(params.dim, params.vocab_size // parallel.size)
+            self.output = Linear(params.dim, self.tok_embeddings.num_rows)
         self.fixed_rows: int | None = None
         self.added_to_embedding = self.added_to_output = None  # as a `Joint`'s `added`
         self._cache: ContiguousCache | None = None  # what forward() remembers between calls
@@ -201,7 +201,7 @@ class Transformer(nn.Module):
             local = F.linear(states, self.tok_embeddings.weight)
         if self.added_to_output is not None:
             local = self.added_to_output(local, states)
-        return self.parallel.all_gather(local).float()
+        return self.parallel.all_gather(local, self.vocab_size).float()
 
     def step(
         self,
@@ -244,14 +244,15 @@ class Transformer(nn.Module):
 
 
 def validate_ranks(args: ModelArgs, size: int) -> None:
-    """Raises ValueError unless every cut dimension divides by the number of ranks."""
+    """Raises ValueError unless every cut dimension divides by the number of ranks; the vocabulary alone need not."""
     cut = {
         "heads": args.n_heads,
         "key/value heads": args.n_kv_heads,
         "hidden size": args.hidden_dim,
-        "vocabulary": args.vocab_size,
     }
     uneven = [f"{number} {name}" for name, number in cut.items() if number % size]
+    if size > 1 and args.vocab_size <= (size - 1) * share_size(args.vocab_size, size):
+        uneven.append(f"{args.vocab_size} tokens")
     if uneven:
         possible = [n for n in range(1, args.n_kv_heads + 1) if all(number % n == 0 for number in cut.values())]
         raise ValueError(

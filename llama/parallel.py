@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 IDLE_TIMEOUT = timedelta(days=3650)  # waiting for the next request is not a failure
 STEP_CAPACITY = 4096  # integers that travel in a step's first broadcast; longer steps need a second one
@@ -67,13 +68,19 @@ class ModelParallel:
 
         return reduce_from_model_parallel_region(x)
 
-    def all_gather(self, x: torch.Tensor) -> torch.Tensor:
-        """Every rank's `x` (..., n), joined along the last dimension: (..., n * size)."""
+    def all_gather(self, x: torch.Tensor, length: int | None = None) -> torch.Tensor:
+        """Every rank's `x` (..., n), joined along the last dimension: (..., n * size).
+
+        With `length` these are all ranks' parts of that many, as `share` makes them: (..., length).
+        """
         if self.size == 1:
             return x
         from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
 
-        return gather_from_model_parallel_region(x.contiguous())
+        if length is None or length % self.size == 0:
+            return gather_from_model_parallel_region(x.contiguous())
+        filled = F.pad(x, (0, share_size(length, self.size) - x.shape[-1]))
+        return gather_from_model_parallel_region(filled)[..., :length].contiguous()
 
     def broadcast_ints(self, values: list[int] | None = None) -> list[int]:
         """Rank 0's integers, on every rank. One broadcast carries up to `STEP_CAPACITY` of them."""
@@ -190,6 +197,17 @@ def to_ints(value: Any) -> list[int]:
 def from_ints(ints: list[int]) -> Any:
     """The inverse of `to_ints`: nothing that is received can run."""
     return json.loads(bytes(ints))
+
+
+def share_size(length: int, size: int) -> int:
+    """How many of `length` rows each of `size` ranks has; the last one may have fewer."""
+    return -(-length // size)
+
+
+def share(length: int, rank: int, size: int) -> tuple[int, int]:
+    """Where a rank's part of `length` rows starts and stops."""
+    start = min(rank * share_size(length, size), length)
+    return start, min(start + share_size(length, size), length)
 
 
 SINGLE = ModelParallel()

@@ -253,7 +253,7 @@ def pack_modules(model: nn.Module, formats: Mapping[str, str]) -> None:
         plain = getattr(owner, attribute)
         with torch.device("meta"):
             if isinstance(plain, Embedding):
-                packed = LowBitEmbedding(format, plain.num_rows * plain.parallel.size, plain.dim, plain.parallel)
+                packed = LowBitEmbedding(format, plain.vocab_size, plain.dim, plain.parallel)
             else:
                 packed = LowBitLinear(format, plain.in_features, plain.out_features, plain.bias is not None)
         setattr(owner, attribute, packed)

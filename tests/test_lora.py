@@ -196,11 +196,11 @@ def test_a_closed_model_is_gone(made):
     llm.close()
 
 
-def test_two_ranks_compute_what_one_does(tmp_path):
+def test_two_ranks_compute_what_one_does_with_a_vocabulary_that_they_cannot_share_evenly(tmp_path):
     for kind in ("dora and biases", "ends", "saved"):
         config, changes = KINDS[kind]
         folder = tmp_path / kind.split()[0]
-        base = write_base(folder / "base", **changes)
+        base = write_base(folder / "base", vocab_size=265, **changes)
         model = write_adapter(base, folder / "adapter", **config)
         torch.save(of_peft(model), folder / "expected.pt")
     done = forked(2, "lora_ranks.py", tmp_path)

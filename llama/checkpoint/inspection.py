@@ -12,6 +12,7 @@ import torch
 from ..cache import CacheShape
 from ..device import choose_kv_dtype, free_memory
 from ..model import ModelArgs, validate_ranks
+from ..parallel import share_size
 from ..quantization import FORMATS
 from .formats import open_checkpoint
 from .inventory import expected_shapes, is_linear, split_dim
@@ -132,7 +133,7 @@ def estimate(
 def _weight_bytes(name: str, shape: tuple[int, ...], precision: str, world_size: int) -> int:
     """Bytes of one rank's part of a weight; a low-bit format takes linears whose rows are whole blocks."""
     dim = split_dim(name)
-    local = [size // world_size if axis == dim else size for axis, size in enumerate(shape)]
+    local = [share_size(size, world_size) if axis == dim else size for axis, size in enumerate(shape)]
     if precision in PLAIN:
         return prod(local) * PLAIN[precision].itemsize
     form = FORMATS[precision]

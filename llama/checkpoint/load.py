@@ -11,8 +11,8 @@ from torch import nn
 from ..embedding import Embedding
 from ..files.errors import CheckpointError
 from ..linear import LoadsItself
-from ..model import validate_ranks
-from .inventory import is_held, split_dim
+from ..model import Transformer, validate_ranks
+from .inventory import EMBEDDING, OUTPUT, is_held, split_dim
 from .opened import Checkpoint
 from .weight import Weight
 
@@ -21,7 +21,7 @@ NUM_READERS = 4
 
 
 def load_weights(
-    model: nn.Module,
+    model: Transformer,
     checkpoint: Checkpoint,
     *,
     rank: int = 0,
@@ -55,9 +55,9 @@ def load_weights(
                 progress(done, total)
 
 
-def match(model: nn.Module, checkpoint: Checkpoint, rank: int, world_size: int) -> list[Weight]:
+def match(model: Transformer, checkpoint: Checkpoint, rank: int, world_size: int) -> list[Weight]:
     """The checkpoint's weights in its own order, if they are exactly those that this rank's model wants."""
-    wanted = {name: _whole(name, shape, world_size) for name, shape in _slots(model)}
+    wanted = {name: _whole(name, shape, world_size, model.vocab_size) for name, shape in _slots(model)}
     weights = [weight for weight in checkpoint.weights() if is_held(weight.name, rank)]
     problems = list(_problems(wanted, weights))
     if problems:
@@ -99,10 +99,12 @@ def _slots(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from ((prefix + name, shape) for name, shape in shapes.items())
 
 
-def _whole(name: str, shape: tuple[int, ...], world_size: int) -> tuple[int, ...]:
+def _whole(name: str, shape: tuple[int, ...], world_size: int, vocab_size: int) -> tuple[int, ...]:
     dim = split_dim(name)
     if dim is None:
         return shape
+    if name in (EMBEDDING, OUTPUT):  # whose parts need not be equal
+        return vocab_size, *shape[1:]
     return tuple(size * world_size if axis == dim else size for axis, size in enumerate(shape))
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 
 from ..files.errors import CheckpointError
 from ..files.writing import Entry
+from ..parallel import share
 from .arrays import Array, PackedArray
+from .inventory import EMBEDDING, OUTPUT
 
 
 @dataclass(frozen=True)
@@ -75,12 +77,12 @@ class Weight:
         """What `rank` of `world_size` holds of this weight, cut along `dim` (None: all of it)."""
         if dim is None or world_size == 1:
             return self
-        size, rest = divmod(self.shape[dim], world_size)
-        if rest or self.cut:
+        length = self.shape[dim]
+        if self.cut or (length % world_size and not (dim == 0 and self.name in (EMBEDDING, OUTPUT))):
             raise CheckpointError(
                 f"{self.file}: {self.name}: dimension {dim} of {list(self.shape)} cannot be cut for {world_size} ranks"
             )
-        return replace(self, cut=(dim, rank * size, (rank + 1) * size))
+        return replace(self, cut=(dim, *share(length, rank, world_size)))
 
     def read(self, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         """The weight, or its `start:stop` along `dim`, in the stored type (low-bit blocks: float32), on the CPU.

@@ -153,6 +153,14 @@ def test_every_writer_gives_the_number_of_files_that_was_asked_for(tmp_path, sou
     assert len(list((tmp_path / "hf").glob("*.safetensors"))) == 21
 
 
+def test_shards_of_a_vocabulary_that_does_not_divide_are_read_again_and_the_reference_is_said_to_lack_them(tmp_path):
+    path = write_hf(tmp_path / "source", *sample(vocab_size=265))
+    write_sentencepiece(path / "tokenizer.model", 265)
+    warnings = convert(path, tmp_path / "meta", "meta", shards=2)
+    assert any("it lacks a vocabulary of 265 over 2 shards" in line for line in warnings)
+    assert_equal(state(tmp_path / "meta"), state(path))
+
+
 def test_progress_ends_at_the_bytes_in_all(tmp_path, source):
     calls = []
     convert(source, tmp_path / "copy", "hf", progress=lambda *call: calls.append(call))

@@ -20,7 +20,7 @@ from torch import nn
 
 from llama.checkpoint import CheckpointError, default_model, expected_shapes, load_weights, open_checkpoint
 from llama.checkpoint.default import INSTALL_DEFAULT
-from llama.model import ModelArgs, Transformer
+from llama.model import ModelArgs, Transformer, validate_ranks
 from llama.parallel import ModelParallel
 
 
@@ -209,6 +209,22 @@ def test_an_uneven_number_of_ranks_is_refused_with_the_numbers_that_work(tmp_pat
     checkpoint = open_checkpoint(write_meta(tmp_path, args, weights))
     with pytest.raises(ValueError, match=r"3 ranks.*1, 2, 4"):
         load_weights(Transformer(args), checkpoint, world_size=3)
+
+
+@pytest.mark.parametrize(("vocab_size", "sizes"), [(265, [133, 132]), (267, [67, 67, 67, 66])])
+def test_the_last_rank_holds_fewer_rows_of_a_vocabulary_that_does_not_divide(tmp_path, vocab_size, sizes):
+    path = write_hf(tmp_path / "model", *sample(vocab_size=vocab_size))
+    whole = state(path)
+    models = [loaded(path, rank, len(sizes)) for rank in range(len(sizes))]
+    for name in ("tok_embeddings.weight", "output.weight"):
+        parts = [model.get_parameter(name) for model in models]
+        assert [len(part) for part in parts] == sizes
+        assert torch.equal(torch.cat(parts), whole[name])
+
+
+def test_a_vocabulary_of_which_some_rank_would_have_nothing_is_refused():
+    with pytest.raises(ValueError, match="4 ranks cannot share 5 tokens evenly"):
+        validate_ranks(ModelArgs(n_kv_heads=4, vocab_size=5), 4)
 
 
 def test_a_module_may_take_its_weight_itself(tmp_path):

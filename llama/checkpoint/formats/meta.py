@@ -206,7 +206,7 @@ def plan_meta(
         ]
         for rank in range(shards)
     }
-    plan = Plan(files, warnings=_warnings(args, tokenizer))
+    plan = Plan(files, warnings=_warnings(args, tokenizer, shards))
     if not checkpoint.has_head:
         plan.warnings.append(NO_HEAD)
     plan.small_files["params.json"] = json_bytes(_params(args, is_sentencepiece))
@@ -283,13 +283,14 @@ def _generation(checkpoint: Checkpoint) -> dict[str, Any]:
     return values
 
 
-def _warnings(args: ModelArgs, tokenizer: TokenizerFiles | None) -> list[str]:
+def _warnings(args: ModelArgs, tokenizer: TokenizerFiles | None, shards: int) -> list[str]:
     """What Meta's Llama 2 code lacks to run this model."""
     lacks = {
         f"a rope_theta of {args.rope_theta:g}": args.rope_theta != 10000.0,
         "rope scaling": args.rope_scaling is not None,
         f"a head_dim of {args.head_dim}": args.head_dim != args.dim // args.n_heads,
         "a sliding window": args.sliding_window is not None,
+        f"a vocabulary of {args.vocab_size} over {shards} shards": args.vocab_size % shards,
         "biases": args.attention_bias or args.attention_output_bias or args.mlp_bias,
         "this kind of tokenizer": tokenizer is not None and not tokenizer.is_sentencepiece,
     }

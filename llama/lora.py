@@ -7,7 +7,7 @@ gathered; rows that name none are not touched.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import accumulate, count
@@ -142,6 +142,11 @@ class Adapters:
     @property
     def names(self) -> list[str]:
         return list(self._by_name)
+
+    def names_of(self, numbers: Iterable[int]) -> list[str]:
+        """Those of these that can be named, in order. May be asked from any thread."""
+        wanted = set(numbers)
+        return sorted(one.name for one in list(self._by_name.values()) if one.number in wanted)
 
     def validate_new(self, name: str) -> None:
         """Raises ValueError for a name that none can get."""

@@ -121,15 +121,18 @@ def add_information(app: FastAPI, server: Server, responses: dict[int, dict[str,
 
     @get("/v1/models")
     def models() -> dict[str, Any]:
-        """The model that is served, and those of its folder that could be."""
+        """The model that is served, its adapters, and the models of its folder that could be."""
         others = [unloaded(*item) for item in server.others().items()]
-        return {"object": "list", "data": [server.model.to_json(), *others]}
+        adapters = [server.model.adapter_json(name) for name in server.llm.adapters]
+        return {"object": "list", "data": [server.model.to_json(), *adapters, *others]}
 
     @get("/v1/models/{name:path}")
     def model(name: str) -> dict[str, Any]:
         """One of the models that are listed."""
         if name == server.model.name:
             return server.model.to_json()
+        if name in server.llm.adapters:
+            return server.model.adapter_json(name)
         others = server.others(name)
         if name not in others:
             raise Refusal(f"no model is called {name[:100]!r}", param="model", code="model_not_found", status=404)

@@ -7,6 +7,7 @@ Source: vLLM's documentation, "Metrics"; Prometheus' text format.
 from __future__ import annotations
 
 import asyncio
+import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.registry import Collector
 
 from llama.answer import Event
-from llama.engine import EngineStats
+from llama.engine import Engine
 from llama.generation import Llama
 from llama.server.stream import CallStream
 
@@ -73,15 +74,17 @@ class Metrics(Collector):
         )
         self.lag = Latency("By how much the event loop was late", "llama_event_loop_lag_seconds")
         self._llm: Llama | None = None
+        self._most_adapters = 0
         self._latest: WeakKeyDictionary[CallStream, dict[tuple[int, int], float]] = WeakKeyDictionary()
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
     # ---- what is told
 
-    def watch(self, llm: Llama, name: str) -> None:
-        """From now on the model under this name is at work."""
+    def watch(self, llm: Llama, name: str, most_adapters: int = 0) -> None:
+        """From now on the model under this name is at work, with so many adapters at a time at the most."""
         self._llm = llm
+        self._most_adapters = most_adapters
         self.labels["model_name"] = name
 
     def step(self, delivery: Sequence[tuple[CallStream, Sequence[Event]]], now: float) -> None:
@@ -120,7 +123,8 @@ class Metrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         if self._llm is not None:
-            yield from self._engine(self._llm.engine.stats(), self._llm.engine.scheduler.block_size)
+            yield from self._engine(self._llm.engine)
+            yield self._adapters(self._llm.engine)
         yield self._by("llama_http_responses", "Answers by HTTP's status", "status", self.statuses)
         for name in ("llama_request_success", "vllm:request_success"):
             yield self._by(name, "Answers to prompts by why they ended", "finished_reason", self.finished)
@@ -128,7 +132,8 @@ class Metrics(Collector):
         for latency in (self.first_token, self.inter_token, self.whole, self.lag):
             yield from latency.families(self.labels)
 
-    def _engine(self, stats: EngineStats, block_size: int) -> Iterator[Metric]:
+    def _engine(self, engine: Engine) -> Iterator[Metric]:
+        stats = engine.stats()
         used = stats.num_referenced_blocks / stats.num_blocks
         gauges = [
             ("num_requests_running", "Requests in the batch", stats.num_running),
@@ -145,12 +150,25 @@ class Metrics(Collector):
         for prefix in ("llama_", "vllm:"):
             yield from (self._gauge(prefix + name, help, value) for name, help, value in gauges)
             yield from (self._counter(prefix + name, help, value) for name, help, value in counters)
-        sizes = {"block_size": str(block_size), "num_gpu_blocks": str(stats.num_blocks)}
-        info = GaugeMetricFamily("vllm:cache_config_info", "The cache", labels=[*self.labels, *sizes])
-        info.add_metric([*self.labels.values(), *sizes.values()], 1)
-        yield info
+        sizes = {"block_size": str(engine.scheduler.block_size), "num_gpu_blocks": str(stats.num_blocks)}
+        yield self._info("vllm:cache_config_info", "The cache", sizes, 1)
         yield self._gauge("llama_kv_cache_blocks", "Blocks of the cache", stats.num_blocks)
         yield self._gauge("llama_kv_cache_kept_blocks", "Blocks kept for later prompts", stats.num_cached_blocks)
+
+    def _adapters(self, engine: Engine) -> Metric:
+        """Which adapters are at work: routers send a request to where its adapter is, by the latest of these."""
+        running, waiting = (
+            ",".join(engine.adapters.names_of(request.group for request in list(requests)))
+            for requests in (engine.scheduler.running, engine.scheduler.waiting)
+        )
+        most = str(self._most_adapters)
+        labels = {"max_lora": most, "running_lora_adapters": running, "waiting_lora_adapters": waiting}
+        return self._info("vllm:lora_requests_info", "Adapters of requests, at that time", labels, time.time())
+
+    def _info(self, name: str, help: str, labels: Mapping[str, str], value: float) -> Metric:
+        family = GaugeMetricFamily(name, help, labels=[*self.labels, *labels])
+        family.add_metric([*self.labels.values(), *labels.values()], value)
+        return family
 
     def _gauge(self, name: str, help: str, value: float) -> Metric:
         family = GaugeMetricFamily(name, help, labels=list(self.labels))

@@ -59,6 +59,24 @@ class ServedModel:
             },
         }
 
+    def names(self) -> list[str]:
+        """By which clients may call it: its own, and those of its adapters."""
+        return [self.name, *self.llm.adapters]
+
+    def adapter_json(self, name: str) -> dict[str, Any]:
+        """OpenAI's object of one of its adapters, with vLLM's `parent`."""
+        return {
+            "id": name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "llama",
+            "root": self.name,
+            "parent": self.name,
+            "max_model_len": self.llm.max_seq_len,
+            "permission": [],
+            "status": {"value": "loaded"},
+        }
+
     def props(self, stats: EngineStats) -> dict[str, Any]:
         """llama.cpp's /props: what its clients look up before they ask."""
         tokenizer = self.llm.tokenizer

@@ -53,7 +53,7 @@ class Server:
         self.engine.start()
         llm = await self.engine.ready
         self._model = ServedModel.of(llm, self.settings.name)
-        self.metrics.watch(llm, self.model.name)
+        self.metrics.watch(llm, self.model.name, self.settings.max_queue)
 
     async def close(self) -> None:
         """Ends the engine's thread, if it is at work: a step that has begun may take some time."""
@@ -109,10 +109,11 @@ class Server:
                 param="model",
                 code="missing_required_parameter",
             )
-        is_other = isinstance(given, str) and given != self.model.name
+        names = self.model.names()
+        is_other = isinstance(given, str) and given not in names
         if is_other and (self.settings.strict_model or self.others(given)):
             raise Refusal(
-                f"the model {given[:100]!r} is not served: give {self.model.name}",
+                f"the model {given[:100]!r} is not served: give {' or '.join(names)}",
                 param="model",
                 code="model_not_found",
                 status=404,

@@ -45,6 +45,11 @@ class Endpoint:
     needs_model: bool = False  # over HTTP, where a client has to name one
 
 
+def adapter_named(llm: Llama, body: Body) -> str | None:
+    """The adapter whose name a body gives as its model; None: the model itself."""
+    return body.model if body.model in llm.adapters else None
+
+
 @dataclass(frozen=True)
 class Call:
     """A request that can be answered: what to run for it, and how to respond."""
@@ -68,17 +73,21 @@ class Call:
         salt: bytes = b"",
         can_stream: bool = False,
         ignore_unknown: bool = False,
+        adapter_of: Callable[[Llama, Body], str | None] = adapter_named,
     ) -> Call:
         """Raises Refusal, in one line, for what can never be answered.
 
         model: the name to answer under (None: the body's). salt: prefixes in the cache are shared only with requests
-        of the same one. can_stream: whether the caller can send an answer as it comes.
+        of the same one. can_stream: whether the caller can send an answer as it comes. adapter_of: with which of the
+        model's adapters a body is answered.
         """
         parsed = parse(endpoint.body, body, ignore_unknown)
         if parsed.is_streamed and not can_stream:
             raise Refusal("stream: answers come in one piece here; leave it out", param="stream")
         try:
-            queries = [replace(query, salt=salt + query.salt) for query in endpoint.prepare(llm, parsed)]
+            adapter = adapter_of(llm, parsed)
+            asked = endpoint.prepare(llm, parsed)
+            queries = [replace(query, salt=salt + query.salt, adapter=adapter) for query in asked]
             for query in queries:
                 llm.validate(query)
         except Refusal:

@@ -60,8 +60,8 @@ def show_response(llm: Llama, call: Call, completions: Sequence[Completion]) -> 
 
 
 def ollama_tags(llm: Llama, name: str) -> dict[str, Any]:
-    """/api/tags: the models that there are."""
-    return {"models": [entry(llm, name)]}
+    """/api/tags: the models that there are; an adapter is one."""
+    return {"models": [entry(llm, name), *(entry(llm, adapter, name) for adapter in llm.adapters)]}
 
 
 def ollama_running(llm: Llama, name: str) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def ollama_running(llm: Llama, name: str) -> dict[str, Any]:
     return {"models": [told | memory | {"expires_at": NEVER}]}
 
 
-def entry(llm: Llama, name: str) -> dict[str, Any]:
+def entry(llm: Llama, name: str, parent: str = "") -> dict[str, Any]:
     tensors = [*llm.model.parameters(), *llm.model.buffers()]
     known = "\n".join([name, str(num_parameters(llm)), modified_at(llm)])
     return {
@@ -81,13 +81,13 @@ def entry(llm: Llama, name: str) -> dict[str, Any]:
         "modified_at": modified_at(llm),
         "size": sum(tensor.numel() * tensor.element_size() for tensor in tensors),
         "digest": sha256(known.encode()).hexdigest(),  # of what is known at once: reading the weights takes minutes
-        "details": details(llm),
+        "details": details(llm, parent),
     }
 
 
-def details(llm: Llama) -> dict[str, Any]:
+def details(llm: Llama, parent: str = "") -> dict[str, Any]:
     return {
-        "parent_model": "",
+        "parent_model": parent,
         "format": llm.checkpoint.format if llm.checkpoint else "",
         "family": "llama",
         "families": ["llama"],

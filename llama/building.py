@@ -28,8 +28,8 @@ from llama.model import ModelArgs, Transformer
 from llama.progress import progress_bar
 from llama.quantization import pack_modules
 from llama.rotary import DynamicScaling
-from llama.runner import BLOCK_SIZE, Runner, count_blocks
-from llama.scheduler import Scheduler
+from llama.runner import BLOCK_SIZE, Program, Runner, count_blocks
+from llama.scheduler import MAX_RUNNING, Scheduler
 from llama.streams import tell
 from llama.tokenizer import Tokenizer
 from llama.vocabulary import TokenType
@@ -144,13 +144,18 @@ def make_engine(
     kv_dtype: str = "auto",
     stop_ids: frozenset[int] = frozenset(),
     can_generate: bool = True,
+    program: Program | None = None,
+    max_running: int | None = None,
 ) -> Engine:
-    """An engine whose cache takes `kv_cache_memory` bytes, or half of what is free where that is None."""
+    """An engine whose cache takes `kv_cache_memory` bytes, or half of what is free where that is None.
+
+    `program` computes steps in the model's place; no more than `max_running` sequences run at once.
+    """
     dtype = choose_kv_dtype(kv_dtype, model.norm.weight.dtype)
     num_blocks = model.parallel.broadcast_json(count_blocks(model, kv_cache_memory, dtype))
     return Engine(
-        Runner(model, num_blocks, BLOCK_SIZE, dtype, adapters_of(model)),
-        Scheduler(num_blocks, BLOCK_SIZE),
+        Runner(model, num_blocks, BLOCK_SIZE, dtype, adapters_of(model), program),
+        Scheduler(num_blocks, BLOCK_SIZE, max_running=max_running or MAX_RUNNING),
         tokenizer,
         max_seq_len=model.params.max_seq_len,
         seed=seed,

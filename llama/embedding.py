@@ -66,7 +66,8 @@ class LowBitEmbedding(Embedding):
         self.dtype = dtype or torch.float32
 
     def rows(self, local: torch.Tensor) -> torch.Tensor:
-        return self.format.dequantize(self.weight.index_select(0, local)).to(self.dtype)
+        numbers = self.format.numbers(self.weight.index_select(0, local))
+        return numbers.view(local.shape[0], self.dim).to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.format.name}, {self.num_rows} rows of {self.dim}"

@@ -125,8 +125,11 @@ class Runner:
         block_size: int,
         dtype: torch.dtype,
         adapters: Adapters | None = None,
+        program: Program | None = None,
     ):
-        self.program: Program = model
+        """`program`: what computes steps in the model's place; where an adapter is named the model itself does."""
+        self.model = model
+        self.program = program or model
         self.parallel = model.parallel
         self.vocab_size = model.vocab_size
         self.block_size = block_size
@@ -165,8 +168,9 @@ class Runner:
         if self.scaling is not None and self.scaling.by_limit:
             limits = [span.limit for span in pack.spans for _ in range(span.num_rows)]
             limits = torch.tensor(limits, device=self.device)
+        program: Program = self.model if pack.runs else self.program
         with self.adapters.running(pack.runs, pack.wanted) if pack.runs else nullcontext():
-            output = Output(*self.program.step(tokens, positions, caches, wanted, limits))
+            output = Output(*program.step(tokens, positions, caches, wanted, limits))
         if len(pack.tokens) >= LONG_STEP and self.device.type == "cpu":
             return_memory()
         return output

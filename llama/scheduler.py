@@ -30,6 +30,8 @@ from operator import attrgetter
 from llama.blocks import BlockAllocator, PrefixCache, extents
 from llama.request import Request, Slice, Status, Step
 
+MAX_RUNNING = 256  # requests at once, unless it is said
+
 
 class RequestTooLarge(ValueError):
     """The request could not finish even if it had the whole cache to itself."""
@@ -65,7 +67,7 @@ class Scheduler:
         num_blocks: int,
         block_size: int = 16,
         max_step_tokens: int = 512,
-        max_running: int = 256,
+        max_running: int = MAX_RUNNING,
         prefix_caching: bool = True,
         *,
         chunk: int | None = None,

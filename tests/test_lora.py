@@ -206,3 +206,25 @@ def test_two_ranks_compute_what_one_does_with_a_vocabulary_that_they_cannot_shar
     done = forked(2, "lora_ranks.py", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("as expected") == 3
+
+
+class Counting:
+    """A program that counts the rows that it computes, as the model would."""
+
+    def __init__(self, model):
+        self.model, self.num_rows = model, 0
+
+    def step(self, tokens, *rest):
+        self.num_rows += len(tokens)
+        return self.model.step(tokens, *rest)
+
+
+def test_steps_with_an_adapters_rows_are_the_models_own_and_all_others_the_programs(made):
+    base, adapters, _ = made
+    llm = build(base, adapters={"a": adapters["a"]})
+    runner = llm.engine.runner
+    runner.program = counting = Counting(llm.model)
+    expected = scores(llm)
+    assert counting.num_rows == len(TOKENS)
+    assert not torch.equal(scores(llm, adapter="a"), expected)
+    assert counting.num_rows == len(TOKENS)

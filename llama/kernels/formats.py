@@ -136,13 +136,13 @@ class LowBitFormat:
         """Unpack uint8 (rows, bytes) -> float32 (rows, columns)."""
         num_rows, columns = packed.shape[0], packed.shape[1] // self.block_bytes * self.block
         if num_rows * columns <= WEIGHTS_AT_ONCE:
-            return self._numbers(packed).view(num_rows, columns)
+            return self.numbers(packed).view(num_rows, columns)
         weight = packed.new_empty((num_rows, columns), dtype=torch.float32)
         for rows in row_chunks(num_rows, columns):
-            weight[rows] = self._numbers(packed[rows]).view(-1, columns)
+            weight[rows] = self.numbers(packed[rows]).view(-1, columns)
         return weight
 
-    def _numbers(self, packed: Tensor) -> Tensor:
+    def numbers(self, packed: Tensor) -> Tensor:
         """All weights of some rows, one group after the other."""
         groups = self.unpack(packed.reshape(-1, self.block_bytes))
         part = self.values(groups.codes) * groups.scale

@@ -278,7 +278,7 @@ def _behind(start: str, grammar: str) -> str:
 
 def _explanation(error: str) -> str:
     """What llguidance says, without what it knows of the vocabulary, and quotes and shows of the grammar."""
-    if found := re.match(r"Unimplemented keys: (\[.*\])", error):
+    if found := re.search(r"Unimplemented keys: (\[.*\])", error):
         return f"{', '.join(json.loads(found[1]))} is not supported"
     if found := re.search(r"the vocabulary cannot spell b'[^']*'", error):
         return found[0]

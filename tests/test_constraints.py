@@ -6,10 +6,10 @@ import re
 from dataclasses import replace
 
 import jsonschema
-import numpy as np
 import pytest
 import torch
 from llguidance import LLParserLimits
+from support.constrained import random_answer
 from support.schemas import SCHEMAS, drawn
 from support.tiny import ByteTokenizer, tiny_args, tiny_model
 from support.vocabularies import NAMES, SMOLLM2, make_files, package_file
@@ -20,7 +20,7 @@ from llama.answer import Completion, Query
 from llama.constraints import ConstraintError, Constraints
 from llama.runner import BLOCK_SIZE
 from llama.sampling_params import SamplingError
-from llama.tokenizer import StreamDecoder, Tokenizer
+from llama.tokenizer import Tokenizer
 
 WILD = dict(temperature=1.5, top_p=1.0, seed=7, max_tokens=160)
 PERSON = {
@@ -231,35 +231,20 @@ def vocabularies(tmp_path_factory) -> dict[str, Tokenizer]:
     return {name: Tokenizer(path) for name, path in files.items()}
 
 
-def random_answer(constraints: Constraints, tokenizer: Tokenizer, chance: random.Random, **shape: object) -> str:
-    """The text of an answer that takes any allowed token; of those that end a character or a space, some more."""
-    matcher = constraints.matcher(wild(**shape), tokenizer.stop_ids)
-    decoder, texts = StreamDecoder(tokenizer), []
-    while not matcher.is_complete:
-        bits = np.frombuffer(matcher.allowed(), np.uint8)
-        assert matcher.error is None
-        token = int(chance.choice(np.flatnonzero(np.unpackbits(bits, bitorder="little"))))
-        if token in tokenizer.stop_ids:
-            break
-        matcher.take(token)
-        texts.append(decoder.push(token))
-    return "".join(texts) + decoder.flush()
-
-
 @pytest.mark.parametrize("name", [*NAMES, "smollm2"])
 def test_the_text_of_an_answer_fits_with_every_kind_of_vocabulary(vocabularies, name):
     tokenizer, chance = vocabularies[name], random.Random(5)
     constraints = Constraints(tokenizer, tokenizer.n_words + 37, tokenizer.stop_ids)
     for regex in ("[a-z ]{1,9}!", " [a-z]{2}", "(ab|é|hello) ?[a-f]{1,3}", "[^\\n]{1,4}"):
         for _ in range(4):
-            text = random_answer(constraints, tokenizer, chance, regex=regex)
+            text = random_answer(constraints, tokenizer, chance, wild(regex=regex))
             assert name in LOSSY or re.fullmatch(regex, text), (regex, text)
     if name in LOSSY:
         with pytest.raises(ConstraintError, match=r"the vocabulary cannot spell b'\{'"):
             constraints.validate(wild(json_schema=PERSON))
         return
     for _ in range(3):
-        assert_valid(random_answer(constraints, tokenizer, chance, json_schema=PERSON), PERSON)
+        assert_valid(random_answer(constraints, tokenizer, chance, wild(json_schema=PERSON)), PERSON)
 
 
 # ---- how an answer ends

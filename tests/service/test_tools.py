@@ -79,8 +79,7 @@ def test_a_call_that_is_required_comes_with_valid_arguments(llm, monkeypatch, fo
     for call in calls:
         assert call["type"] == "function"
         arguments = json.loads(call["function"]["arguments"])
-        if format != "pythonic":  # whose values are any
-            jsonschema.validate(arguments, SCHEMAS[call["function"]["name"]])
+        jsonschema.validate(arguments, SCHEMAS[call["function"]["name"]])
     streamed = joined(chunks)
     assert streamed == {
         "content": None, "calls": [(c["function"]["name"], c["function"]["arguments"]) for c in calls]
@@ -136,6 +135,14 @@ def test_what_cannot_be_offered_is_refused(llm, fields, param):
     assert refused.value.param == param
 
 
+def test_parameters_that_are_nested_without_end_are_refused():
+    deep: dict = {"type": "string"}
+    for _ in range(2000):
+        deep = {"type": "object", "properties": {"a": deep}}
+    with pytest.raises(ToolError, match="'f' are nested more than 64 deep"):
+        ToolUse([{"type": "function", "function": {"name": "f", "parameters": deep}}])
+
+
 def add(a: int, b: int = 1, *, how: str | None = None) -> int:
     """Adds two numbers."""
     return a + b
@@ -180,6 +187,9 @@ def test_a_strict_tools_arguments_are_kept_to_wherever_a_call_begins(format, par
     [mark] = [mark for mark in ("<tool_call>", "[TOOL_CALLS]", "") if mark in (*kind.marks, "")][:1]
     written = kind.write([ToolCall("now", "{}")])
     wrong = written.replace("now", "then")
+    for space, is_taken in ((" ", True), ("\n  ", True), ("\n\n", False), (" " * 17, False)):
+        if "{" in written and not controls:  # JSON may be indented, and not go on for ever
+            assert takes(written.replace("{", "{" + space, 1)) == is_taken
     has_control = is_control and bool(mark)
     texts = [text.removeprefix(mark) if has_control else text for text in (written, wrong)]
     assert [takes(text, (258,) * has_control) for text in texts] == [True, False]

@@ -11,6 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from llama.chat.tools.call_schema import GUIDANCE, Tool, call_schema
+from llama.chat.tools.python_grammar import is_argument_name, python_calls
 from llama.chat.tools.scanning import (
     NoCall,
     Reader,
@@ -27,7 +29,6 @@ from llama.chat.tools.scanning import (
 )
 from llama.tool_call import ToolCall
 
-Tool = Mapping[str, Any]  # a description of a function, as OpenAI's API has it
 ANY_TEXT = "TEXT: /(.|\\n)*/"
 
 
@@ -93,42 +94,12 @@ class ToolFormat(ABC):
         if parallel is not None:
             most = {} if parallel else {"maxItems": 1}
             schema = {"type": "array", "items": schema, "minItems": 1, **most, "$defs": schema.pop("$defs")}
-        if not any(tool["function"].get("strict") for tool in tools):
-            schema["x-guidance"] = {"lenient": True}
+        is_strict = any(tool["function"].get("strict") for tool in tools)
+        schema["x-guidance"] = GUIDANCE if is_strict else {**GUIDANCE, "lenient": True}
         return f"%json {json.dumps(schema)}"
 
 
 EXAMPLE = ToolCall("function_name", '{"argument": "value"}')
-
-
-def call_schema(tools: Sequence[Tool], key: str) -> dict[str, Any]:
-    """What describes a call of one of the tools, its name first. References within parameters stay within them."""
-    definitions = {
-        f"tool{number}": rebased(tool["function"].get("parameters") or {"type": "object"}, f"#/$defs/tool{number}")
-        for number, tool in enumerate(tools)
-    }
-    calls = [
-        {
-            "type": "object",
-            "properties": {"name": {"const": tool["function"]["name"]}, key: {"$ref": f"#/$defs/tool{number}"}},
-            "required": ["name", key],
-            "additionalProperties": False,
-        }
-        for number, tool in enumerate(tools)
-    ]
-    return {"anyOf": calls, "$defs": definitions}
-
-
-def rebased(schema: Any, root: str) -> Any:
-    """A schema whose references start at another root."""
-    if isinstance(schema, Mapping):
-        return {
-            name: root + value[1:]
-            if name == "$ref" and isinstance(value, str) and value[:1] == "#"
-            else rebased(value, root)
-            for name, value in schema.items()
-        }
-    return [rebased(item, root) for item in schema] if isinstance(schema, list) else schema
 
 
 class HermesTools(ToolFormat):
@@ -247,35 +218,19 @@ class PythonicTools(ToolFormat):
         written = []
         for call in calls:
             arguments = json.loads(call.arguments or "{}")
-            written.append(f"{call.name}({', '.join(f'{name}={value!r}' for name, value in arguments.items())})")
+            written.append(f"{call.name}({', '.join(python_arguments(arguments))})")
         return f"[{', '.join(written)}]"
 
     def _grammar(self, start: str, tools: Sequence[Tool], parallel: bool) -> str:
-        """Names are those of the tools; values are any of Python's literals."""
         more = ' (", " call)*' if parallel else ""
-        rules = [start, f'calls: "[" call{more} "]"']
-        calls = []
-        for number, tool in enumerate(tools):
-            parameters = tool["function"].get("parameters") or {}
-            required = parameters.get("required") or ()
-            parts = [
-                f"{json.dumps(name + '=')} value" if name in required else f"({json.dumps(name + '=')} value)?"
-                for name in parameters.get("properties") or {}
-            ]
-            needed = [part for part in parts if not part.endswith("?")]
-            free = "".join(f' (", " {part[1:-2]})?' for part in parts if part.endswith("?"))
-            listed = ' ", " '.join(needed) + free if needed else " | ".join(part[1:-2] for part in parts)
-            calls.append(f"call{number}")
-            inner = f"({listed}){'' if needed else '?'}" if listed else '""'
-            rules.append(f'call{number}: {json.dumps(tool["function"]["name"] + "(")} {inner} ")"')
-        rules.append(f"call: {' | '.join(calls)}")
-        rules.append("value: STRING | NUMBER | CONSTANT | list | dict")
-        rules.append('list: "[" (value (", " value)*)? "]"')
-        rules.append('dict: "{" (STRING ": " value (", " STRING ": " value)*)? "}"')
-        rules.append("STRING: /'([^'\\\\\\x00-\\x1f]|\\\\['\\\\n])*'/")
-        rules.append("NUMBER: /-?(0|[1-9][0-9]*)(\\.[0-9]+)?/")
-        rules.append('CONSTANT: "True" | "False" | "None"')
-        return "\n".join(rules)
+        return f'{start}\ncalls: "[" call{more} "]"\n{python_calls(tools)}'
+
+
+def python_arguments(arguments: Mapping[str, Any]) -> list[str]:
+    """Arguments in a call; those whose names cannot stand there are in a dict."""
+    written = [f"{name}={value!r}" for name, value in arguments.items() if is_argument_name(name)]
+    others = {name: value for name, value in arguments.items() if not is_argument_name(name)}
+    return written + [f"**{others!r}"] * bool(others)
 
 
 class MistralTools(ToolFormat):

@@ -227,18 +227,28 @@ def python_array(sink: Sink, char: str) -> Reader:
 
 
 def python_call(sink: Sink, name: str) -> Reader:
-    """The arguments of a call behind its parenthesis, which are shown as JSON once it is closed."""
+    """The arguments of a call behind its parenthesis, which are shown as JSON once it is closed.
+
+    A dict behind ** has some of them, as in Python.
+    """
     arguments = []
     char = yield from after_blank()
     while char != ")":
-        key = ""
-        while char.isidentifier() or (key and char.isalnum()):
-            key += char
-            char = yield
-        if not key or (yield from after_blank(char)) != "=":
-            raise NoCall
-        written, char = yield from python_literal((yield from after_blank()))
-        arguments.append(f"{json.dumps(key)}: {written}")
+        if char == "*":
+            yield from literal("*")
+            written, char = yield from python_literal((yield from after_blank()))
+            if not written.startswith("{"):
+                raise NoCall
+            arguments += filter(None, [written[1:-1].strip()])
+        else:
+            key = ""
+            while char.isidentifier() or (key and char.isalnum()):
+                key += char
+                char = yield
+            if not key or (yield from after_blank(char)) != "=":
+                raise NoCall
+            written, char = yield from python_literal((yield from after_blank()))
+            arguments.append(f"{json.dumps(key)}: {written}")
         if char == ",":
             char = yield from after_blank()
     sink.begin(name)
@@ -267,12 +277,19 @@ def python_literal(char: str) -> Reader:
             elif closers and char == closers[-1]:
                 closers.pop()
         char = yield
-    try:
-        found = ast.literal_eval(written.strip())
-        return json.dumps(found, ensure_ascii=False, allow_nan=False), char
-    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+    written = written.strip()
+    try:  # JSON, with its true, false and null, or what is the same in Python
+        json.loads(written, parse_constant=int)  # which takes no NaN
+        return written, char
+    except (ValueError, RecursionError):
         pass
-    try:  # true, false and null, as JSON has them
-        return json.dumps(json.loads(written), ensure_ascii=False), char
-    except (ValueError, RecursionError) as error:
+    try:
+        return json_text(ast.literal_eval(written)), char
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise NoCall from error
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON that UTF-8 can hold: halves of surrogate pairs stay escaped."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return text if text.isascii() or not any("\ud800" <= char <= "\udfff" for char in text) else json.dumps(value)

@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llama.chat.tools.formats import Tool, ToolFormat
+from llama.chat.tools.call_schema import Tool, is_nested_within
+from llama.chat.tools.formats import ToolFormat
 
 MOST_TOOLS = 128  # OpenAI's limit
+DEEPEST_PARAMETERS = 64  # brackets of a schema
 
 
 class ToolError(ValueError):
@@ -83,6 +85,8 @@ def checked(tool: object) -> Tool:
         raise ToolError("tools holds what is no function: give {'type': 'function', 'function': {'name': text, ...}}")
     if not isinstance(function.get("parameters") or {}, Mapping):
         raise ToolError(f"the parameters of {function['name'][:64]!r} are no JSON schema")
+    if not is_nested_within(function.get("parameters"), DEEPEST_PARAMETERS):
+        raise ToolError(f"the parameters of {function['name'][:64]!r} are nested more than {DEEPEST_PARAMETERS} deep")
     return {"type": "function", "function": dict(function)}
 
 

@@ -105,15 +105,20 @@ class ChatFormat(ABC):
 
     def spoken(self, text: str, tokens: Sequence[int], names: Sequence[str]) -> Spoken:
         """An answer taken apart: what it says, and its calls of the tools of these names."""
+        parser = ToolParser(self.tool_format, names, self.tool_format.controls)
+        pieces = [piece for shown, token in self.retold(text, tokens) for piece in parser.push(shown, token)]
+        return Spoken.of([*pieces, *parser.end()])
+
+    def retold(self, text: str, tokens: Sequence[int]) -> Iterator[tuple[str, int | None]]:
+        """An answer as it came: what each token showed, a control token nothing; and what is left, without a token."""
         from llama.tokenizer import StreamDecoder
 
-        parser = ToolParser(self.tool_format, names, self.tool_format.controls)
-        decoder, pieces, room = StreamDecoder(self.tokenizer), [], len(text)
-        for token in tokens:  # a control token marks calls, and is not in the text
+        decoder, room = StreamDecoder(self.tokenizer), len(text)
+        for token in tokens:
             shown = decoder.push(token)[:room] if token < self.tokenizer.n_words else ""
             room -= len(shown)
-            pieces += parser.push(shown, token)
-        return Spoken.of([*pieces, *parser.push(text[len(text) - room :]), *parser.end()])
+            yield shown, token
+        yield text[len(text) - room :], None
 
     def validate_roles(self, messages: Sequence[Message]) -> None:
         """Raises DialogError for a role that the format does not have, or not there."""

@@ -12,6 +12,7 @@ from llama.service.messages import COUNT_TOKENS, MESSAGES
 from llama.service.ollama import OLLAMA_CHAT, OLLAMA_EMBED, OLLAMA_GENERATE, ollama_error
 from llama.service.ollama_model import OLLAMA_SHOW
 from llama.service.refusal import Refusal, failure
+from llama.service.responses import RESPONSES
 from llama.service.tokens import APPLY_TEMPLATE, DETOKENIZE, TOKENIZE
 from llama.service.tutorial import GENERATE
 
@@ -33,6 +34,7 @@ MODEL_ENDPOINTS = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": COMPLETIONS,
     "/v1/embeddings": EMBEDDINGS,
+    "/v1/responses": RESPONSES,
 }
 ENDPOINTS = {
     **MODEL_ENDPOINTS,

@@ -34,12 +34,12 @@ Prompts = str | Ids | list[str] | list[Ids]
 
 
 def _refuse_any(value: Any) -> Any:
-    if value or value == 0:
+    if value or (value == 0 and value is not False):
         raise PydanticCustomError("unsupported_parameter", "this is not served: leave it out")
     return value
 
 
-Unserved = Annotated[Any, AfterValidator(_refuse_any)]  # clients send an empty list where they mean nothing
+Unserved = Annotated[Any, AfterValidator(_refuse_any)]  # clients send an empty list, or false, where they mean nothing
 Ignored = Annotated[Any, Field(description="Taken and left alone: it does not change the answer.")]
 Stop = Annotated[str, Field(max_length=LONGEST_STOP)]
 

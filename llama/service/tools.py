@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
+from llama.answer import Completion, Event
 from llama.chat.tools import AnswerPiece, ToolError, ToolParser, ToolUse, merged
 from llama.generation import Llama
 from llama.service.frames import Delta
@@ -17,6 +20,14 @@ def offered(tools: Sequence[dict[str, Any]], choice: str = "auto", parallel: boo
         return ToolUse(tools, choice, parallel)
     except ToolError as error:
         raise Refusal(str(error), param=error.param) from error
+
+
+def retold(llm: Llama, completion: Completion) -> list[Event]:
+    """The events that a completion might have come in."""
+    told = llm.chat_format.retold(completion.text, completion.tokens)
+    pairs = zip_longest(told, completion.logprobs or ())
+    events = [Event(completion.place, completion.index, token, text, logprob) for (text, token), logprob in pairs]
+    return [*events[:-1], replace(events[-1], completion=completion)]
 
 
 class AnswerReader:

@@ -12,16 +12,20 @@ from support.tiny import ByteTokenizer, answering_model
 
 from llama import Llama
 
-UNSERVED = {"openai-chat": {"chat-image-input"}, "anthropic": {"anth-image-input"}}  # the model sees no images
+UNSERVED = {  # the model sees no images
+    "openai-chat": {"chat-image-input"},
+    "anthropic": {"anth-image-input"},
+    "open-responses": {"image-input"},
+}
 
 
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
-    with serving(lambda: Llama(answering_model("Ok."), ByteTokenizer(), chat_format="llama2"), ollama=True) as server:
+    with serving(lambda: Llama(answering_model("Ok."), ByteTokenizer(), chat_format="vicuna"), ollama=True) as server:
         yield server
 
 
-@pytest.mark.parametrize("form", ["openai-chat", "anthropic"])
+@pytest.mark.parametrize("form", UNSERVED)
 def test_llm_comply_finds_nothing_wrong(running, form):
     command = [Path(sys.executable).with_name("llm-comply"), "--format", form, "--json"]
     command += ["-u", f"{running.url}/v1", "-k", "k", "-m", "m"]

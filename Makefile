@@ -1,5 +1,5 @@
 # `make chat` sets everything up and prints a real model's answers; `make serve` serves that model over HTTP;
-# `make test` sets up and runs the tests.
+# `make bench` says how fast it is here; `make test` sets up and runs the tests.
 # Without a GPU, the small CPU build of torch comes from its own index:
 #   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make chat
 
@@ -9,13 +9,16 @@ WORKERS ?= 2
 # Each worker computes with one thread, and takes tests over from one that is behind.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: chat serve test test-all lint clean
+.PHONY: chat serve bench test test-all lint clean
 
 chat: .venv/installed
 	$(BIN)/torchrun --nproc_per_node 1 example_chat_completion.py
 
 serve: .venv/installed
 	$(BIN)/llama serve
+
+bench: .venv/installed
+	$(BIN)/llama bench
 
 test: .venv/installed-test lint
 	$(PYTEST)

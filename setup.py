@@ -14,7 +14,11 @@ setup(
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
     packages=find_packages(include=["llama", "llama.*"]),
-    package_data={"llama.kernels": ["csrc/*"], "llama.server": ["page/*", "page/vendor/*", "page/vendor/fonts/*"]},
+    package_data={
+        "llama.kernels": ["csrc/*"],
+        "llama.bench": ["children/*.py"],
+        "llama.server": ["page/*", "page/vendor/*", "page/vendor/fonts/*"],
+    },
     ext_modules=build["extensions"](),
     cmdclass={"build_ext": build["ParallelBuild"]},
     install_requires=[
@@ -38,6 +42,7 @@ setup(
     ],
     extras_require={
         "hub": ["huggingface-hub>=1.0"],
+        "bench": ["matplotlib>=3.9"],
         "server": ["fastapi>=0.115", "uvicorn>=0.34", "httptools>=0.6.3", "prometheus-client>=0.21"],
     },
     entry_points={"console_scripts": ["llama=llama.__main__:main"]},

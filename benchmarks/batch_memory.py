@@ -84,7 +84,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name, redirect_stdout(sys.stderr):
         folder = Path(name)
-        write_model(folder / "model", MODEL, tokenizer=False)
+        write_model(folder / "model", MODEL)
         write_tokenizer(folder / "tokenizer.model")
         write_requests(folder / "in.jsonl", num_lines)
         llm = Llama.build(folder / "model", max_seq_len=256, dtype="fp32", kv_cache_memory=1 << 22)

@@ -9,9 +9,10 @@ side does all of it once a round (--rounds, default 1), one side after the other
 timed. It takes 7 GB of temporary disk and 6 GB of memory. The sides:
 
     llama         Llama.complete with SamplingParams a request; no prompt shares a prefix
-    llama.cpp     BF16 GGUF, all sequences decoded in parallel (`common/llamacpp.py`); left out without --peer-python
+    llama.cpp     BF16 GGUF, all sequences decoded in parallel (`llama/bench/children/llamacpp.py`); left out without
+                  --peer-python
     transformers  its continuous batching, with max_new_tokens a request
-    padded        one batch in the reference's manner (`common/padded.py`) with 8 of the requests (--padded-requests),
+    padded        one batch in the reference's manner (`padded.py` there) with 8 of the requests (--padded-requests),
                   of all lengths; its rate stands for all of them, as if the rest ran in further batches of that size
 
 The peers run at the best of their settings, found beforehand on a part of the work, which takes some minutes. The
@@ -30,6 +31,7 @@ import gc
 import logging
 import os
 import random
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -38,8 +40,7 @@ from pathlib import Path
 
 import torch
 from common.machine import machine, matrix_rate, read_bandwidth
-from common.padded import PaddedModel
-from common.peers import LLAMACPP, Peer
+from common.peers import LLAMACPP, PACKAGE_ROOT, PADDED, Peer
 from common.shapes import TINY, TINYLLAMA, write_model
 from common.timing import median, report, seconds
 
@@ -163,17 +164,18 @@ def run_llama(work: Work) -> Outcome:
 FLASH = ["flash attention", "no flash attention"]
 
 
-def ask_llamacpp(peer: Peer, requests: list[Request], setting: str) -> Outcome:
+def ask(peer: Peer, requests: list[Request], setting: str, **options: object) -> Outcome:
     prompts, num_tokens = [r.prompt for r in requests], [r.num_tokens for r in requests]
-    answer = peer.ask(prompts=prompts, num_tokens=num_tokens, flash=setting == FLASH[0])
-    return Outcome(requests, answer["seconds"], answer["tokens"], setting)
+    answer = peer.ask(do="run", prompts=prompts, num_tokens=num_tokens, **options)
+    return Outcome(requests, answer["first_seconds"] + sum(answer["step_seconds"]), answer["tokens"], setting)
 
 
 def run_llamacpp(work: Work) -> Outcome:
-    peer = Peer(work.peer_python, LLAMACPP, torch.get_num_threads())
+    peer = Peer(work.peer_python, LLAMACPP)
     try:
-        peer.ask(load=str(work.directory / "model.gguf"))
-        return work.at_best("llama.cpp", FLASH, work.some(8), partial(ask_llamacpp, peer))
+        peer.ask(do="load", path=str(work.directory / "model.gguf"), threads=torch.get_num_threads())
+        settings = {name: partial(ask, peer, flash=flash) for name, flash in zip(FLASH, (True, False), strict=True)}
+        return work.at_best("llama.cpp", FLASH, work.some(8), lambda part, name: settings[name](part, name))
     finally:
         peer.close()
 
@@ -244,13 +246,13 @@ def run_transformers(work: Work) -> Outcome:
 
 def run_padded(work: Work) -> Outcome:
     requests = work.some(work.padded_requests)
-    longest = max(len(r.prompt) + r.num_tokens for r in requests)
-    model = PaddedModel(work.directory / "meta", len(requests), longest)
-    model.generate([[5] * 16], [2])
-    tokens = []
-    prompts, counts = [r.prompt for r in requests], [r.num_tokens for r in requests]
-    elapsed = seconds(lambda: tokens.extend(model.generate(prompts, counts)))
-    return Outcome(requests, elapsed, tokens, f"{len(requests)} of {len(work.requests)} requests")
+    peer = Peer(sys.executable, PADDED, PYTHONPATH=str(PACKAGE_ROOT))
+    try:
+        peer.ask(do="load", path=str(work.directory / "meta"), threads=torch.get_num_threads(), dtype="bfloat16")
+        peer.ask(do="run", prompts=[[5] * 16], num_tokens=2)
+        return ask(peer, requests, f"{len(requests)} of {len(work.requests)} requests")
+    finally:
+        peer.close()
 
 
 SIDES = {

@@ -110,7 +110,7 @@ def write_both(folder: Path, args: argparse.Namespace) -> None:
         n_kv_heads=args.dim // 256,
         vocab_size=args.vocab,
     )
-    write_model(folder / "meta", shape, DTYPES[args.dtype], tokenizer=False)
+    write_model(folder / "meta", shape, DTYPES[args.dtype])
     convert(folder / "meta", folder / "hf", "hf", max_shard_size="1000GB")
 
 

@@ -298,6 +298,44 @@ def perplexity(
     report.show_perplexity(llm, text, window, stride)
 
 
+@app.command()
+@takes(load=MODEL.only("device", "kv_dtype"))
+def bench(
+    model: Model = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Random weights instead: 1.1b, 7b, 8b, smollm2-135m, or tiny to try it.")
+    ] = None,
+    precision: Annotated[
+        list[str] | None, typer.Option(help="stored, none or a low-bit format; may be given several times.")
+    ] = None,
+    vs: Annotated[
+        str | None,
+        typer.Option(help="Peers: llamacpp, ik, transformers, padded; llamacpp=PYTHON names an interpreter."),
+    ] = None,
+    works: Annotated[
+        str | None, typer.Option(help="Of prompt-512, context-0, -512, -4096, batch-1, -8, -32; all if left out.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each side takes its turn.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="For every side; torch's own number if left out.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Write everything that was measured here.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it, as a .png or .svg file.")] = None,
+    *,
+    load: dict[str, Any],
+) -> None:
+    """Measure how fast this machine, this engine and its peers are: prompts, contexts, batches, start-up, memory.
+
+    Sides take turns, medians are compared, and the machine's limits are measured in between. Let nothing else run.
+    """
+    from llama import report
+    from llama.bench.run import Bench, run_bench
+
+    if model is not None and shape is not None:
+        raise WrongCall("give a MODEL or --shape, not both")
+    path = None if shape else path_of(model)
+    wanted = Bench(path, shape, precision, vs, works, rounds, threads, load.pop("device"), load)
+    report.show_bench(run_bench(wanted), json, plot)
+
+
 def build(model: str | None, load: dict[str, Any]) -> Llama:
     """`Llama.build`, with its report on standard error: standard output is for answers."""
     from llama.generation import Llama

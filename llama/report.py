@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 
+from llama.files.json import json_bytes
 from llama.progress import bytes_text
 from llama.streams import printable
 
 if TYPE_CHECKING:
     from llama.batch import Batch, Counts
+    from llama.bench.run import Bench, Figure, Limits, Start
     from llama.checkpoint import Adapter, Estimate, Finding, Inspection, Stored
     from llama.generation import Llama
 
@@ -140,3 +144,47 @@ def run_batch(batch: Batch) -> Counts:
     if batch.llm.rank == 0:
         console.print(summary(counts), highlight=False)
     return counts
+
+
+def show_bench(found: Iterable[Bench | Limits | Figure | Start], json: Path | None, plot: Path | None) -> None:
+    """Prints what is measured as it comes; writes all of it at the end, if a file was named."""
+    from llama.bench.plot import plot_figures, validate_plot
+    from llama.bench.run import Bench, Figure, Limits, Start
+
+    if plot is not None:
+        validate_plot(plot)
+    for path in filter(None, (json, plot)):
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path}: there is no folder {path.parent}")
+    shown: dict[type, list[Any]] = {Bench: [], Limits: [], Figure: [], Start: []}
+    for one in found:
+        shown[type(one)].append(one)
+        if isinstance(one, Limits):
+            show_facts({name: value for name, value in asdict(one).items() if value is not None})
+        elif isinstance(one, Figure | Start):
+            print(printable(figure_text(one) if isinstance(one, Figure) else start_text(one)), flush=True)
+    [bench], [limits] = shown[Bench], shown[Limits]
+    if json is not None:
+        figures, starts = ([asdict(one) for one in shown[kind]] for kind in (Figure, Start))
+        content = {"model": bench.title, "limits": asdict(limits), "figures": figures, "starts": starts}
+        json.write_bytes(json_bytes(content))
+    if plot is not None:
+        plot_figures(plot, f"{bench.title} on {limits.processor}, {limits.threads} threads", shown[Figure])
+
+
+def figure_text(figure: Figure) -> str:
+    low, high = figure.spread
+    beside = f"{figure.share_of_limit:.0%} of {figure.limit}" if figure.ratio is None else f"{figure.ratio:.2f}x"
+    setting = f" ({figure.setting})" if figure.setting else ""
+    return (
+        f"{figure.precision:9} {figure.work:12} {figure.side:12} {1e3 * figure.seconds:9.2f} ms "
+        f"{figure.tokens_per_s:8.1f} tokens/s ({low:.1f} to {high:.1f})  {beside}{setting}"
+    )
+
+
+def start_text(start: Start) -> str:
+    peak = "" if start.peak_bytes is None else f", {bytes_text(start.peak_bytes)} at most"
+    return (
+        f"{start.precision:9} start        {start.side:12} {start.first_token_seconds:6.2f} s to the first token: "
+        f"{start.import_seconds:.2f} s imports, {start.load_seconds:.2f} s loading{peak}"
+    )

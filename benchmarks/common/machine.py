@@ -2,45 +2,14 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import threading
 from pathlib import Path
 
 import torch
 
-from llama.device import choose_dtype
-from llama.linear import Linear
+from llama.bench.machine import DTYPE, matrix_rate, processor, read_bandwidth
 
-from .timing import seconds
-
-DTYPE = choose_dtype("auto", torch.bfloat16, torch.device("cpu"))  # of a model that is stored in 16 bits
-
-
-def read_bandwidth(buffer: torch.Tensor | None = None, repetitions: int = 5) -> float:
-    """Bytes per second that all threads together read from memory: the best of some sums over a large buffer."""
-    if buffer is None:
-        buffer = torch.ones(1 << 28)
-        buffer.sum()
-    return buffer.numel() * buffer.element_size() / min(seconds(buffer.sum) for _ in range(repetitions))
-
-
-def matrix_rate(dtype: torch.dtype = DTYPE, repetitions: int = 5) -> float:
-    """Operations per second of a product of 512 rows by a 2048 x 5632 matrix, prepared as the model's are."""
-    linear = Linear(5632, 2048).to(dtype)
-    linear.prepare()
-    x = torch.randn(512, 5632, dtype=dtype)
-    linear(x)
-    return 2 * 512 * 2048 * 5632 / min(seconds(lambda: linear(x)) for _ in range(repetitions))
-
-
-def processor() -> str:
-    if os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as lines:
-            named = next((line for line in lines if line.startswith("model name")), None)
-        if named:
-            return named.split(":")[1].strip()
-    return platform.processor() or platform.machine()
+__all__ = ["DTYPE", "Memory", "anonymous_bytes", "machine", "matrix_rate", "processor", "read_bandwidth"]
 
 
 def machine() -> dict[str, object]:

@@ -10,7 +10,6 @@ from llama.answer import Query
 from llama.engine import Engine
 from llama.quantization import LowBitLinear
 
-from .peers import Peer
 from .timing import seconds
 
 
@@ -51,15 +50,6 @@ def run_ours(llm: Llama, work: Work) -> float:
     if work.num_tokens == 1:
         return prefill_seconds
     return seconds(decode) / (work.num_tokens - 1)
-
-
-def run_llamacpp(peer: Peer, vocab_size: int, work: Work, flash: bool) -> float:
-    """The same by llama.cpp."""
-    prompts = random_prompts(work, vocab_size)
-    answer = peer.ask(prompts=prompts, num_tokens=[work.num_tokens] * work.num_prompts, flash=flash)
-    if work.num_tokens == 1:
-        return answer["prefill_seconds"]
-    return (answer["seconds"] - answer["prefill_seconds"]) / (work.num_tokens - 1)
 
 
 def low_bit_linears(llm: Llama) -> list[LowBitLinear]:

@@ -1,18 +1,21 @@
-"""Generation in the manner of Meta's reference code, the yardstick of `batching.py`: one padded batch for everybody.
+"""Meta's reference code, as `lines.py` says: one padded batch for everybody.
 
 The model and the loop do what the reference's `model.py` and `generation.py` do (facebookresearch/llama), as plain
 tensor functions: the prompts are right-padded into one tensor, the first step computes as many positions as the
 shortest prompt has, and every further step one position of every row until the slowest row has ended. Keys and values
-lie in a cache of max_batch_size x max_seq_len, are repeated for grouped heads, and the logits of all positions are
-made and turned into float32. The linear layers are `F.linear` on the CPU, in the type that is stored.
+lie in a cache of batch x length, are repeated for grouped heads, and the logits of all positions are made and turned
+into float32. The linear layers are `F.linear` on the CPU. "load" takes a directory in Meta's layout, of one file, and
+`dtype`, the type that the engine itself chose on this machine; "run" takes `num_tokens` also as one number a prompt.
 """
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from lines import answer_lines
 
 from llama.checkpoint import open_checkpoint
 
@@ -38,15 +41,19 @@ def repeat_kv(x: torch.Tensor, times: int) -> torch.Tensor:
 
 
 class PaddedModel:
-    """A checkpoint in Meta's layout, in one file, with its cache."""
+    """A checkpoint in Meta's layout, in one file, and the cache of the batch that runs."""
 
-    def __init__(self, directory: Path, max_batch_size: int, max_seq_len: int):
+    def __init__(self, directory: Path, dtype: torch.dtype):
         self.args = args = open_checkpoint(directory).args
-        self.weights = torch.load(directory / "consolidated.00.pth", weights_only=True)
-        self.angles = rotation_angles(args.head_dim, max_seq_len, args.rope_theta)
-        size = (args.n_layers, max_batch_size, max_seq_len, args.n_kv_heads, args.head_dim)
-        dtype = self.weights["norm.weight"].dtype
-        self.keys, self.values = torch.zeros(size, dtype=dtype), torch.zeros(size, dtype=dtype)
+        weights = torch.load(directory / "consolidated.00.pth", weights_only=True)
+        self.weights = {name: weight.to(dtype) for name, weight in weights.items()}
+        self.angles = rotation_angles(args.head_dim, args.max_seq_len, args.rope_theta)
+
+    def reset(self, batch_size: int, length: int) -> None:
+        """An empty cache, of pages that are there already."""
+        args, dtype = self.args, self.weights["norm.weight"].dtype
+        size = (args.n_layers, batch_size, length, args.n_kv_heads, args.head_dim)
+        self.keys, self.values = (torch.zeros(size, dtype=dtype).fill_(0) for _ in range(2))
 
     def forward(self, tokens: torch.Tensor, start_pos: int) -> torch.Tensor:
         """tokens (batch, seqlen) at positions start_pos ... -> logits (batch, seqlen, vocab_size) float32"""
@@ -95,17 +102,42 @@ class PaddedModel:
         return F.linear(x, self.weights[name + ".weight"])
 
     @torch.inference_mode()
-    def generate(self, prompts: list[list[int]], num_tokens: list[int]) -> list[list[int]]:
-        """The likeliest `num_tokens[i]` tokens after each prompt; the batch runs until the last row has its own."""
+    def generate(self, prompts: list[list[int]], num_tokens: list[int]) -> tuple[list[list[int]], list[float]]:
+        """The likeliest `num_tokens[i]` tokens after each prompt, and each step's seconds.
+
+        The batch runs until the last row has its own.
+        """
         ends = [len(prompt) + count for prompt, count in zip(prompts, num_tokens, strict=True)]
+        self.reset(len(prompts), max(ends))
         tokens = torch.full((len(prompts), max(ends)), PAD)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = torch.tensor(prompt)
         given = tokens != PAD
-        previous = 0
+        previous, seconds = 0, []
         for position in range(min(map(len, prompts)), max(ends)):
+            started = time.perf_counter()
             logits = self.forward(tokens[:, previous:position], previous)
             chosen = logits[:, -1].argmax(-1)
             tokens[:, position] = torch.where(given[:, position], tokens[:, position], chosen)
             previous = position
-        return [row[len(prompt) : end].tolist() for row, prompt, end in zip(tokens, prompts, ends, strict=True)]
+            seconds.append(time.perf_counter() - started)
+        answers = [row[len(prompt) : end].tolist() for row, prompt, end in zip(tokens, prompts, ends, strict=True)]
+        return answers, seconds
+
+
+MODEL: list[PaddedModel] = []  # the one that is loaded
+
+
+def load(path: str, threads: int, dtype: str, **unused: object) -> dict:
+    torch.set_num_threads(threads)
+    MODEL[:] = [PaddedModel(Path(path), getattr(torch, dtype))]
+    return {"vocab_size": MODEL[0].args.vocab_size}
+
+
+def run(prompts: list[list[int]], num_tokens: int | list[int]) -> dict:
+    wanted = [num_tokens] * len(prompts) if isinstance(num_tokens, int) else num_tokens
+    answers, seconds = MODEL[0].generate(prompts, wanted)
+    return {"first_seconds": seconds[0], "step_seconds": seconds[1:], "tokens": answers}
+
+
+answer_lines(load=load, run=run)

@@ -1,0 +1,1 @@
+"""How fast this engine is here, beside the machine's limits and its peers: what `llama bench` measures."""

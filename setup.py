@@ -17,7 +17,7 @@ setup(
     package_data={
         "llama.kernels": ["csrc/*"],
         "llama.bench": ["children/*.py"],
-        "llama.server": ["page/*", "page/vendor/*", "page/vendor/fonts/*"],
+        "llama.server": ["page/*", "page/vendor/*", "page/vendor/*/*"],
     },
     ext_modules=build["extensions"](),
     cmdclass={"build_ext": build["ParallelBuild"]},

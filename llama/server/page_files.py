@@ -104,4 +104,4 @@ def add_page(app: FastAPI) -> None:
         return file.response(request)
 
     for path in (INDEX, "/page/{name:path}"):
-        app.add_api_route(path, send, methods=["GET", "HEAD"], include_in_schema=False)
+        app.add_route(path, send, methods=["GET", "HEAD"], include_in_schema=False)

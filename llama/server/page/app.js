@@ -1,14 +1,13 @@
-// The page: what stands in it starts here, and the keys that work everywhere.
+// The page: what stands in it starts here, and the keys that work everywhere. What is not seen at first, dialogs, the
+// notebook, tokens, formulas, colours, comes when it is first wanted.
 
-import { chat, newConversation, startChat, stop } from "./chat.js";
+import { chat, newConversation, refresh, startChat, stop } from "./chat.js";
 import { answerOf } from "./answers.js";
 import { loadCharacters } from "./characters.js";
 import { find } from "./dom.js";
-import { startCharacters } from "./characters_dialog.js";
-import { startNotebook } from "./notebook.js";
+import { loadMarkdown } from "./message.js";
 import { onSetting, settings } from "./settings.js";
 import { removeOne, rename, showConversations, startSidebar, toggleSidebar } from "./sidebar.js";
-import { startSettings } from "./settings_dialog.js";
 import { watchServer } from "./status.js";
 import { startViews } from "./views.js";
 import { startWords } from "./words.js";
@@ -40,10 +39,10 @@ function showTheme() {
 showTheme();
 onSetting((name) => name === "theme" && showTheme());
 document.addEventListener("keydown", onkey);
+find("#open-settings").addEventListener("click", async () => (await import("./settings_dialog.js")).openSettings());
+find("#open-characters").addEventListener("click", async () => (await import("./characters_dialog.js")).openCharacters());
+loadMarkdown();
 startChat();
-startNotebook();
-startSettings();
-startCharacters();
 startViews();
 startWords();
 watchServer();
@@ -52,7 +51,6 @@ await startSidebar();
 onSetting(async (name) => {
   if (name !== "language") return;
   await showConversations();
-  const { refresh } = await import("./chat.js");
   refresh();
 });
 navigator.storage?.persist?.();

@@ -2,7 +2,6 @@
 // TavernAI's cards, which are pictures with the text inside.
 
 import { newId } from "./dom.js";
-import { cardText, withCardText } from "./png.js";
 import * as store from "./store.js";
 
 const known = new Map(); // by id
@@ -58,6 +57,7 @@ function dataUrl(file) {
 /** The characters of files of one name: a text, and perhaps a picture beside it. Raises SyntaxError for any other. */
 export async function readCharacter(file) {
   if (file.type === "image/png" || file.name.endsWith(".png")) {
+    const { cardText } = await import("./png.js");
     const fields = characterFrom(JSON.parse(cardText(new Uint8Array(await file.arrayBuffer()))));
     return { ...fields, picture: await dataUrl(new Blob([file], { type: "image/png" })) };
   }
@@ -95,5 +95,6 @@ export async function characterCard({ name, greeting, context, picture }) {
   if (picture) context2d.drawImage(image, 0, 0);
   const blob = await new Promise((resolve) => canvas.toBlob(resolve, "image/png"));
   const card = { name, description: context, personality: "", scenario: "", first_mes: greeting, mes_example: "", context };
+  const { withCardText } = await import("./png.js");
   return withCardText(new Uint8Array(await blob.arrayBuffer()), JSON.stringify(card));
 }

@@ -3,7 +3,7 @@
 import { newConversation } from "./chat.js";
 import { characterCard, characterYaml, characters, readCharacter, readPicture, removeCharacter, saveCharacter } from "./characters.js";
 import { askWhether, openDialog, toast } from "./dialogs.js";
-import { download, el, find, icon } from "./dom.js";
+import { download, el, icon } from "./dom.js";
 import { COMMAND, MODES } from "./modes.js";
 import { settings } from "./settings.js";
 import { field } from "./settings_dialog.js";
@@ -102,13 +102,10 @@ function content(again) {
   ].filter(Boolean);
 }
 
-export function startCharacters() {
-  find("#open-characters").addEventListener("click", () => {
-    const body = el("div", { class: "settings" });
-    const before = settings.mode + settings.character;
-    const again = () => body.replaceChildren(...content(again));
-    again();
-    const close = () => settings.mode + settings.character !== before && newConversation();
-    openDialog(t("characters"), body, { close });
-  });
+export function openCharacters() {
+  const body = el("div", { class: "settings" });
+  const before = settings.mode + settings.character;
+  const again = () => body.replaceChildren(...content(again));
+  again();
+  openDialog(t("characters"), body, { close: () => settings.mode + settings.character !== before && newConversation() });
 }

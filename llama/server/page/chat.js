@@ -2,10 +2,9 @@
 
 import { Answer, answerOf } from "./answers.js";
 import { askLines, askWhether, toast } from "./dialogs.js";
-import { el, find, fit, icon, iconButton, perFrame } from "./dom.js";
+import { el, find, fit, icon, iconButton, perFrame, setText } from "./dom.js";
 import { MessageView } from "./message.js";
 import { answerRequest, continueRequest, greet, pickRequest, shownName, shownPicture, shownText } from "./modes.js";
-import { openRaw, openTokens } from "./panels.js";
 import { serverModel } from "./prompts.js";
 import { settings } from "./settings.js";
 import * as store from "./store.js";
@@ -15,6 +14,7 @@ import { t } from "./words.js";
 
 const MOST_FILE_BYTES = 1 << 20;
 const NEAR_END = 60; // pixels: whoever is so near to the end follows what is written
+const PAUSE = 40; // milliseconds between two looks at an answer that is being written
 const isTouch = matchMedia("(pointer: coarse)");
 
 const scroll = find("#scroll");
@@ -35,7 +35,7 @@ let follows = true;
 export async function openConversation(conversation) {
   chat.conversation = conversation;
   follows = true;
-  for (const view of chat.views.values()) near.unobserve(view.node);
+  near.disconnect();
   chat.views.clear();
   list.replaceChildren();
   find("#system-text").value = conversation.info.system;
@@ -97,27 +97,30 @@ function drawSome() {
 }
 
 function draw(view) {
-  if (view && !view.isRendered) view.render();
+  if (!view || view.isRendered) return;
+  near.unobserve(view.node);
+  view.render();
 }
 
 function showBusy() {
   const isBusy = answerOf(chat.conversation) !== undefined;
   find("#send").hidden = isBusy;
   find("#stop-answer").hidden = !isBusy;
+  list.classList.toggle("answering", isBusy); // meanwhile some buttons are hidden
   showContext(chat.conversation.path().findLast((message) => message.stats)?.stats);
 }
 
 function showContext(stats) {
-  find("#context").textContent = stats && serverModel.context ? t("contextUsed", { used: stats.promptTokens + stats.tokens, all: serverModel.context }) : "";
+  setText(find("#context"), stats && serverModel.context ? t("contextUsed", { used: stats.promptTokens + stats.tokens, all: serverModel.context }) : "");
 }
 
 const follow = perFrame(() => {
   const answer = answerOf(chat.conversation);
   if (!answer) return showBusy();
   chat.views.get(answer.message.id)?.update();
-  if (follows) toEnd();
   showContext(answer.message.stats);
-});
+  if (follows) toEnd(); // last: it asks for what all of the above has come to
+}, PAUSE);
 
 function toEnd() {
   scroll.scrollTop = scroll.scrollHeight;
@@ -178,6 +181,8 @@ export function stop() {
 }
 
 // ---- what a message's buttons do
+
+const panels = () => import("./panels.js");
 
 const actions = {
   answerName: () => shownName(chat.conversation),
@@ -253,8 +258,8 @@ const actions = {
     if (message.calls.every((one) => given.has(one.id))) await answerTo(result);
   },
 
-  openTokens: (message, view) => view.togglePanel("tokens", (panel) => openTokens(panel, chat.conversation, message, pick)),
-  openRaw: (message, view) => view.togglePanel("raw", (panel) => openRaw(panel, chat.conversation, message)),
+  openTokens: (message, view) => view.togglePanel("tokens", async (panel) => (await panels()).openTokens(panel, chat.conversation, message, pick)),
+  openRaw: (message, view) => view.togglePanel("raw", async (panel) => (await panels()).openRaw(panel, chat.conversation, message)),
 };
 
 /** Another token in an answer's place, and what the model makes of it: a new version. */

@@ -48,17 +48,27 @@ export function download(name, content, type = "application/json") {
   setTimeout(() => URL.revokeObjectURL(url), 10_000);
 }
 
-/** At most one call a frame, however often it is asked for. */
-export function perFrame(work) {
+/** At most one call a frame, and `pause` milliseconds after the last, however often it is asked for. */
+export function perFrame(work, pause = 0) {
   let asked = false;
+  let last = -Infinity;
+  const run = (now) => {
+    asked = false;
+    last = now;
+    work();
+  };
   return () => {
     if (asked) return;
     asked = true;
-    requestAnimationFrame(() => {
-      asked = false;
-      work();
-    });
+    const rest = last + pause - performance.now();
+    if (rest > 0) setTimeout(requestAnimationFrame, rest, run);
+    else requestAnimationFrame(run);
   };
+}
+
+/** What is written again as it stands costs the browser nothing. */
+export function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text;
 }
 
 export const newId = () => crypto.randomUUID?.() ?? [...crypto.getRandomValues(new Uint8Array(16))].map((b) => b.toString(16).padStart(2, "0")).join("");

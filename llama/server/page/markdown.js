@@ -1,6 +1,7 @@
 // Markdown of the model's as elements. Its HTML is shown, not obeyed: what marked makes of the text passes DOMPurify,
 // formulas and code are filled in as text, and the policy of the page would refuse whatever got through.
 
+import { highlighted } from "./colours.js";
 import { el, iconButton } from "./dom.js";
 import { Marked } from "./vendor/marked.js";
 import "./vendor/purify.js";
@@ -15,6 +16,7 @@ const PURIFY = {
   ALLOW_DATA_ATTR: false,
   RETURN_DOM_FRAGMENT: true,
 };
+const COLOURS = { ALLOWED_TAGS: ["span"], ALLOWED_ATTR: ["class"], RETURN_DOM_FRAGMENT: true };
 const HARMLESS = /^<\/?(?:b|br|em|i|kbd|mark|s|small|strong|sub|sup|u)\s*\/?>$/i;
 
 const escape = (text) => text.replace(/[&<>"]/g, (c) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
@@ -68,11 +70,12 @@ export class MarkdownView {
 
   /** `isWhole`: nothing more will come, so references between blocks hold. */
   update(source, isWhole = true) {
+    if (source === this.source && isWhole === this.isWhole) return;
     if (!source.startsWith(this.source)) this.clear();
     this.source = source;
+    this.isWhole = isWhole;
     if (isWhole) {
-      const rest = marked.lexer(source);
-      this.write(0, rest);
+      this.write(0, marked.lexer(source));
       return;
     }
     const open = marked.lexer(source.slice(this.settledEnd));
@@ -150,17 +153,7 @@ function finishCode(pre, isWhole) {
   pre.replaceWith(box);
   pre.tabIndex = 0;
   box.append(pre);
-  if (isWhole && language) highlight(code, language);
-}
-
-let highlighter;
-
-async function highlight(code, language) {
-  highlighter ??= import("./vendor/highlight.js");
-  const hljs = (await highlighter).default;
-  if (!hljs.getLanguage(language)) return;
-  const { value } = hljs.highlight(code.textContent, { language, ignoreIllegals: true });
-  code.replaceChildren(purifier.sanitize(value, { ALLOWED_TAGS: ["span"], ALLOWED_ATTR: ["class"], RETURN_DOM_FRAGMENT: true }));
+  if (isWhole && language) highlighted(code.textContent, language).then((html) => html && code.replaceChildren(purifier.sanitize(html, COLOURS)));
 }
 
 let katex;

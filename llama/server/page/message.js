@@ -1,12 +1,17 @@
 // One message on the page: what it says, its versions, what can be done with it, and what is known of it.
 
 import { answerOf } from "./answers.js";
-import { el, fit, icon, iconButton } from "./dom.js";
-import { MarkdownView } from "./markdown.js";
+import { el, fit, icon, iconButton, setText } from "./dom.js";
 import { serverModel } from "./prompts.js";
 import { settings } from "./settings.js";
 import { t } from "./words.js";
 
+let markdown = null; // its module, which comes while the page starts
+
+/** Gets what answers are shown with. */
+export const loadMarkdown = async () => (markdown ??= await import("./markdown.js"));
+
+/** Renders a message as often as it is told to, but makes anew only what changed: there may be hundreds beside it. */
 export class MessageView {
   /** actions: what the buttons do, each with the message. */
   constructor(conversation, message, actions) {
@@ -35,12 +40,19 @@ export class MessageView {
 
   render() {
     this.isRendered = true;
-    const picture = this.isAnswer && this.actions.answerPicture();
-    this.who.replaceChildren(...(picture ? [el("img", { src: picture, alt: "", class: "picture" })] : []), this.name);
-    this.tools.setAttribute("aria-label", this.name);
+    this.renderWho();
     this.renderBody();
     this.renderTools();
     this.renderNotes();
+  }
+
+  renderWho() {
+    const picture = this.isAnswer && this.actions.answerPicture();
+    const state = `${picture} ${this.name}`;
+    if (state === this.whoState) return;
+    this.whoState = state;
+    this.who.replaceChildren(...(picture ? [el("img", { src: picture, alt: "", class: "picture" })] : []), this.name);
+    this.tools.setAttribute("aria-label", this.name);
   }
 
   get name() {
@@ -62,14 +74,15 @@ export class MessageView {
     const { message } = this;
     if (this.editor) return;
     if (!this.isAnswer) {
+      if (message.content === this.said) return;
+      this.said = message.content;
       const files = (message.files ?? []).map(({ name, text }) => el("details", { class: "file" }, el("summary", {}, icon("clip"), name), el("pre", { tabindex: "0" }, text)));
       this.body.replaceChildren(...files, el("div", { class: "said" }, message.content));
       return;
     }
-    this.markdown ??= new MarkdownView(this.prose());
+    if (!markdown) return loadMarkdown().then(() => this.renderBody()); // its text is there already
+    this.markdown ??= new markdown.MarkdownView(this.prose());
     this.markdown.update(this.actions.shown(message), this.answer === null);
-    this.node.classList.toggle("writing", this.answer !== null);
-    this.node.setAttribute("aria-busy", this.answer !== null);
     if (message.calls) this.renderCalls();
   }
 
@@ -91,41 +104,40 @@ export class MessageView {
   renderTools() {
     const { message, actions } = this;
     const isBusy = (this.wasBusy = this.answer !== null);
-    const isElsewhere = answerOf(this.conversation) !== undefined;
+    const siblings = this.conversation.siblings(message);
+    const at = siblings.indexOf(message);
+    const state = [isBusy, at, siblings.length, this.panelKind, settings.language].join();
+    if (state === this.toolsState) return;
+    this.toolsState = state;
+    this.node.classList.toggle("writing", isBusy);
+    this.node.setAttribute("aria-busy", isBusy);
     const act = (name, label, what, attributes) => iconButton(name, t(label), () => actions[what](message, this), attributes);
+    const turn = (name, label, step) => iconButton(name, t(label), () => actions.show(siblings[at + step], this), { disabled: !siblings[at + step], class: "icon when-idle", "data-act": label });
+    const place = () => el("span", { class: "place", "aria-label": t("versionOf", { n: at + 1, all: siblings.length }) }, `${at + 1}/${siblings.length}`);
     this.tools.replaceChildren(
-      ...this.versions(isElsewhere),
+      ...(siblings.length > 1 ? [turn("left", "earlier", -1), place(), turn("right", "later", 1)] : []),
       act("copy", "copy", "copy"),
       ...(isBusy
         ? []
         : [
             act("edit", "edit", "edit", { "data-act": "edit" }),
-            this.isAnswer && !isElsewhere && act("again", "regenerate", "regenerate", { "data-act": "regenerate" }),
-            this.isAnswer && !isElsewhere && act("onward", "goOn", "goOn", { "data-act": "continue" }),
+            this.isAnswer && act("again", "regenerate", "regenerate", { "data-act": "regenerate", class: "icon when-idle" }),
+            this.isAnswer && act("onward", "goOn", "goOn", { "data-act": "continue", class: "icon when-idle" }),
             this.isAnswer && act("bars", "probabilities", "openTokens", { "data-act": "tokens", "aria-expanded": this.panelKind === "tokens" }),
             this.isAnswer && act("raw", "raw", "openRaw", { "data-act": "raw", "aria-expanded": this.panelKind === "raw" }),
             act("branch", "branchOff", "branch", { "data-act": "branch" }),
-            !isElsewhere && act("trash", "delete", "remove", { "data-act": "delete" }),
+            act("trash", "delete", "remove", { "data-act": "delete", class: "icon when-idle" }),
           ].filter(Boolean)),
     );
-  }
-
-  versions(isFixed) {
-    const siblings = this.conversation.siblings(this.message);
-    if (siblings.length < 2) return [];
-    const at = siblings.indexOf(this.message);
-    const turn = (name, label, step) => iconButton(name, t(label), () => this.actions.show(siblings[at + step], this), { disabled: isFixed || !siblings[at + step], "data-act": label });
-    const place = el("span", { class: "place", "aria-label": t("versionOf", { n: at + 1, all: siblings.length }) }, `${at + 1}/${siblings.length}`);
-    return [turn("left", "earlier", -1), place, turn("right", "later", 1)];
   }
 
   renderNotes() {
     const { message, answer } = this;
     const note = answer ? waitingNote(answer.waiting) : endNote(message);
-    this.note.textContent = note;
+    setText(this.note, note);
     this.note.hidden = !note;
     this.note.classList.toggle("bad", message.finish === "error" && !answer);
-    this.numbers.textContent = message.stats ? numbersOf(message.stats) : "";
+    setText(this.numbers, message.stats ? numbersOf(message.stats) : "");
   }
 
   // ---- editing
@@ -135,8 +147,7 @@ export class MessageView {
     const area = el("textarea", { "aria-label": t("edit"), value: message.content, oninput: () => fit(area), class: "editor" });
     const close = () => {
       this.editor = null;
-      this.markdown = null;
-      this.calls = null;
+      this.said = this.markdown = this.calls = null;
       this.render();
       this.tools.querySelector("[data-act=edit]")?.focus();
     };

@@ -9,7 +9,7 @@ import { scored } from "./panels.js";
 import { textRequest } from "./prompts.js";
 import { onSetting, settings } from "./settings.js";
 import { joined, kept, textLogprobs } from "./tokens.js";
-import { t } from "./words.js";
+import { t, translate } from "./words.js";
 
 const place = find("#notebook");
 const prompt = el("textarea", { id: "notebook-text", spellcheck: "false", "data-t-label": "notebook", "data-t-placeholder": "notebookHint" });
@@ -179,6 +179,7 @@ export function startNotebook() {
     el("div", { class: "row looks", role: "group", "data-t-label": "look" }, looks.map(tab)),
     side,
   );
+  translate(place);
   prompt.value = settings.notebook;
   output.value = settings.output;
   let later = 0;

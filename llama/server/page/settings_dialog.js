@@ -141,23 +141,21 @@ function content(again) {
   ];
 }
 
-export function startSettings() {
-  find("#open-settings").addEventListener("click", () => {
-    const body = el("div", { class: "settings" });
-    const again = () => {
-      const open = new Set([...body.querySelectorAll("details[open]")].map((one) => one.id));
-      const place = dialog.scrollTop;
-      body.replaceChildren(...content(again));
-      for (const one of body.querySelectorAll("details")) one.open ||= open.has(one.id);
-      dialog.scrollTop = place;
-    };
-    const dialog = openDialog(t("settings"), body);
-    body.append(...content(again));
-    body.addEventListener("change", (event) => {
-      if (event.target.id !== "setting-language") return;
-      find("h2", dialog).textContent = t("settings");
-      again();
-      find("#setting-language").focus();
-    });
+export function openSettings() {
+  const body = el("div", { class: "settings" });
+  const again = () => {
+    const open = new Set([...body.querySelectorAll("details[open]")].map((one) => one.id));
+    const place = dialog.scrollTop;
+    body.replaceChildren(...content(again));
+    for (const one of body.querySelectorAll("details")) one.open ||= open.has(one.id);
+    dialog.scrollTop = place;
+  };
+  const dialog = openDialog(t("settings"), body);
+  body.append(...content(again));
+  body.addEventListener("change", (event) => {
+    if (event.target.id !== "setting-language") return;
+    find("h2", dialog).textContent = t("settings");
+    again();
+    find("#setting-language").focus();
   });
 }

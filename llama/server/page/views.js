@@ -3,6 +3,8 @@
 import { find } from "./dom.js";
 import { onSetting, settings } from "./settings.js";
 
+let notebook = null;
+
 function show() {
   for (const tab of document.querySelectorAll("[data-view]")) {
     const isShown = tab.dataset.view === settings.view;
@@ -11,6 +13,7 @@ function show() {
   }
   find("#chat").hidden = settings.view !== "chat";
   find("#notebook").hidden = settings.view === "chat";
+  if (settings.view !== "chat") notebook ??= import("./notebook.js").then(({ startNotebook }) => startNotebook());
 }
 
 export function startViews() {

@@ -38,6 +38,7 @@ def editing(person: ChatPage) -> None:
 
 def settings(person: ChatPage) -> None:
     person.find("#open-settings").click()
+    person.find("dialog details").first.wait_for()
     person.page.evaluate("document.querySelectorAll('dialog details').forEach((group) => (group.open = true))")
 
 

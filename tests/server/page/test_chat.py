@@ -225,6 +225,23 @@ def test_who_scrolls_up_is_left_there(person: ChatPage):
     person.wait_for_end()
 
 
+def test_an_answer_that_begins_and_ends_touches_no_other(person: ChatPage):
+    """In a long conversation that would take as long as many frames."""
+    person.ask("Why is the sky blue?")
+    person.page.evaluate(
+        """() => {
+            window.num_changes = 0;
+            const count = (records) => (window.num_changes += records.length);
+            for (const message of document.querySelectorAll("article"))
+                new MutationObserver(count).observe(message, { subtree: true, childList: true, characterData: true });
+        }"""
+    )
+    person.write("Why is the sky blue, again?")
+    person.until("document.querySelectorAll('article').length === 4")
+    person.wait_for_end()
+    assert person.page.evaluate("window.num_changes") == 0
+
+
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_a_narrow_window_has_no_bar_across(person: ChatPage, language: str):
     person.page.set_viewport_size({"width": 360, "height": 740})

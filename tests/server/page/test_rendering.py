@@ -78,7 +78,8 @@ def test_a_text_looks_the_same_in_pieces_as_at_once(person: ChatPage):
             const view = new MarkdownView(node);
             for (let end = size; end < text.length; end += size) view.update(text.slice(0, end), false);
             view.update(text, true);
-            await new Promise((resolve) => setTimeout(resolve, 300));
+            const isThere = () => node.querySelector(".hljs-keyword") && node.querySelectorAll(".katex").length > 3;
+            while (!isThere()) await new Promise((resolve) => setTimeout(resolve, 20));
             looks.push(node.innerHTML);
         }
         return looks;

@@ -98,7 +98,7 @@ def chat(
 
 
 @app.command()
-@takes(load=MODEL.without("chat_format"), sample=SAMPLER.with_defaults(max_tokens=256), shape=SHAPE)
+@takes(load=MODEL.without("chat_format", "tool_format"), sample=SAMPLER.with_defaults(max_tokens=256), shape=SHAPE)
 def complete(
     model: Model = None,
     prompt: Annotated[str | None, typer.Option(help="The text to continue; standard input if left out.")] = None,
@@ -277,7 +277,7 @@ def verify(model: Model = None) -> None:
 
 
 @app.command()
-@takes(load=MODEL.without("chat_format", "max_seq_len"))
+@takes(load=MODEL.without("chat_format", "tool_format", "max_seq_len"))
 def perplexity(
     model: Model = None,
     file: Annotated[Path | None, typer.Option(help="The text to predict.")] = None,

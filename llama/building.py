@@ -58,6 +58,7 @@ def load(
     quantization: str | None = None,
     deterministic: bool = False,
     chat_format: str | None = None,
+    tool_format: str | None = None,
     adapter: str | Path | Sequence[str | Path] | None = None,
 ) -> Loaded:
     """Opens a checkpoint of any format and loads this rank's part of it; the options are those of `Llama.build`.
@@ -77,7 +78,7 @@ def load(
         model = Transformer(args, group)
     pack_modules(model, packed)
     with ThreadPoolExecutor(1) as beside, progress_bar("Loading", show=group.rank == 0) as advance:
-        reading = beside.submit(read_tokenizer, checkpoint, tokenizer_path, chat_format)
+        reading = beside.submit(read_tokenizer, checkpoint, tokenizer_path, chat_format, tool_format)
         load_weights(
             model,
             checkpoint,
@@ -113,14 +114,14 @@ def beyond_training(args: ModelArgs, max_seq_len: int | None) -> Iterator[str]:
 
 
 def read_tokenizer(
-    checkpoint: Checkpoint, tokenizer_path: str | Path | None, chat_format: str | None
+    checkpoint: Checkpoint, tokenizer_path: str | Path | None, chat_format: str | None, tool_format: str | None = None
 ) -> tuple[Tokenizer, ChatFormat, list[str]]:
     """The tokenizer, the chat format, and what to warn of; a thread does it while weights are read."""
     own = chat_format is None or chat_format in FORMATS
     template = None if own else read_template(chat_format)  # whose markup text must not become
     tokenizer = checkpoint.open_tokenizer(tokenizer_path, template)
     warnings = validate_vocabulary(tokenizer, checkpoint.args)
-    return tokenizer, choose_format(chat_format, tokenizer), warnings
+    return tokenizer, choose_format(chat_format, tokenizer, tool_format), warnings
 
 
 def stopping(progress: Callable[[int, int], None] | None, other: Future) -> Callable[[int, int], None]:

@@ -113,6 +113,7 @@ class Llama:
         kv_dtype: str = "auto",
         deterministic: bool = False,
         chat_format: str | None = None,
+        tool_format: str | None = None,
         adapter: str | Path | Sequence[str | Path] | None = None,
         adapters: Mapping[str, str | Path] | None = None,
     ) -> Llama:
@@ -138,6 +139,8 @@ class Llama:
             deterministic: give every request the same bits whatever shares its steps, wherever its prompt is cut
                 into chunks, with or without a cached prefix or a preemption; slower.
             chat_format: a format's name or the path of a Jinja template; None asks the model.
+            tool_format: how the model calls tools ("hermes", "llama3", "mistral", ...); None looks for it in the
+                model's template and vocabulary.
             adapter: a PEFT directory or GGUF file with a LoRA adapter that is merged into the model while it loads,
                 with its tokenizer where it brings one; or several, in order. "PATH=0.7" gives one a weight.
             adapters: those that calls may name, by name, each for its own rows; see `load_adapter`.
@@ -158,6 +161,7 @@ class Llama:
             quantization=quantization,
             deterministic=deterministic,
             chat_format=chat_format,
+            tool_format=tool_format,
             adapter=adapter,
         )
         llm = Llama(

@@ -76,6 +76,7 @@ MODEL = Options(  # parameters of `Llama.build`
     [
         Option("tokenizer_path", "The tokenizer's file, if not in or beside MODEL.", flag="--tokenizer"),
         Option("chat_format", "A chat format's name, or a Jinja template's file."),
+        Option("tool_format", "How the model calls tools, where that is not found: hermes, llama3 ..."),
         Option("max_seq_len", "Tokens of prompt and answer together.", int | None, least=1),
         Option("device", "auto, cpu, cuda, mps ...", str, "auto"),
         Option("dtype", "auto, bf16, fp16 or fp32.", str, "auto"),

@@ -11,7 +11,8 @@ from llama.__main__ import app
 from llama.options import CONFIG, MODEL, SAMPLER, Option, Options, takes
 from llama.server.settings import SERVER
 
-MODEL_FLAGS = ["tokenizer", "chat-format", "max-seq-len", "device", "dtype", "quantization", "kv-dtype", "lora"]
+MODEL_FLAGS = ["tokenizer", "chat-format", "tool-format", "max-seq-len", "device", "dtype", "quantization"]
+MODEL_FLAGS += ["kv-dtype", "lora"]
 SAMPLER_FLAGS = ["temperature", "top-p", "top-k", "repetition-penalty", "max-tokens", "stop", "seed"]
 TUTORIAL_FLAGS = ["model_path", "gpus", "infer_dtype", "model_source"]
 FLAGS = {
@@ -25,8 +26,9 @@ FLAGS = {
     "verify": [],
     "perplexity": ["file", "encoding", "window", "stride", *MODEL_FLAGS],
 }
-FLAGS["complete"].remove("chat-format")
-FLAGS["perplexity"].remove("chat-format")
+for flag in ("chat-format", "tool-format"):
+    FLAGS["complete"].remove(flag)
+    FLAGS["perplexity"].remove(flag)
 FLAGS["perplexity"].remove("max-seq-len")
 
 

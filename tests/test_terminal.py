@@ -211,6 +211,7 @@ def test_complete_gives_an_answer_its_shape(llama, checkpoint, tmp_path):
         (["complete", "--prompt", "x", "--top-p", "2"], 1, "top_p must be"),
         (["complete", "--prompt", "x", "--dtype", "int3"], 1, "dtype is 'int3'"),
         (["chat", "hello", "--chat-format", "klingon"], 1, "klingon"),
+        (["chat", "hello", "--tool-format", "klingon"], 1, "unknown tool format 'klingon': give one of hermes, "),
     ],
 )
 def test_a_wrong_call_is_told_in_one_line(llama, arguments, status, message):

@@ -34,6 +34,11 @@ class ChatMessage(Fields):
     tool_calls: Annotated[list[dict[str, Any]], Field(max_length=MOST_CALLS)] | None = None
     tool_call_id: str | None = None
 
+    def to_message(self) -> dict[str, Any]:
+        """As chat formats take it; a developer is who OpenAI's newer clients call the system."""
+        message = self.model_dump(exclude={"refusal", "annotations"})
+        return message | {"role": "system"} if self.role == "developer" else message
+
 
 class NamedFunction(Fields):
     name: str
@@ -46,7 +51,7 @@ class NamedTool(Fields):
 
 class AllowedTools(Fields):
     mode: Literal["auto", "required"]
-    tools: list[dict[str, Any]]
+    tools: list[NamedTool]
 
 
 class ToolChoices(Fields):
@@ -62,13 +67,30 @@ class TemplateOptions(Fields):
     enable_thinking: bool | None = None
 
 
-class Continuing(Fields):
-    """Whether the answer goes on from the last message, in vLLM's pair of fields."""
+class PromptFields(Fields):
+    """What a prompt is made of besides messages; vLLM's pair of fields says whether it goes on from the last one."""
 
+    tools: list[dict[str, Any]] = []
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | ToolChoices = "auto"
+    parallel_tool_calls: bool = True
+    chat_template_kwargs: TemplateOptions | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
 
-    def chat_prompt(self, messages: Sequence[ChatMessage], options: dict[str, Any] | None = None) -> Prompt:
+    def tool_use(self) -> ToolUse:
+        """Raises Refusal."""
+        choice, tools = self.tool_choice, self.tools
+        if isinstance(choice, ToolChoices):
+            allowed = choice.allowed_tools
+            names = [tool.function.name for tool in allowed.tools]
+            tools = [tool for tool in tools if function_name(tool) in names]
+            choice = allowed.mode
+        elif isinstance(choice, NamedTool):
+            choice = choice.function.name
+        return offered(tools, choice, self.parallel_tool_calls)
+
+    def chat_prompt(self, messages: Sequence[ChatMessage]) -> Prompt:
+        """Raises Refusal."""
         if self.continue_final_message and self.add_generation_prompt:
             raise Refusal(
                 "continue_final_message and add_generation_prompt are both true: give one of them",
@@ -80,21 +102,18 @@ class Continuing(Fields):
                 "last message",
                 param="add_generation_prompt",
             )
-        dialog = tuple(message.model_dump(exclude={"refusal", "annotations"}) for message in messages)
-        return Prompt(dialog, options=options or {}, continues=self.continue_final_message)
+        dialog = tuple(message.to_message() for message in messages)
+        options = self.chat_template_kwargs.model_dump(exclude_none=True) if self.chat_template_kwargs else {}
+        return Prompt(dialog, self.tool_use().offered, options, self.continue_final_message)
 
 
-class ChatRequest(ShapedBody, Continuing):
+class ChatRequest(ShapedBody, PromptFields):
     messages: Annotated[list[ChatMessage], Field(max_length=MOST_MESSAGES)]
     max_completion_tokens: int | None = None
     logprobs: bool = False
     top_logprobs: int = 0
     stream: bool = False
     stream_options: StreamOptions | None = None
-    tools: list[dict[str, Any]] = []
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | ToolChoices = "auto"
-    parallel_tool_calls: bool = True
-    chat_template_kwargs: TemplateOptions | None = None
     cache_salt: str = ""
     user: Ignored = None
     metadata: Ignored = None
@@ -122,24 +141,16 @@ class ChatRequest(ShapedBody, Continuing):
             own["max_tokens"] = most
         return own
 
-    def tool_use(self) -> ToolUse:
-        """Raises Refusal."""
-        choice, tools = self.tool_choice, self.tools
-        if isinstance(choice, ToolChoices):
-            allowed = choice.allowed_tools
-            names = [tool.get("function", {}).get("name") for tool in allowed.tools]
-            tools = [tool for tool in tools if tool.get("function", {}).get("name") in names]
-            choice = allowed.mode
-        elif isinstance(choice, NamedTool):
-            choice = choice.function.name
-        return offered(tools, choice, self.parallel_tool_calls)
+
+def function_name(tool: dict[str, Any]) -> str | None:
+    function = tool.get("function")
+    return function.get("name") if isinstance(function, dict) else None
 
 
 def chat_queries(llm: Llama, body: ChatRequest) -> list[Query]:
     if body.stream_options is not None and not body.stream:
         raise Refusal("stream_options are given without stream: set stream to true", param="stream_options")
-    options = body.chat_template_kwargs.model_dump(exclude_none=True) if body.chat_template_kwargs else {}
-    prompt, params = body.chat_prompt(body.messages, options), body.params().resolve(llm.defaults)
+    prompt, params = body.chat_prompt(body.messages), body.params().resolve(llm.defaults)
     query = llm.chat_query(prompt, params, body.tool_use())
     return [replace(query, salt=body.cache_salt.encode())]
 

@@ -10,7 +10,7 @@ from llama.answer import Completion, Query
 from llama.chat import ChatFormatError, DialogError, Prompt
 from llama.generation import Llama
 from llama.service.call import Call, Endpoint
-from llama.service.chat import ChatMessage, Continuing
+from llama.service.chat import ChatMessage, PromptFields
 from llama.service.fields import Body, Ids
 from llama.service.openai import token_bytes
 from llama.service.refusal import Refusal
@@ -18,7 +18,7 @@ from llama.service.refusal import Refusal
 _T = TypeVar("_T")
 
 
-class TokenizeRequest(Body, Continuing):
+class TokenizeRequest(Body, PromptFields):
     prompt: str | None = None
     content: str | None = None  # llama.cpp's name of it
     messages: list[ChatMessage] | None = None
@@ -27,7 +27,7 @@ class TokenizeRequest(Body, Continuing):
     with_pieces: bool = False
 
 
-class ApplyTemplateRequest(Body, Continuing):
+class ApplyTemplateRequest(Body, PromptFields):
     messages: list[ChatMessage]
 
 

@@ -37,6 +37,15 @@ def test_an_unknown_format_names_the_allowed_ones():
         choose_format("lama2", ByteTokenizer())
 
 
+def test_the_named_tool_format_comes_before_that_of_the_template():
+    tokenizer = ByteTokenizer(template="<tool_call> {{ messages[0].content }}")
+    assert choose_format(None, tokenizer).tool_format.name == "hermes"
+    assert choose_format(None, tokenizer, "mistral").tool_format.name == "mistral"
+    assert choose_format(choose_format("vicuna", tokenizer), tokenizer, "llama3").tool_format.name == "llama3"
+    with pytest.raises(ValueError, match=r"^unknown tool format 'x': give one of hermes, smollm2, .*, mistral$"):
+        choose_format(None, tokenizer, "x")
+
+
 def test_a_template_file_that_is_not_text_is_refused(tmp_path):
     file = tmp_path / "x.jinja"
     file.write_bytes(b"\xff\xfe\x00")

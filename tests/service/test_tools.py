@@ -27,6 +27,8 @@ SCHEMAS = {"weather": PLACE, "now": EMPTY}
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": schema}} for name, schema in SCHEMAS.items()]
 STRICT = {"type": "function", "function": {"name": "f", "strict": True, "parameters": {"not": {}}}}
 USER = [{"role": "user", "content": "hi"}]
+NAMED = {"type": "function", "function": {"name": "now"}}
+ALLOWED = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [NAMED]}}
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,21 @@ def test_without_a_choice_tools_are_not_told_of(llm):
     assert len(Call.open(llm, CHAT, {"messages": USER, "tools": TOOLS}).queries[0].tokens) > len(plain)
 
 
+@pytest.mark.parametrize("choice", ["auto", "none", NAMED, ALLOWED])
+def test_tokenize_and_apply_template_tell_of_tools_as_a_chat_does(llm, choice):
+    body = {"messages": USER, "tools": TOOLS, "tool_choice": choice}
+    tokens = Call.open(llm, CHAT, body).queries[0].tokens
+    assert Call.open(llm, ENDPOINTS["/tokenize"], body).respond(llm, [])["tokens"] == tokens
+    text = Call.open(llm, ENDPOINTS["/apply-template"], body).respond(llm, [])["prompt"]
+    assert text.removeprefix("<s>") == llm.tokenizer.decode(list(tokens))
+
+
+def test_a_developer_is_the_system(llm):
+    dialogs = [[{"role": role, "content": "Be brief."}, *USER] for role in ("developer", "system")]
+    told = [Call.open(llm, CHAT, {"messages": dialog}).queries[0].tokens for dialog in dialogs]
+    assert told[0] == told[1]
+
+
 def test_calls_and_results_are_part_of_a_dialog(llm):
     dialog = [
         *USER,
@@ -122,6 +139,7 @@ def test_calls_and_results_are_part_of_a_dialog(llm):
         (dict(tools=[*TOOLS, TOOLS[0]]), "tools"),
         (dict(tools=[], tool_choice="required"), "tool_choice"),
         (dict(tool_choice={"type": "function", "function": {"name": "nobody"}}), "tool_choice"),
+        (dict(tools=[{"type": "function", "function": 7}], tool_choice=ALLOWED), "tool_choice"),
         (dict(tool_choice="required", response_format={"type": "json_object"}), "tools"),
         (
             dict(tools=[{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"not": {}}}}]),

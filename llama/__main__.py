@@ -15,7 +15,7 @@ import typer
 from llama.options import CONFIG, MODEL, SAMPLER, SHAPE, takes
 from llama.program import fail, running
 from llama.server.settings import SERVER, ServerSettings
-from llama.server.tutorial import TUTORIAL_PORT, TutorialOptions, tutorial_load
+from llama.server.tutorial import TUTORIAL_PORT, TutorialOptions, chosen_adapters, tutorial_load
 from llama.streams import note, tell
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs
@@ -161,7 +161,8 @@ def serve(
     """Serve a model to OpenAI's clients, over HTTP.
 
     Every option may also stand in the environment, as LLAMA_PORT for --port, or in the file that --config names. The
-    tutorials' --model_path, --gpus, --infer_dtype and --model_source work too; the port is then 8001.
+    tutorials' --model_path, --gpus, --infer_dtype and --model_source work too; the port is then 8001. --lora DIR merges
+    an adapter into the model, --lora NAME=DIR puts it beside the model, for requests that name it as theirs.
     """
     try:
         from llama.server.run import run_server
@@ -173,6 +174,7 @@ def serve(
         model = model or model_path
         if not is_given(context, "port"):
             listen["port"] = TUTORIAL_PORT
+    load["adapter"], load["adapters"] = chosen_adapters(load.get("adapter", ()), listen.get("lora_dir"))
     from llama.checkpoint import DEFAULT_SETTINGS, model_in
 
     if "model_dir" in listen and not (model and os.path.exists(model)):

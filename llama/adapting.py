@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from llama.checkpoint import Adapter, CheckpointError, LowRank
+from llama.checkpoint import Adapter, CheckpointError, LowRank, open_weighted
 from llama.checkpoint.inventory import EMBEDDING, OUTPUT, is_held, split_dim
 from llama.linear import AnyLinear, Joint
 from llama.lora import (
@@ -38,6 +40,28 @@ def joints(model: Transformer) -> Iterator[tuple[str, Joint]]:
             for joint in vars(owner).values():
                 if isinstance(joint, Joint):
                     yield f"layers.{number}.{path}.{joint.names[0]}", joint
+
+
+def read_adapters(
+    given: str | Path | Sequence[str | Path], model: Transformer
+) -> tuple[bytes, dict[str, list[Change]]]:
+    """A digest of an adapter's content, and what this rank adds for it, by place. Every rank takes part.
+
+    Several adapters, paths or "PATH=0.7", are added up. Raises FileNotFoundError or CheckpointError.
+    """
+    opened = [open_weighted(one) for one in ([given] if isinstance(given, str | Path) else given)]
+    if len(opened) == 1:
+        return opened[0].digest, changes_of(opened[0], model)
+    changes: dict[str, list[Change]] = {}
+    for one in opened:
+        if not one.is_sum:
+            raise CheckpointError(
+                f"{one.path.name}: whole weights and DoRA's magnitudes are taken as they are, and cannot be added to "
+                "another adapter's"
+            )
+        for place, some in changes_of(one, model).items():
+            changes.setdefault(place, []).extend(some)
+    return hashlib.sha256(b"".join(one.digest for one in opened)).digest(), changes
 
 
 def changes_of(adapter: Adapter, model: Transformer) -> dict[str, list[Change]]:

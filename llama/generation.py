@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from llama.adapting import changes_of
+from llama.adapting import read_adapters
 from llama.answer import (
     Completion,
     Event,
@@ -45,7 +45,7 @@ from llama.chat import (
     choose_format,
     fit_dialog,
 )
-from llama.checkpoint import Checkpoint, open_checkpoint, open_weighted, save_low_bit
+from llama.checkpoint import Checkpoint, open_checkpoint, save_low_bit
 from llama.device import return_memory
 from llama.model import Transformer
 from llama.quantization import resolve_format
@@ -205,6 +205,7 @@ class Llama:
         self.max_seq_len = model.params.max_seq_len
         self.chat_format = choose_format(chat_format, tokenizer)
         self.defaults = defaults or {}
+        self.adapter_paths: dict[str, str | Path | Sequence[str | Path]] = {}
         self.seed = self.share(secrets.randbits(32) if seed is None else int(seed))
         self.engine = make_engine(
             model,
@@ -236,19 +237,22 @@ class Llama:
 
     # ---- adapters, and the end
 
-    def load_adapter(self, name: str, path: str | Path) -> None:
+    def load_adapter(self, name: str, path: str | Path | Sequence[str | Path]) -> None:
         """Puts a LoRA adapter, or "PATH=0.7", beside the model: `adapter=name` uses it, all other calls do not feel it.
 
-        Under `torchrun` every rank calls it. Raises FileNotFoundError or ValueError, in one line, for a name that is
-        taken and for what cannot be loaded so; an adapter with a vocabulary of its own is merged (`build(adapter=)`).
+        Several are added up, and are one adapter from then on. Under `torchrun` every rank calls it.
+
+        Raises FileNotFoundError or ValueError, in one line, for a name that is taken and for what cannot be loaded so;
+        an adapter with a vocabulary of its own is merged (`build(adapter=)`).
         """
         self.engine.adapters.validate_new(name)
-        opened = open_weighted(path)
-        self.engine.load_adapter(name, opened.digest, changes_of(opened, self.model))
+        self.engine.load_adapter(name, *read_adapters(path, self.model))
+        self.adapter_paths[name] = path
 
     def unload_adapter(self, name: str) -> None:
         """Nobody may name it any more. What is on its way ends with it; then its memory comes back."""
         self.engine.unload_adapter(name)
+        self.adapter_paths.pop(name, None)
 
     @property
     def adapters(self) -> list[str]:

@@ -32,6 +32,7 @@ class Signal(enum.IntEnum):
     END = 2  # there is no more; also where rank 0's caller left early
     ERROR = 3  # rank 0 raised: its text, and whether it was a ValueError, as JSON
     BEAT = 4  # nothing to do: meet rank 0, which so finds out that everybody is there
+    CALL = 5  # call this of the model: a method's name and its arguments, as JSON
 
 
 class Item(Protocol):
@@ -122,6 +123,14 @@ class ModelParallel:
         signal, *body = self.broadcast_ints()
         return Signal(signal), body
 
+    def count(self, is_so: bool) -> int:
+        """On how many ranks something is so. Every rank takes part."""
+        if self.size == 1:
+            return int(is_so)
+        number = torch.tensor([int(is_so)])
+        dist.all_reduce(number, group=self.control)
+        return int(number)
+
     def beat(self) -> None:
         """On rank 0, between steps: waits until every other rank is there. Raises RuntimeError where one is gone."""
         self.send(Signal.BEAT, [])
@@ -130,13 +139,17 @@ class ModelParallel:
     def _meet(self) -> None:
         dist.barrier(group=self.control)
 
-    def follow(self, run_step: Callable[[list[int]], object], heard: Callable[[], object]) -> None:
+    def follow(
+        self, run_step: Callable[[list[int]], object], call: Callable[..., object], heard: Callable[[], object]
+    ) -> None:
         """On the other ranks: takes part in whatever rank 0 does, until it sends END; `heard` is called each time."""
         signal, body = self.receive()
         while signal is not Signal.END:
             heard()
             if signal is Signal.STEP:
                 run_step(body)
+            elif signal is Signal.CALL:
+                call(*from_ints(body))
             elif signal is Signal.BEAT:
                 self._meet()
             elif signal is Signal.ERROR:

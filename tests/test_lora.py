@@ -120,6 +120,17 @@ def test_a_weight_scales_what_is_added(made, tmp_path):
     )
 
 
+def test_several_adapters_add_up(made, tmp_path):
+    base, paths, _ = made
+    write_adapter(base, tmp_path / "other", r=3, target_modules=["q_proj", "down_proj"])
+    both = [f"{paths['a']}=0.5", tmp_path / "other"]
+    llm = build(base, adapters={"both": both})
+    torch.testing.assert_close(scores(llm, adapter="both"), scores(build(base, adapter=both)), rtol=1e-4, atol=1e-4)
+    write_adapter(base, tmp_path / "dora", target_modules=["q_proj"], use_dora=True)
+    with pytest.raises(ValueError, match="dora: whole weights and DoRA's magnitudes are taken as they are"):
+        llm.load_adapter("x", [paths["a"], tmp_path / "dora"])
+
+
 def test_another_adapter_under_the_same_name_finds_no_old_blocks_and_requests_end_on_theirs(made):
     base, paths, _ = made
     prompt = [1, *range(20, 56)]  # two full blocks

@@ -6,7 +6,7 @@ from ..files.errors import CheckpointError, Finding
 from .adapters import Adapter, LowRank, is_adapter, open_adapter, open_weighted, with_adapters
 from .conversion import convert, legacy_source, save_low_bit
 from .default import DEFAULT_ABOUT, DEFAULT_SETTINGS, default_model
-from .folder import model_in, models_in
+from .folder import adapter_in, adapters_in, located_adapter, model_in, models_in
 from .formats import open_checkpoint
 from .hub import resolve
 from .inspection import Estimate, Inspection, Stored, estimate, inspect
@@ -29,6 +29,8 @@ __all__ = [
     "LowRank",
     "Stored",
     "Weight",
+    "adapter_in",
+    "adapters_in",
     "convert",
     "default_model",
     "estimate",
@@ -37,6 +39,7 @@ __all__ = [
     "is_adapter",
     "legacy_source",
     "load_weights",
+    "located_adapter",
     "model_in",
     "models_in",
     "open_adapter",

@@ -8,10 +8,13 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from llama.server.adapter_routes import add_adapter_routes
+from llama.server.admin import AdminRoutes, body_reference
 from llama.server.logs import unexpected
 from llama.server.metrics import CONTENT_TYPE
 from llama.server.models import slots, unloaded
@@ -26,7 +29,7 @@ from llama.version import VERSION
 STATUSES = {
     400: "The request cannot be answered; the message says why.",
     401: "No valid API key came with the request.",
-    403: "The request came under a name, or from a page, that is not allowed.",
+    403: "The request came under a name, or from a page, that is not allowed, or without the admin key.",
     404: "There is no such path or model.",
     405: "The path has another method.",
     408: "The request or its answer took too long.",
@@ -44,7 +47,6 @@ def make_app(server: Server) -> FastAPI:
     responses = {status: {"description": text} for status, text in STATUSES.items()}
     endpoints = ENDPOINTS | (OLLAMA_ENDPOINTS if server.settings.ollama else {})
     for url, endpoint in endpoints.items():
-        body = {"required": True, "content": {"application/json": {"schema": ref(endpoint)}}}
         app.add_api_route(
             url,
             handler(server, endpoint),
@@ -52,12 +54,14 @@ def make_app(server: Server) -> FastAPI:
             summary=(endpoint.body.__doc__ or url).splitlines()[0],
             response_class=Response,
             responses={**responses, 200: {"description": "The answer.", "content": content_types(endpoint)}},
-            openapi_extra={"requestBody": body},
+            openapi_extra={"requestBody": body_reference(endpoint.body)},
         )
     add_information(app, server, responses)
+    admin = AdminRoutes(app, server, responses)
+    add_adapter_routes(admin)
     add_page(app)
     add_errors(app)
-    document_bodies(app, endpoints.values())
+    document_bodies(app, [*(endpoint.body for endpoint in endpoints.values()), *admin.bodies])
     return app
 
 
@@ -65,10 +69,6 @@ def content_types(endpoint: Endpoint) -> dict[str, Any]:
     return {"application/json": {"schema": {"type": "object"}}} | (
         {endpoint.frames.media_type: {"schema": {"type": "string"}}} if endpoint.frames else {}
     )
-
-
-def ref(endpoint: Endpoint) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{endpoint.body.__name__}"}
 
 
 def handler(server: Server, endpoint: Endpoint) -> Callable[[Request], Awaitable[Response]]:
@@ -123,7 +123,7 @@ def add_information(app: FastAPI, server: Server, responses: dict[int, dict[str,
     def models() -> dict[str, Any]:
         """The model that is served, its adapters, and the models of its folder that could be."""
         others = [unloaded(*item) for item in server.others().items()]
-        adapters = [server.model.adapter_json(name) for name in server.llm.adapters]
+        adapters = map(server.model.adapter_json, server.model.adapters)
         return {"object": "list", "data": [server.model.to_json(), *adapters, *others]}
 
     @get("/v1/models/{name:path}")
@@ -131,8 +131,8 @@ def add_information(app: FastAPI, server: Server, responses: dict[int, dict[str,
         """One of the models that are listed."""
         if name == server.model.name:
             return server.model.to_json()
-        if name in server.llm.adapters:
-            return server.model.adapter_json(name)
+        if adapter := server.model.adapters.find(name):
+            return server.model.adapter_json(adapter)
         others = server.others(name)
         if name not in others:
             raise Refusal(f"no model is called {name[:100]!r}", param="model", code="model_not_found", status=404)
@@ -164,7 +164,7 @@ def add_information(app: FastAPI, server: Server, responses: dict[int, dict[str,
     @get("/api/tags")
     def tags() -> dict[str, Any]:
         """The models that there are, as Ollama has them."""
-        return ollama_tags(server.llm, server.model.name)
+        return ollama_tags(server.llm, server.model.name, server.model.adapters.names)
 
     @get("/api/ps")
     def in_memory() -> dict[str, Any]:
@@ -198,15 +198,14 @@ def add_errors(app: FastAPI) -> None:
         return refusal_response(request.scope["path"], unexpected(request.state.request_id))
 
 
-def document_bodies(app: FastAPI, endpoints: Iterable[Endpoint]) -> None:
+def document_bodies(app: FastAPI, bodies: Iterable[type[BaseModel]]) -> None:
     """Adds the bodies' schemas, which routes only refer to, to the description that FastAPI makes."""
-    made = app.openapi
+    made, known = app.openapi, set(bodies)
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             schema = made()
-            bodies = {endpoint.body for endpoint in endpoints}
-            modes = [(body, "validation") for body in sorted(bodies, key=lambda body: body.__name__)]
+            modes = [(body, "validation") for body in sorted(known, key=lambda body: body.__name__)]
             _, definitions = models_json_schema(modes, ref_template="#/components/schemas/{model}")
             schema.setdefault("components", {}).setdefault("schemas", {}).update(definitions["$defs"])
         return app.openapi_schema

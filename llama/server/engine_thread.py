@@ -6,29 +6,32 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
+from typing import Any, TypeVar
 
 from llama.answer import Event
 from llama.generation import Llama
-from llama.parallel import Signal
+from llama.parallel import Signal, to_ints
 from llama.server.metrics import Metrics
-from llama.server.ranks import BEAT_SECONDS, Watchdog, silence, together
+from llama.server.ranks import BEAT_SECONDS, Watchdog, call_together, silence, together
 from llama.server.stream import CallStream
 from llama.service import Call
 
 _log = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 Delivery = Sequence[tuple[CallStream, list[Event]]]
 
 
 class EngineThread(Thread):
     """Builds a model, then answers calls until it is told to stop.
 
-    `open`, `close`, `fail` and `metrics` belong to the event loop; the rest runs in the thread. `ready` tells the model
-    when it is built, or why it could not be; `ended` is set when the thread has nothing more to do, with the error that
-    ended it, if one did. Where there are several ranks, the others hear of this one while it waits, and one that is not
-    there for `rank_timeout` seconds is such an error.
+    `open`, `close`, `fail` and `metrics` belong to the event loop, `ask` to any thread; the rest runs in this one.
+    `ready` tells the model when it is built, or why it could not be; `ended` is set when the thread has nothing more
+    to do, with the error that ended it, if one did. Where there are several ranks, the others hear of this one while it
+    waits, and one that is not there for `rank_timeout` seconds is such an error.
     """
 
     def __init__(self, build: Callable[[], Llama], loop: asyncio.AbstractEventLoop, rank_timeout: float = 60.0):
@@ -41,6 +44,9 @@ class EngineThread(Thread):
         self._loop = loop
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._admitted: set[CallStream] = set()  # the thread's own
+        self._asked: set[Future[Any]] = set()
+        self._asking = Lock()  # around `_asked`, and around the end of the thread
+        self._is_over = False
         self._watchdog = Watchdog(rank_timeout, self._hang)
 
     # ---- the event loop's
@@ -58,6 +64,31 @@ class EngineThread(Thread):
         if stream.num_open:
             self.metrics.finished["abort"] += stream.num_open
             self._commands.put(lambda: self._leave(stream))
+
+    def ask(self, function: Callable[[], _T]) -> Future[_T]:
+        """Has the thread call a function between two steps, from any thread. Raises there what the function raises."""
+        asked: Future[_T] = Future()
+
+        def answer() -> None:
+            try:
+                asked.set_result(function())
+            except Exception as error:
+                asked.set_exception(error)
+            with self._asking:
+                self._asked.discard(asked)
+
+        with self._asking:
+            if self._is_over:
+                raise RuntimeError("the model has stopped")
+            self._asked.add(asked)
+        self._commands.put(answer)
+        return asked
+
+    def call(self, name: str, *args: Any) -> Any:
+        """In the thread: calls a method of the model on every rank."""
+        if self._leads:
+            self._llm.model.parallel.send(Signal.CALL, to_ints([name, *args]))
+        return call_together(self._llm, name, *args)
 
     def stop(self) -> None:
         """The thread ends when it has done what it was told before."""
@@ -110,6 +141,10 @@ class EngineThread(Thread):
             self._tell(self._end, error)
         else:
             self._tell(self._end, None)
+        with self._asking:
+            self._is_over = True
+        for asked in self._asked:
+            asked.set_exception(RuntimeError("the model has stopped"))
         self._watchdog.stop()
 
     @property

@@ -69,7 +69,8 @@ def digest(key: str) -> bytes:
 class Guard:
     """Middleware: lets a request through to `app`, or refuses it.
 
-    `scope["state"]["key"]` is then the sha256 of the key that was given, if any is asked for. Slashes that clients
+    `scope["state"]["key"]` is then the sha256 of the key that was given, if any is asked for, and `"is_admin"` says
+    whether the admin's was, which opens what the others open too. Slashes that clients
     double where they join addresses are made one behind the check, so that they open nothing.
     """
 
@@ -79,12 +80,14 @@ class Guard:
         *,
         hosts: AllowedHosts,
         keys: Iterable[str] = (),
+        admin_key: str | None = None,
         public: Iterable[str] = (),
         origins: Iterable[str] = (),
     ):
         self.app = app
         self.hosts = hosts
         self.keys = [digest(key) for key in keys]
+        self.admin_key = None if admin_key is None else digest(admin_key)
         self.public = frozenset(public)
         self.origins = frozenset(origin.rstrip("/").lower() for origin in origins)
 
@@ -105,12 +108,12 @@ class Guard:
             if "access-control-request-method" in headers and scope["method"] == "OPTIONS":
                 await allow(headers, send)
                 return
-            key = self._check_key(scope, headers)
+            key, is_admin = self._check_key(scope, headers)
         except Refusal as refusal:
             asks = [(b"www-authenticate", b"Bearer")] if refusal.status == 401 else []
             await refuse(scope, send, refusal, asks)
             return
-        state = {**scope.get("state", {}), "key": key}
+        state = {**scope.get("state", {}), "key": key, "is_admin": is_admin}
         path = re.sub("//+", "/", scope["path"])
         await self.app({**scope, "path": path, "state": state}, receive, send)
 
@@ -135,20 +138,25 @@ class Guard:
             message = f"pages of {origin[:200]} may not use this server: start it with --allowed-origins to change that"
             raise Refusal(message, status=403, kind="permission_error", code="origin_not_allowed")
 
-    def _check_key(self, scope: Scope, headers: Headers) -> bytes | None:
-        """The digest of the key that was given. Keys are compared as digests, in the same time wherever they differ."""
-        if not self.keys:
-            return None
-        found = None
+    def _check_key(self, scope: Scope, headers: Headers) -> tuple[bytes | None, bool]:
+        """The digest of the key that was given, and whether it is the admin's.
+
+        Keys are compared as digests, in the same time wherever they differ.
+        """
+        found, is_admin = None, False
         given = given_keys(headers)
         for one in map(digest, given):
+            if self.admin_key is not None and hmac.compare_digest(one, self.admin_key):
+                found, is_admin = self.admin_key, True
             for key in self.keys:
                 found = key if hmac.compare_digest(one, key) else found
+        if not self.keys:
+            return None, is_admin
         if found is None and scope["path"] not in self.public:
             wrong = "this API key is not known" if given else "an API key is missing"
             message = f"{wrong}: send one as 'Authorization: Bearer KEY' or 'X-Api-Key: KEY'"
             raise Refusal(message, status=401, kind="authentication_error", code="invalid_api_key")
-        return found
+        return found, is_admin
 
     def _shared(self, origin: str | None) -> list[Header]:
         """What lets a browser show an answer to a page of that origin; nothing where it may not."""

@@ -10,6 +10,8 @@ from typing import Any
 
 from llama.engine import EngineStats
 from llama.generation import Llama
+from llama.server.adapters import ServedAdapter, ServedAdapters
+from llama.server.engine_thread import EngineThread
 from llama.service.ollama_model import num_parameters
 from llama.version import VERSION
 
@@ -20,13 +22,14 @@ class ServedModel:
 
     llm: Llama
     name: str
+    adapters: ServedAdapters
     created: int = field(default_factory=lambda: int(time.time()))
 
     @classmethod
-    def of(cls, llm: Llama, name: str | None) -> ServedModel:
+    def of(cls, llm: Llama, name: str | None, thread: EngineThread) -> ServedModel:
         path = llm.checkpoint and Path(llm.checkpoint.path)
         own = path.resolve() if path else Path("model")
-        return cls(llm, name or (own.stem if own.suffix == ".gguf" else own.name))
+        return cls(llm, name or (own.stem if own.suffix == ".gguf" else own.name), ServedAdapters(llm, thread))
 
     @property
     def path(self) -> str:
@@ -61,16 +64,16 @@ class ServedModel:
 
     def names(self) -> list[str]:
         """By which clients may call it: its own, and those of its adapters."""
-        return [self.name, *self.llm.adapters]
+        return [self.name, *self.adapters.names]
 
-    def adapter_json(self, name: str) -> dict[str, Any]:
-        """OpenAI's object of one of its adapters, with vLLM's `parent`."""
+    def adapter_json(self, adapter: ServedAdapter) -> dict[str, Any]:
+        """OpenAI's object of one of its adapters, with vLLM's `parent`; `root` is the name of its file or directory."""
         return {
-            "id": name,
+            "id": adapter.name,
             "object": "model",
-            "created": self.created,
+            "created": adapter.created,
             "owned_by": "llama",
-            "root": self.name,
+            "root": adapter.file_name,
             "parent": self.name,
             "max_model_len": self.llm.max_seq_len,
             "permission": [],

@@ -12,13 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NoReturn
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
 
 from llama.generation import Llama
 from llama.runner import Pack
 from llama.streams import tell
 
+CALLS = ("load_adapter", "unload_adapter")  # methods of a model that rank 0 may ask the others to call
 BEAT_SECONDS = 1.0  # how long rank 0 lets the others wait while there is nothing to do
 
 
@@ -79,9 +80,31 @@ def follow(llm: Llama, limit: float) -> None:
     watchdog = Watchdog(limit, lambda: end_process(RuntimeError(silence(limit))))
     watchdog.start()
     runner = llm.engine.runner
+
+    def call(name: str, *args: Any) -> None:
+        assert name in CALLS, name
+        with suppress(OSError, ValueError):  # rank 0 has the same error, and tells it
+            call_together(llm, name, *args)
+
     with together(llm.model.parallel.size):
-        llm.model.parallel.follow(lambda ints: runner.run(Pack.from_ints(ints)), watchdog.pet)
+        llm.model.parallel.follow(lambda ints: runner.run(Pack.from_ints(ints)), call, watchdog.pet)
     watchdog.stop()
+
+
+def call_together(llm: Llama, name: str, *args: Any) -> Any:
+    """On every rank: calls a method of the model. Raises its error, or RuntimeError where some ranks alone had one."""
+    failed: Exception | None = None
+    result = None
+    try:
+        result = getattr(llm, name)(*args)
+    except (OSError, ValueError) as error:
+        failed = error
+    parallel = llm.model.parallel
+    if 0 < (number := parallel.count(failed is not None)) < parallel.size:
+        raise RuntimeError(f"{name}: {number} of {parallel.size} ranks have failed: {failed}")
+    if failed is not None:
+        raise failed
+    return result
 
 
 def end_process(error: Exception | None) -> NoReturn:

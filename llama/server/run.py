@@ -99,6 +99,7 @@ def surrounded(app: ASGIApp, server: Server) -> ASGIApp:
         limited,
         hosts=AllowedHosts.of(settings.host, listed(settings.allowed_hosts)),
         keys=settings.keys(),
+        admin_key=settings.admin_key,
         public=(*PUBLIC, *page_files()),
         origins=listed(settings.allowed_origins),
     )

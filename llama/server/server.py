@@ -32,6 +32,7 @@ class Server:
         self.engine = EngineThread(build, asyncio.get_running_loop(), settings.rank_timeout)
         self.metrics = self.engine.metrics
         self.is_draining = False
+        self.changing = asyncio.Lock()  # around changes of the model and its adapters
         self._num_opening = 0  # calls that are being prepared
         self._pool = ThreadPoolExecutor(settings.num_workers, thread_name_prefix="request")
 
@@ -52,7 +53,7 @@ class Server:
         """Loads the model. Raises what kept it from loading."""
         self.engine.start()
         llm = await self.engine.ready
-        self._model = ServedModel.of(llm, self.settings.name)
+        self._model = ServedModel.of(llm, self.settings.name, self.engine)
         self.metrics.watch(llm, self.model.name, self.settings.max_queue)
 
     async def close(self) -> None:
@@ -126,6 +127,7 @@ class Server:
             salt=salt,
             can_stream=endpoint.frames is not None,
             ignore_unknown=self.settings.ignore_unknown,
+            adapter_of=self.model.adapters.choose,
         )
         most = max((query.params.n for query in call.queries), default=1)
         if most > self.settings.max_n:

@@ -22,6 +22,8 @@ class ServerSettings:
     port: int = _setting(8000, "The port to listen at; 0 takes a free one.", least=0, most=65535)
     name: str | None = _setting(None, "What the model is called in /v1/models; its path's name if left out.")
     model_dir: Path | None = _setting(None, "A folder of models: MODEL is the name of one, /v1/models lists all.")
+    lora_dir: Path | None = _setting(None, "A folder of adapters: those that clients with the admin key may load.")
+    admin_key: str | None = _setting(None, "The key of who may load models and adapters; without one nobody may.")
     strict_model: bool = _setting(False, "Refuse requests for a model of another name.")
     ignore_unknown: bool = _setting(False, "Ignore fields that are not known instead of refusing them.")
     ollama: bool = _setting(False, "Serve Ollama's /api routes too, for editors that look for them.")
@@ -47,18 +49,28 @@ class ServerSettings:
     quiet: bool = _setting(False, "Tell nothing of requests on standard error.")
     num_workers: int = _setting(2, "Threads for templates and tokenizing.", least=1)
 
+    def __post_init__(self) -> None:
+        for name, folder in (("--model-dir", self.model_dir), ("--lora-dir", self.lora_dir)):
+            if folder is not None and not folder.is_dir():
+                raise FileNotFoundError(f"{name} is {folder}: no such directory")
+
     def keys(self) -> list[str]:
         """All that were given, in whatever way. Raises ValueError for one that clients could not send."""
         text = "" if self.api_key_file is None else self.api_key_file.read_text(encoding="utf-8")
         keys = listed(self.api_key) + [line for line in map(str.strip, text.splitlines()) if line[:1] not in ("", "#")]
         for number, key in enumerate(keys, 1):
-            if not key.isascii() or not key.isprintable() or " " in key:
-                raise ValueError(
-                    f"API key {number} of {len(keys)} has spaces or other than ASCII: no client can send it"
-                )
+            validate_key(key, f"API key {number} of {len(keys)}")
+        if self.admin_key is not None:
+            validate_key(self.admin_key, "the admin key")
         if self.api_key_file is not None and not keys:
             raise ValueError(f"{self.api_key_file} has no API key: write one a line")
         return keys
+
+
+def validate_key(key: str, what: str) -> None:
+    """Raises ValueError, without showing it, for a key that no client could send."""
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(f"{what} has spaces or other than ASCII, or is empty: no client can send it")
 
 
 def listed(values: Sequence[str] | None) -> list[str]:

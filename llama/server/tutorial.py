@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from llama.streams import tell
@@ -75,6 +77,26 @@ class TutorialOptions:
             f"--gpus {self.gpus}: {num_ranks} of {num_gpus} will be used; "
             f"torchrun --nproc_per_node {num_gpus} -m llama serve ... shares the model among them"
         ]
+
+
+def chosen_adapters(given: Sequence[str], folder: Path | None) -> tuple[list[str], dict[str, str]]:
+    """What `--lora` was given: adapters to be merged into the model, and those beside it, by name.
+
+    DIR, or DIR=0.7, is merged; NAME=DIR stands beside the model under that name. A DIR that is not there is looked for
+    in the folder of adapters.
+    """
+    from llama.checkpoint import located_adapter
+
+    merged, beside = [], {}
+    for one in given:
+        name, _, rest = one.partition("=")
+        if found := located_adapter(one, folder):
+            merged.append(found)
+        elif name and (found := located_adapter(rest, folder)):
+            beside[name] = found
+        else:
+            merged.append(one)  # whoever opens it says what is wrong
+    return merged, beside
 
 
 def tutorial_load(options: TutorialOptions) -> dict[str, Any]:

@@ -46,7 +46,9 @@ class Endpoint:
 
 
 def adapter_named(llm: Llama, body: Body) -> str | None:
-    """The adapter whose name a body gives as its model; None: the model itself."""
+    """The adapter whose name a body gives as its model; None: the model itself. Raises Refusal."""
+    if getattr(body, "lora", None) is not None:
+        raise Refusal("lora: numbers of adapters are known to a server alone; name one as the model", param="lora")
     return body.model if body.model in llm.adapters else None
 
 

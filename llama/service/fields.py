@@ -27,6 +27,7 @@ from llama.service.refusal import Refusal
 
 MOST_ANSWERS = 128  # OpenAI's limit of `n`
 MOST_BIASES = 1024
+MOST_LORAS, MOST_SCALE = 16, 1000.0
 MOST_STOPS, LONGEST_STOP = 16, 256  # each is looked for at every token
 
 Ids = list[int]
@@ -95,10 +96,20 @@ _SAMPLING = {
 }
 
 
+class LoraScale(Fields):
+    """How strong one of a server's adapters is to be, by its number."""
+
+    id: int
+    scale: Annotated[float, Field(ge=-MOST_SCALE, le=MOST_SCALE, allow_inf_nan=False)] = 0.0
+
+
 class SamplingBody(create_model("SamplingFields", __base__=Body, **_SAMPLING), ABC):
     """How to sample; the fields are those of SamplingParams."""
 
     repeat_penalty: float | None = Field(None, description="llama.cpp's name of repetition_penalty.")
+    lora: Annotated[list[LoraScale], Field(max_length=MOST_LORAS)] | None = Field(
+        None, description="llama.cpp's: adapters by their numbers in /lora-adapters, each as strong as its scale."
+    )
 
     def params(self) -> SamplingParams:
         """Raises ValueError for what SamplingParams refuses."""

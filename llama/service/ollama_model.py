@@ -59,9 +59,9 @@ def show_response(llm: Llama, call: Call, completions: Sequence[Completion]) -> 
     }
 
 
-def ollama_tags(llm: Llama, name: str) -> dict[str, Any]:
+def ollama_tags(llm: Llama, name: str, adapters: Sequence[str] = ()) -> dict[str, Any]:
     """/api/tags: the models that there are; an adapter is one."""
-    return {"models": [entry(llm, name), *(entry(llm, adapter, name) for adapter in llm.adapters)]}
+    return {"models": [entry(llm, name), *(entry(llm, adapter, name) for adapter in adapters)]}
 
 
 def ollama_running(llm: Llama, name: str) -> dict[str, Any]:

@@ -9,12 +9,21 @@ import gguf
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.adapter_files import save_adapter
 from support.adapters import ALL, KINDS, peft_logits, write_adapter, write_base
 from support.checkpoints import half_split, state, write_sentencepiece
 
 from llama import Llama
 from llama.__main__ import app
-from llama.checkpoint import CheckpointError, convert, load_weights, open_adapter, open_checkpoint, with_adapters
+from llama.checkpoint import (
+    CheckpointError,
+    convert,
+    load_weights,
+    open_adapter,
+    open_checkpoint,
+    open_weighted,
+    with_adapters,
+)
 from llama.model import Transformer
 from llama.parallel import ModelParallel
 
@@ -295,3 +304,10 @@ def test_an_extended_vocabulary_goes_through_the_commands(extended, tmp_path, ca
     packed = open_checkpoint(tmp_path / "packed")
     assert packed.args.vocab_size == packed.open_tokenizer().n_words == 600
     assert (logits(packed) - peft_logits(model, TOKENS)).abs().max() < 0.5
+
+
+def test_weights_one_behind_the_other_are_multiplied(tmp_path):
+    path = save_adapter(tmp_path / "a=1", 1)
+    twice, once = open_weighted(f"{path}=0.5=0.5"), open_weighted(f"{path}=0.25")
+    assert twice.digest == once.digest != open_weighted(path).digest
+    assert {name: one.scale for name, one in twice.low_rank.items()} == dict.fromkeys(once.low_rank, 0.5)

@@ -89,8 +89,8 @@ def test_adapters_are_listed_with_the_model_that_they_belong_to(adapting):
     listed = adapting.get("/v1/models")[1]["data"]
     assert [(one["id"], one["root"], one["parent"]) for one in listed] == [
         ("base", "base", None),
-        ("a", "base", "base"),
-        ("b", "base", "base"),
+        ("a", "a", "base"),
+        ("b", "b", "base"),
     ]
     assert adapting.get("/v1/models/a")[1] == listed[1]
     tags = adapting.get("/api/tags")[1]["models"]

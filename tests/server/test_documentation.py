@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.adapter_files import save_adapter
 from support.server import Running, serving
 from support.tiny import ByteTokenizer, answering_model
 
@@ -38,9 +39,17 @@ def test_the_documentation_has_a_program_for_each_client():
 
 
 def test_the_commands_of_the_documentation_that_ask_a_server_get_answers(running):
-    [command] = re.findall(r"^curl .*?}'", DOCUMENT, re.DOTALL | re.MULTILINE)
+    command = re.findall(r"^curl .*?}'", DOCUMENT, re.DOTALL | re.MULTILINE)[0]
     done = subprocess.run(["bash", "-c", command.replace(ADDRESS, running.url)], capture_output=True, text=True)
     assert json.loads(done.stdout)["choices"][0]["message"]["content"] == "Ok."
+
+
+def test_the_command_that_loads_an_adapter_does(tmp_path):
+    save_adapter(tmp_path / "sql-adapter", 1)
+    command = re.findall(r"^curl .*?}'", DOCUMENT, re.DOTALL | re.MULTILINE)[1]
+    with serving(lora_dir=tmp_path, admin_key="SECRET") as running:
+        done = subprocess.run(["bash", "-c", command.replace(ADDRESS, running.url)], capture_output=True, text=True)
+    assert done.stdout == "Success: LoRA adapter 'sql' added successfully."
 
 
 def test_every_option_that_the_documentation_names_is_there():
@@ -48,6 +57,6 @@ def test_every_option_that_the_documentation_names_is_there():
     from llama.server.settings import SERVER
 
     known = {"--" + option.name.replace("_", "-") for option in (*SERVER, *MODEL)}
-    others = {"--url", "--config", "--help", "--model_path", "--gpus", "--infer_dtype", "--model_source"}
+    others = {"--url", "--lora", "--config", "--help", "--model_path", "--gpus", "--infer_dtype", "--model_source"}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", DOCUMENT)) - {"--nproc_per_node"}
     assert named <= known | others

@@ -83,7 +83,23 @@ def test_the_app_learns_which_key_was_given_as_its_digest():
         seen.update(scope["state"])
 
     ask(Guard(app, hosts=LOCAL, keys=["one", "two"]), scope(headers={"x-api-key": "two"}, state={"mine": 1}))
-    assert seen == {"mine": 1, "key": sha256(b"two").digest()}
+    assert seen == {"mine": 1, "key": sha256(b"two").digest(), "is_admin": False}
+
+
+@pytest.mark.parametrize("keys", [[], ["one"]])
+def test_the_app_learns_whether_the_admin_asks(keys):
+    seen = {}
+
+    async def app(scope, receive, send):
+        seen.update(scope["state"])
+
+    guard = Guard(app, hosts=LOCAL, keys=keys, admin_key="boss")
+    for given, is_admin in (("boss", True), ("one", False)):
+        ask(guard, scope(headers={"x-api-key": given}))
+        assert seen["is_admin"] is is_admin
+    assert (
+        ask(Guard(app, hosts=LOCAL, keys=["one"], admin_key="boss"), scope(headers={"x-api-key": "two"})).status == 401
+    )
 
 
 def test_a_key_is_compared_with_each_of_them_in_the_time_of_one(monkeypatch):

@@ -7,11 +7,12 @@ from http.client import HTTPResponse
 from pathlib import Path
 
 import pytest
+from support.adapter_files import save_adapter
 from support.meta_files import save_meta, save_tokenizer
 from support.processes import ServerProcesses, server_processes
 from support.tiny import tiny_args, tiny_weights
 
-from llama import Llama
+from llama import Llama, SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,37 @@ def stream(ranks: ServerProcesses) -> HTTPResponse:
     response = connection.getresponse()
     response.readline()
     return response
+
+
+def answer(ranks: ServerProcesses, model: str) -> list[int]:
+    body = {"model": model, "prompt": [1, 2, 3], "temperature": 0, "max_tokens": 8, "ignore_eos": True}
+    return post(ranks, "/v1/completions", body | {"return_token_ids": True})["choices"][0]["token_ids"]
+
+
+def post(ranks: ServerProcesses, path: str, body: object) -> dict:
+    connection = ranks.connection()
+    connection.request("POST", path, json.dumps(body), {"content-type": "application/json", "x-api-key": "boss"})
+    text = connection.getresponse().read()
+    return json.loads(text) if text.startswith(b"{") else text.decode()
+
+
+def test_ranks_load_adapters_together(build, tmp_path):
+    save_adapter(tmp_path / "a", 1)
+    save_adapter(tmp_path / "wrong", 1, dim=128)
+    alone = build()
+    alone.load_adapter("x", tmp_path / "a")
+    alone.load_adapter("half", f"{tmp_path}/a=0.5")
+    params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+    expected = {name: alone.complete([[1, 2, 3]], params, name)[0].tokens for name in (None, "x", "half")}
+    with server_processes(build, 2, lora_dir=tmp_path, admin_key="boss") as ranks:
+        assert "added successfully" in post(ranks, "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "a"})
+        assert answer(ranks, "x") == expected["x"]
+        refused = post(ranks, "/v1/load_lora_adapter", {"lora_name": "y", "lora_path": "wrong"})
+        assert "the base model's has [64, 64]" in refused["error"]["message"]
+        assert post(ranks, "/lora-adapters", [{"id": 0, "scale": 0.5}]) == {"success": True}
+        assert answer(ranks, "m") == expected["half"]
+        assert "removed successfully" in post(ranks, "/v1/unload_lora_adapter", {"lora_name": "x"})
+        assert answer(ranks, "x") == expected[None]
 
 
 def test_ranks_end_together_when_the_first_is_told_to(build):

@@ -10,6 +10,12 @@ def test_keys_come_one_by_one_or_joined_and_from_a_file_s_lines(tmp_path):
     assert ServerSettings().keys() == []
 
 
+def test_an_admin_key_has_to_be_one_that_clients_can_send():
+    for key in ("", "two words"):
+        with pytest.raises(ValueError, match="the admin key has spaces"):
+            ServerSettings(admin_key=key).keys()
+
+
 @pytest.mark.parametrize("key", ["schlüssel", "two words", "\udc80", "a\tb"])
 def test_a_key_that_no_client_can_send_is_refused_without_being_shown(key):
     with pytest.raises(ValueError, match=r"API key 2 of 2 has spaces or other than ASCII") as refused:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from support.adapter_files import save_adapter
 from support.meta_files import save_meta, save_tokenizer
 from support.server import Running
 from support.tiny import tiny_args, tiny_weights
@@ -15,7 +16,7 @@ from llama import __main__ as command_line
 from llama.checkpoint import open_checkpoint, save_low_bit
 from llama.quantization import resolve_format
 from llama.server import run
-from llama.server.tutorial import TutorialOptions, tutorial_load
+from llama.server.tutorial import TutorialOptions, chosen_adapters, tutorial_load
 
 
 def test_the_tutorials_client_gets_its_answer(running: Running):
@@ -74,6 +75,16 @@ def test_graphics_cards_are_those_that_were_named():
 def test_what_the_tutorials_do_not_have_is_refused(given, message):
     with pytest.raises(ValueError, match=message):
         TutorialOptions(**given)
+
+
+def test_an_adapter_with_a_name_stands_beside_the_model_and_any_other_is_merged(tmp_path):
+    a = save_adapter(tmp_path / "loras" / "a", 1)
+    b = save_adapter(tmp_path / "b=0.5", 1)
+    given = [str(a), f"{a}=0.5", f"x={a}", f"y={a}=0.5", str(b), "a", "a=0.5", "z=a", "w=a=2", "missing", "v=missing"]
+    merged, beside = chosen_adapters(given, tmp_path / "loras")
+    assert merged == [str(a), f"{a}=0.5", str(b), str(a), f"{a}=0.5", "missing", "v=missing"]
+    assert beside == {"x": str(a), "y": f"{a}=0.5", "z": str(a), "w": f"{a}=2.0"}
+    assert chosen_adapters(["a"], None) == (["a"], {})
 
 
 @pytest.fixture(scope="module")

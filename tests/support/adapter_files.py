@@ -8,15 +8,14 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from llama.model import ModelArgs
 from support.tiny import tiny_args
 
 RANK = 4
 
 
-def save_adapter(path: Path, seed: int, args: ModelArgs | None = None) -> Path:
+def save_adapter(path: Path, seed: int, **changes: int) -> Path:
     """A directory with an adapter on wq and wo, large enough that other tokens are chosen."""
-    args = args or tiny_args()
+    args = tiny_args(**changes)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(args.n_layers):

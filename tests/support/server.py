@@ -12,6 +12,7 @@ from http.client import HTTPConnection, HTTPResponse
 from typing import Any
 
 from llama import Llama
+from llama.answer import Event
 from llama.server.run import bound, serve_on
 from llama.server.server import Server
 from llama.server.settings import ServerSettings
@@ -114,3 +115,18 @@ def serving(build: Callable[[], Llama] = tiny_llm, **settings: Any) -> Iterator[
     assert not thread.is_alive(), "the server does not stop"
     if failed:
         raise failed[0]
+
+
+class Stepwise:
+    """Takes an engine's place in stepping: so many steps are taken as the test allows; commands pass between them."""
+
+    def __init__(self, llm: Llama):
+        self._step = llm.engine.step
+        self._allowed = threading.Semaphore(0)
+        llm.engine.step = self
+
+    def __call__(self) -> list[Event]:
+        return self._step() if self._allowed.acquire(timeout=0.001) else []
+
+    def allow(self, num_steps: int = 100_000) -> None:
+        self._allowed.release(num_steps)

@@ -37,9 +37,10 @@ def open_adapter(path: str | Path) -> Adapter:
 
 
 def open_weighted(given: str | Path) -> Adapter:
-    """Opens an adapter that is given as a path, or as "PATH=0.7", which makes it as strong as that."""
+    """Opens an adapter that is given as a path, or as "PATH=0.7", which makes it as strong as that; so does a second
+    weight behind it."""
     path, weight = parse_weighted(given)
-    return open_adapter(path).weighted(weight)
+    return open_adapter(path) if path == given else open_weighted(path).weighted(weight)
 
 
 def parse_weighted(given: str | Path) -> tuple[str | Path, float]:

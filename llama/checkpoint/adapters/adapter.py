@@ -89,19 +89,26 @@ class Adapter:
     def ranks(self) -> tuple[int, ...]:
         return tuple(sorted({low_rank.rank for low_rank in self.low_rank.values()}))
 
+    @property
+    def is_sum(self) -> bool:
+        """Whether all that it does is to add something: then it can be weighted, and stand beside another one."""
+        return not self._fixed()
+
+    def _fixed(self) -> list[str]:
+        return [*self.whole, *(name for name, one in self.low_rank.items() if one.magnitude is not None)]
+
     def weighted(self, weight: float) -> Adapter:
         """The same, as strong as `weight` says. Raises CheckpointError where it holds what has no half."""
         if weight == 1:
             return self
-        with_lengths = [name for name, one in self.low_rank.items() if one.magnitude is not None]
-        for fixed in (*self.whole, *with_lengths):
+        for fixed in self._fixed():
             raise CheckpointError(
                 f"{self.path}: {fixed}: has no part that could be weighted by {weight:g}: whole weights and DoRA's "
                 "magnitudes are taken as they are"
             )
         return replace(
             self,
-            weight=weight,
+            weight=self.weight * weight,
             low_rank={
                 name: replace(one, scale=one.scale * weight, bias=None if one.bias is None else one.bias * weight)
                 for name, one in self.low_rank.items()

@@ -19,6 +19,7 @@ from llama.checkpoint import (
     load_weights,
     open_checkpoint,
     packed_modules,
+    parse_size,
     untied,
     with_adapters,
 )
@@ -141,19 +142,20 @@ def make_engine(
     tokenizer: Tokenizer,
     *,
     seed: int,
-    kv_cache_memory: int | None = None,
+    kv_cache_memory: int | str | None = None,
     kv_dtype: str = "auto",
     stop_ids: frozenset[int] = frozenset(),
     can_generate: bool = True,
     program: Program | None = None,
     max_running: int | None = None,
 ) -> Engine:
-    """An engine whose cache takes `kv_cache_memory` bytes, or half of what is free where that is None.
+    """An engine whose cache takes `kv_cache_memory` bytes (or "2GiB"), or half of what is free where that is None.
 
     `program` computes steps in the model's place; no more than `max_running` sequences run at once.
     """
     dtype = choose_kv_dtype(kv_dtype, model.norm.weight.dtype)
-    num_blocks = model.parallel.broadcast_json(count_blocks(model, kv_cache_memory, dtype))
+    memory = None if kv_cache_memory is None else parse_size(kv_cache_memory)
+    num_blocks = model.parallel.broadcast_json(count_blocks(model, memory, dtype))
     return Engine(
         Runner(model, num_blocks, BLOCK_SIZE, dtype, adapters_of(model), program),
         Scheduler(num_blocks, BLOCK_SIZE, max_running=max_running or MAX_RUNNING),

@@ -109,7 +109,7 @@ class Llama:
         load_in_4bit: bool = False,
         load_in_8bit: bool = False,
         load_in_low_bit: str | None = None,
-        kv_cache_memory: int | None = None,
+        kv_cache_memory: int | str | None = None,
         kv_dtype: str = "auto",
         deterministic: bool = False,
         chat_format: str | None = None,
@@ -133,7 +133,7 @@ class Llama:
             quantization: hold the linears in a low-bit format ("sym_int4", "nf4", "q8_0", ...); None leaves them as
                 they are stored, low-bit blocks included; "none" unpacks such blocks.
             load_in_4bit, load_in_8bit, load_in_low_bit: other spellings of sym_int4, sym_int8, and any format.
-            kv_cache_memory: bytes for keys and values; None is half of what is free after loading.
+            kv_cache_memory: bytes for keys and values, or "2GiB"; None is half of what is free after loading.
             kv_dtype: "auto" stores keys and values as the model computes, "int8" in 8 bits with a scale for each
                 token and head: room for two to four times as many tokens, and less to read of long contexts.
             deterministic: give every request the same bits whatever shares its steps, wherever its prompt is cut
@@ -188,7 +188,7 @@ class Llama:
         tokenizer: Tokenizer,
         *,
         seed: int | None = 1,
-        kv_cache_memory: int | None = None,
+        kv_cache_memory: int | str | None = None,
         kv_dtype: str = "auto",
         chat_format: str | ChatFormat | None = None,
         defaults: dict[str, Any] | None = None,

@@ -81,6 +81,7 @@ MODEL = Options(  # parameters of `Llama.build`
         Option("device", "auto, cpu, cuda, mps ...", str, "auto"),
         Option("dtype", "auto, bf16, fp16 or fp32.", str, "auto"),
         Option("quantization", "sym_int4, nf4, q8_0 ...; none unpacks low-bit blocks."),
+        Option("kv_cache_memory", "For keys and values, as 2GiB; half of what is free if left out."),
         Option("kv_dtype", "auto, or int8: keys and values in 8 bits, for long contexts.", str, "auto"),
         Option("adapter", "A LoRA adapter to merge in; DIR=0.7 gives it a weight.", list[str] | None, flag="--lora"),
     ]

@@ -345,6 +345,16 @@ def test_a_cache_that_cannot_hold_one_sequence_is_refused_with_what_would_fit(ch
         Llama.build(checkpoint, max_seq_len=128, dtype="fp32", kv_cache_memory=20_000)
 
 
+def test_the_memory_of_the_cache_may_be_given_as_text(checkpoint):
+    texts, numbers = (
+        Llama.build(checkpoint, max_seq_len=32, dtype="fp32", kv_cache_memory=memory).engine.stats().num_blocks
+        for memory in ("1MiB", 1 << 20)
+    )
+    assert texts == numbers
+    with pytest.raises(ValueError, match="'much' is no size; write bytes"):
+        Llama.build(checkpoint, max_seq_len=32, dtype="fp32", kv_cache_memory="much")
+
+
 def test_a_checkpoint_without_a_tokenizer_says_what_to_give(tmp_path):
     save_meta(tmp_path / "deep" / "model", ARGS, tiny_weights(ARGS))
     with pytest.raises(FileNotFoundError, match="give tokenizer_path"):

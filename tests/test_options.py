@@ -12,7 +12,7 @@ from llama.options import CONFIG, MODEL, SAMPLER, Option, Options, takes
 from llama.server.settings import SERVER
 
 MODEL_FLAGS = ["tokenizer", "chat-format", "tool-format", "max-seq-len", "device", "dtype", "quantization"]
-MODEL_FLAGS += ["kv-dtype", "lora"]
+MODEL_FLAGS += ["kv-cache-memory", "kv-dtype", "lora"]
 SAMPLER_FLAGS = ["temperature", "top-p", "top-k", "repetition-penalty", "max-tokens", "stop", "seed"]
 TUTORIAL_FLAGS = ["model_path", "gpus", "infer_dtype", "model_source"]
 FLAGS = {
@@ -24,6 +24,7 @@ FLAGS = {
     "inspect": ["estimate", "max-seq-len", "max-batch-size", "ranks", "kv-dtype"],
     "serve": ["config", *TUTORIAL_FLAGS, *MODEL_FLAGS, *(option.name.replace("_", "-") for option in SERVER)],
     "verify": [],
+    "bench": ["shape", "precision", "vs", "works", "rounds", "threads", "json", "plot", "device", "kv-dtype"],
     "perplexity": ["file", "encoding", "window", "stride", *MODEL_FLAGS],
 }
 for flag in ("chat-format", "tool-format"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..files.errors import CheckpointError, Finding
 from .adapters import Adapter, LowRank, is_adapter, open_adapter, open_weighted, with_adapters
-from .conversion import convert, legacy_source, save_low_bit
+from .conversion import convert, legacy_source, parse_size, save_low_bit
 from .default import DEFAULT_ABOUT, DEFAULT_SETTINGS, default_model
 from .folder import adapter_in, adapters_in, located_adapter, model_in, models_in
 from .formats import open_checkpoint
@@ -46,6 +46,7 @@ __all__ = [
     "open_checkpoint",
     "open_weighted",
     "packed_modules",
+    "parse_size",
     "resolve",
     "save_low_bit",
     "untied",

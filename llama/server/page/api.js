@@ -19,7 +19,8 @@ export class ServerError extends Error {
 
 async function open(path, body, signal) {
   const headers = { ...(body && { "content-type": "application/json" }) };
-  if (settings.apiKey) headers.authorization = `Bearer ${settings.apiKey}`;
+  const key = (path.startsWith("v1/internal/") && settings.adminKey) || settings.apiKey;
+  if (key) headers.authorization = `Bearer ${key}`;
   let response;
   try {
     response = await fetch(path, { method: body ? "POST" : "GET", headers, body: body && JSON.stringify(body), signal, cache: "no-store" });

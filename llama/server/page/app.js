@@ -41,6 +41,7 @@ onSetting((name) => name === "theme" && showTheme());
 document.addEventListener("keydown", onkey);
 find("#open-settings").addEventListener("click", async () => (await import("./settings_dialog.js")).openSettings());
 find("#open-characters").addEventListener("click", async () => (await import("./characters_dialog.js")).openCharacters());
+find("#open-model").addEventListener("click", async () => (await import("./model_dialog.js")).openModel());
 loadMarkdown();
 startChat();
 startViews();

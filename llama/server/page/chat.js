@@ -5,7 +5,7 @@ import { askLines, askWhether, toast } from "./dialogs.js";
 import { el, find, fit, icon, iconButton, perFrame, setText } from "./dom.js";
 import { MessageView } from "./message.js";
 import { answerRequest, continueRequest, greet, pickRequest, shownName, shownPicture, shownText } from "./modes.js";
-import { serverModel } from "./prompts.js";
+import { answering, serverModel } from "./prompts.js";
 import { settings } from "./settings.js";
 import * as store from "./store.js";
 import { Conversation } from "./tree.js";
@@ -71,6 +71,7 @@ export function refresh() {
   }
   find("#title").textContent = conversation.info.title || t("untitled");
   document.title = `${conversation.info.title || t("untitled")} · llama`;
+  showModel();
   find("#empty").hidden = path.length > 0;
   find("#system").classList.toggle("given", conversation.info.system !== "");
   for (const message of path.slice(-4)) draw(views.get(message.id));
@@ -108,6 +109,11 @@ function showBusy() {
   find("#stop-answer").hidden = !isBusy;
   list.classList.toggle("answering", isBusy); // meanwhile some buttons are hidden
   showContext(chat.conversation.path().findLast((message) => message.stats)?.stats);
+}
+
+/** Who answers next, once the server has told what there is. */
+export function showModel() {
+  if (serverModel.context) setText(find("#model-name"), answering(chat.conversation.info.model));
 }
 
 function showContext(stats) {
@@ -150,8 +156,8 @@ async function answer(conversation, message, request, tokens) {
 async function answerTo(parent) {
   const { conversation } = chat;
   follows = true;
-  const request = answerRequest(conversation, conversation.path(parent.id));
-  const message = await conversation.add(parent.id, { role: "assistant", model: serverModel.id });
+  const { request, leftOut } = await answerRequest(conversation, conversation.path(parent.id));
+  const message = await conversation.add(parent.id, { role: "assistant", model: request.body.model, ...(leftOut && { leftOut }) });
   await answer(conversation, message, request);
 }
 
@@ -269,7 +275,8 @@ async function pick(message, tokens) {
   const isEnd = serverModel.stopIds.includes(tokens.tokens.at(-1)[0]);
   if (isEnd) tokens.tokens.pop();
   const content = joined(tokens.tokens.map(([, bytes]) => bytes), true);
-  const sibling = await conversation.add(message.parent, { role: "assistant", model: message.model, content, finish: isEnd ? "stop" : null });
+  const { model, leftOut } = message;
+  const sibling = await conversation.add(message.parent, { role: "assistant", model, leftOut, content, finish: isEnd ? "stop" : null });
   if (!isEnd) return answer(conversation, sibling, pickRequest(conversation, tokens), tokens);
   await store.put("tokens", { ...tokens, id: sibling.id, conversation: conversation.info.id });
   refresh();
@@ -341,11 +348,11 @@ export function startChat() {
     chat.conversation.saveInfo();
     find("#system").classList.toggle("given", event.target.value !== "");
   });
-  document.addEventListener("server-model", () => chat.conversation && showBusy());
+  document.addEventListener("server-model", () => chat.conversation && refresh());
 }
 
 export async function newConversation() {
-  const conversation = Conversation.fresh({ system: settings.system, mode: settings.mode, character: settings.character });
+  const conversation = Conversation.fresh({ system: settings.system, mode: settings.mode, character: settings.character, model: settings.model });
   const greeted = greet(conversation); // it is there at once, and saved in a moment: what is typed meanwhile belongs here
   await openConversation(conversation);
   text.focus();

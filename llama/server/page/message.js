@@ -137,7 +137,7 @@ export class MessageView {
     setText(this.note, note);
     this.note.hidden = !note;
     this.note.classList.toggle("bad", message.finish === "error" && !answer);
-    setText(this.numbers, message.stats ? numbersOf(message.stats) : "");
+    setText(this.numbers, message.stats ? numbersOf(message.stats, message.leftOut) : "");
   }
 
   // ---- editing
@@ -201,12 +201,13 @@ function endNote({ role, finish, error }) {
 
 const rounded = (number) => (number >= 100 ? Math.round(number) : Number(number.toPrecision(3)));
 
-export function numbersOf({ promptTokens, cachedTokens, tokens, firstAfter, seconds }) {
+export function numbersOf({ promptTokens, cachedTokens, tokens, firstAfter, seconds }, leftOut) {
   const parts = [];
   if (tokens > 1 && seconds > 0) parts.push(t("speed", { n: rounded((tokens - 1) / seconds) }));
   parts.push(t("numTokens", { n: tokens }));
   const read = promptTokens - cachedTokens;
   parts.push(cachedTokens ? t("promptCached", { n: promptTokens, cached: cachedTokens }) : t("promptSpeed", { n: promptTokens, speed: rounded(read / firstAfter) }));
   if (serverModel.context) parts.push(t("contextUsed", { used: promptTokens + tokens, all: serverModel.context }));
+  if (leftOut) parts.push(t("leftOut", { n: leftOut }));
   return parts.join(" · ");
 }

@@ -3,7 +3,8 @@
 
 import { postJSON } from "./api.js";
 import { characterOf } from "./characters.js";
-import { answerTokens, chatRequest, contentOf, textRequest, tokensRequest, wireMessages } from "./prompts.js";
+import { numTooMany } from "./fitting.js";
+import { answering, answerTokens, chatRequest, contentOf, textRequest, tokensRequest, wireMessages } from "./prompts.js";
 import { settings } from "./settings.js";
 import * as store from "./store.js";
 import { idsOf } from "./tokens.js";
@@ -58,40 +59,47 @@ function asked(conversation, path, begun = "") {
 }
 
 /** Where a transcript's other side, or the next answer, would begin. */
-const stops = (conversation) => Object.values(names(conversation)).map((name) => `\n${name}:`);
+const stops = (conversation) => (isInstruct(conversation) ? [] : Object.values(names(conversation)).map((name) => `\n${name}:`));
 
 function requestFor(conversation, what) {
-  if (what.prompt === undefined) return chatRequest(what, isInstruct(conversation) ? {} : { stop: stops(conversation) });
-  return textRequest(what.prompt, { stop: stops(conversation), ...answerTokens() });
+  const fields = { stop: stops(conversation), model: answering(conversation.info.model) };
+  if (what.prompt === undefined) return chatRequest(what, fields);
+  return textRequest(what.prompt, { ...fields, ...answerTokens() });
 }
 
 const tokenized = async (what) => (await postJSON("tokenize", what)).tokens;
 
-/** The ids of what the model reads before it answers a path. */
-export const promptTokens = (conversation, path) => tokenized(asked(conversation, path));
+/** The messages that a message answers, but for the oldest that it left out. */
+const readFor = (conversation, message) => conversation.path(message.parent).slice(message.leftOut ?? 0);
 
-/** The same with an answer behind it. */
-export const withAnswerTokens = (conversation, message) => tokenized(asked(conversation, conversation.path(message.parent), message.content));
+/** The ids of what the model read before an answer. */
+export const promptTokens = (conversation, message) => tokenized(asked(conversation, readFor(conversation, message)));
+
+/** The same with the answer behind it. */
+export const withAnswerTokens = (conversation, message) => tokenized(asked(conversation, readFor(conversation, message), message.content));
 
 /** The same as text, control tokens as they are written. */
-export async function promptText(conversation, path) {
-  const what = asked(conversation, path);
+export async function promptText(conversation, message) {
+  const what = asked(conversation, readFor(conversation, message));
   return what.prompt ?? (await postJSON("apply-template", what)).prompt;
 }
 
-export const answerRequest = (conversation, path) => requestFor(conversation, asked(conversation, path));
+/** {request, leftOut}: what asks for an answer to a path, without the oldest messages where all are more than fit. */
+export async function answerRequest(conversation, path) {
+  const leftOut = await numTooMany(path, (kept) => asked(conversation, kept));
+  return { request: requestFor(conversation, asked(conversation, path.slice(leftOut))), leftOut };
+}
 
 /** What goes on from an answer: from its very tokens where they are known, else from its text. */
 export async function continueRequest(conversation, message) {
-  const path = conversation.path(message.parent);
   const record = await store.get("tokens", message.id);
-  if (!record || !message.content || settings.schema) return { request: requestFor(conversation, asked(conversation, path, message.content)) };
-  record.prompt ??= await promptTokens(conversation, path);
-  return { request: tokensRequest(idsOf(record), isInstruct(conversation) ? [] : stops(conversation)), tokens: record };
+  if (!record || !message.content || settings.schema) return { request: requestFor(conversation, asked(conversation, readFor(conversation, message), message.content)) };
+  record.prompt ??= await promptTokens(conversation, message);
+  return { request: pickRequest(conversation, record), tokens: record };
 }
 
-/** What follows another token in an answer's place. */
-export const pickRequest = (conversation, tokens) => tokensRequest(idsOf(tokens), isInstruct(conversation) ? [] : stops(conversation));
+/** What follows tokens of an answer, of which the last may be another than the model's. */
+export const pickRequest = (conversation, tokens) => tokensRequest(idsOf(tokens), { stop: stops(conversation), model: answering(conversation.info.model) });
 
 /** What an answer's side is called; null where that is the model. */
 export const shownName = (conversation) => (isInstruct(conversation) ? null : names(conversation).character);

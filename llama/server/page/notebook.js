@@ -6,7 +6,7 @@ import { el, find, icon, perFrame } from "./dom.js";
 import { MarkdownView } from "./markdown.js";
 import { numbersOf } from "./message.js";
 import { scored } from "./panels.js";
-import { textRequest } from "./prompts.js";
+import { answering, textRequest } from "./prompts.js";
 import { onSetting, settings } from "./settings.js";
 import { joined, kept, textLogprobs } from "./tokens.js";
 import { t, translate } from "./words.js";
@@ -142,7 +142,7 @@ function insert(text, bytes) {
 
 async function showTokens(text) {
   const { tokens } = await postJSON("tokenize", { prompt: text });
-  const known = await scored(tokens, 0);
+  const known = await scored(tokens, 0, answering(settings.model));
   known[0][0] = tokens[0];
   const below = el("div", { class: "alternatives" }, el("p", { class: "note" }, t("openToken")));
   const starts = [0];

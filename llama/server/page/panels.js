@@ -4,14 +4,14 @@ import { postJSON, ServerError } from "./api.js";
 import { bars, tokenRow } from "./bars.js";
 import { el } from "./dom.js";
 import { promptText, promptTokens, withAnswerTokens } from "./modes.js";
-import { serverModel } from "./prompts.js";
+import { answering } from "./prompts.js";
 import * as store from "./store.js";
 import { kept, textLogprobs } from "./tokens.js";
 import { t } from "./words.js";
 
-/** How likely the model finds each of some tokens: [id, bytes, logprob, alternatives] of those from `start` on. */
-export async function scored(tokens, start) {
-  const body = { model: serverModel.id, prompt: tokens, max_tokens: 0, echo: true, ...textLogprobs };
+/** How likely a model finds each of some tokens: [id, bytes, logprob, alternatives] of those from `start` on. */
+export async function scored(tokens, start, model) {
+  const body = { model, prompt: tokens, max_tokens: 0, echo: true, ...textLogprobs };
   const { choices } = await postJSON("v1/completions", body);
   return choices[0].logprobs.content.slice(start).map((entry) => (entry ? kept(entry) : [tokens[0], [], null, []]));
 }
@@ -26,11 +26,11 @@ function commonLength(a, b) {
 export async function tokensOf(conversation, message) {
   const record = await store.get("tokens", message.id);
   if (record?.prompt) return record;
-  const prompt = await promptTokens(conversation, conversation.path(message.parent));
+  const prompt = await promptTokens(conversation, message);
   if (record) return { ...record, prompt };
   const all = await withAnswerTokens(conversation, message);
   const start = commonLength(prompt, all);
-  return { prompt: all.slice(0, start), tokens: await scored(all, start) };
+  return { prompt: all.slice(0, start), tokens: await scored(all, start, answering(conversation.info.model)) };
 }
 
 async function filled(panel, work) {
@@ -62,7 +62,7 @@ export function openTokens(panel, conversation, message, pick) {
 export function openRaw(panel, conversation, message) {
   return filled(panel, async () => [
     el("h3", {}, t("promptAsSent")),
-    el("pre", { tabindex: "0" }, await promptText(conversation, conversation.path(message.parent))),
+    el("pre", { tabindex: "0" }, await promptText(conversation, message)),
     el("h3", {}, t("answerAsCame")),
     el("pre", { tabindex: "0" }, message.content),
   ]);

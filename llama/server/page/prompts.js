@@ -4,12 +4,15 @@ import { settings } from "./settings.js";
 import { chatLogprobs, textLogprobs } from "./tokens.js";
 
 /** What the server tells of its model: filled in by status.js. */
-export const serverModel = { id: "model", context: 0, stop: [], stopIds: [] };
+export const serverModel = { id: "model", context: 0, adapters: [], stop: [], stopIds: [] };
+
+/** Who answers, where somebody asked for `name`: the adapter, if it is loaded, else the model itself. */
+export const answering = (name) => (serverModel.adapters.includes(name) ? name : serverModel.id);
 
 /** What every request has. */
 function common() {
   return {
-    model: serverModel.id,
+    model: answering(settings.model),
     stream_options: { include_usage: true, continuous_usage_stats: true },
     ...settings.sampling,
   };
@@ -35,8 +38,8 @@ export function wireMessages(path, system) {
 }
 
 /** What follows messages: `what` is {messages} and whether the last of them goes on. */
-export function chatRequest(what, { stop = [] } = {}) {
-  const body = { ...common(), ...what };
+export function chatRequest(what, { stop = [], ...fields } = {}) {
+  const body = { ...common(), ...what, ...fields };
   if (stop.length) body.stop = [...(body.stop ?? []), ...stop];
   if (settings.schema) body.response_format = { type: "json_schema", json_schema: { name: "answer", schema: JSON.parse(settings.schema) } };
   if (settings.tools) body.tools = JSON.parse(settings.tools);
@@ -55,7 +58,7 @@ export function textRequest(prompt, { stop = [], ...fields } = {}) {
 export const answerTokens = () => (settings.keepTokens ? textLogprobs : {});
 
 /** What follows token ids, ended as an answer of a chat is. */
-export function tokensRequest(tokens, stop = []) {
+export function tokensRequest(tokens, { stop = [], ...fields } = {}) {
   const stop_token_ids = [...(settings.sampling.stop_token_ids ?? []), ...serverModel.stopIds];
-  return textRequest(tokens, { stop: [...serverModel.stop, ...stop], stop_token_ids, ...answerTokens() });
+  return textRequest(tokens, { stop: [...serverModel.stop, ...stop], stop_token_ids, ...answerTokens(), ...fields });
 }

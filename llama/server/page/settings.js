@@ -1,7 +1,7 @@
-// What the person has chosen: kept in this browser, but for the API key, which is forgotten with the tab.
+// What the person has chosen: kept in this browser, but for keys, which are forgotten with the tab.
 
 const PLACE = "llama.settings";
-const KEY_PLACE = "llama.key";
+const KEYS = { apiKey: "llama.key", adminKey: "llama.admin-key" };
 
 const DEFAULTS = {
   language: navigator.language.startsWith("zh") ? "zh" : "en",
@@ -16,7 +16,7 @@ const DEFAULTS = {
   keepTokens: true, // ask for the likeliest alternatives of every token
   schema: "",
   tools: "",
-  model: "",
+  model: "", // the adapter that answers; empty, or one that is not loaded: the model itself
   presets: {},
   notebook: "",
   output: "",
@@ -43,13 +43,14 @@ export const settings = new Proxy(values, {
     for (const listen of listeners) listen(name);
     return true;
   },
-  get: (target, name) => (name === "apiKey" ? (sessionStorage.getItem(KEY_PLACE) ?? "") : target[name]),
+  get: (target, name) => (name in KEYS ? (sessionStorage.getItem(KEYS[name]) ?? "") : target[name]),
 });
 
-export function setApiKey(key) {
-  if (key) sessionStorage.setItem(KEY_PLACE, key);
-  else sessionStorage.removeItem(KEY_PLACE);
-  for (const listen of listeners) listen("apiKey");
+/** name: apiKey or adminKey. */
+export function setKey(name, key) {
+  if (key) sessionStorage.setItem(KEYS[name], key);
+  else sessionStorage.removeItem(KEYS[name]);
+  for (const listen of listeners) listen(name);
 }
 
 /** `listen` gets the name of each setting that changes. */

@@ -4,7 +4,7 @@ import { askText, openDialog, toast } from "./dialogs.js";
 import { download, el, find, icon } from "./dom.js";
 import { serverModel } from "./prompts.js";
 import { FIELDS, OWN_PRESETS, parsed, presetFrom, presetYaml, setSampling, written } from "./sampling.js";
-import { setApiKey, settings } from "./settings.js";
+import { setKey, settings } from "./settings.js";
 import { t } from "./words.js";
 
 /** A control with its name above and its meaning below. */
@@ -129,7 +129,7 @@ function keys() {
 }
 
 function content(again) {
-  const key = el("input", { type: "password", autocomplete: "off", value: settings.apiKey, onchange: () => setApiKey(key.value.trim()) });
+  const key = el("input", { type: "password", autocomplete: "off", value: settings.apiKey, onchange: () => setKey("apiKey", key.value.trim()) });
   const system = el("textarea", { rows: 3, value: settings.system, onchange: () => (settings.system = system.value) });
   return [
     group("looks", true, choice("language", [["en", "English"], ["zh", "中文"]]), choice("theme", [["system", t("themeSystem")], ["light", t("themeLight")], ["dark", t("themeDark")]]), field("apiKey", key, t("hint_apiKey")), field("system", system), flag("keepTokens", t("hint_keepTokens"))),

@@ -3,7 +3,7 @@
 import { getJSON, ServerError, wait } from "./api.js";
 import { find } from "./dom.js";
 import { serverModel } from "./prompts.js";
-import { onSetting, settings } from "./settings.js";
+import { onSetting } from "./settings.js";
 import { t } from "./words.js";
 
 const CALM = 5; // seconds between two looks while all is well
@@ -20,8 +20,7 @@ function show(next) {
 
 async function look() {
   try {
-    await getJSON("health");
-    if (!serverModel.context || state !== "ok") await readModel();
+    await readModel();
     return "ok";
   } catch (error) {
     if (!(error instanceof ServerError)) throw error;
@@ -31,31 +30,19 @@ async function look() {
   }
 }
 
-async function readModel() {
-  const [{ data }, props] = await Promise.all([getJSON("v1/models"), getJSON("props")]);
-  const chosen = data.find((model) => model.id === settings.model) ?? data[0];
-  Object.assign(serverModel, {
-    id: chosen.id,
-    context: chosen.max_model_len ?? data[0].max_model_len,
-    stop: props.stop ?? [],
-    stopIds: props.stop_token_ids ?? [],
-    template: props.chat_template,
-  });
-  const select = find("#model");
-  select.hidden = data.length < 2;
-  select.replaceChildren(...data.map((model) => new Option(model.id, model.id, false, model.id === chosen.id)));
-  const name = find("#model-name");
-  name.hidden = !select.hidden;
-  name.textContent = name.title = chosen.id;
+/** Learns which model and adapters are loaded: somebody else may have changed that. */
+export async function readModel() {
+  const { data } = await getJSON("v1/models");
+  const model = data.find(({ status, parent }) => status.value === "loaded" && !parent);
+  const adapters = data.filter(({ parent }) => parent === model.id).map(({ id }) => id);
+  if (serverModel.created === model.created && serverModel.adapters.join() === adapters.join()) return;
+  const { stop, stop_token_ids } = await getJSON("props");
+  Object.assign(serverModel, { id: model.id, created: model.created, context: model.max_model_len, adapters, stop, stopIds: stop_token_ids });
   document.dispatchEvent(new Event("server-model"));
 }
 
 /** Looks for as long as the page is open. */
 export async function watchServer() {
-  find("#model").addEventListener("change", (event) => {
-    settings.model = event.target.value;
-    readModel();
-  });
   onSetting(async (name) => {
     if (name === "language") show(state);
     if (name === "apiKey") show(await look());

@@ -5,7 +5,7 @@ import { newId } from "./dom.js";
 import * as store from "./store.js";
 
 export class Conversation {
-  /** info: {id, title, created, updated, pinned, leaf, system, mode, character}; leaf: the last message that is shown. */
+  /** info: {id, title, created, updated, pinned, leaf, system, mode, character, model}; leaf: the last message shown. */
   constructor(info, messages = []) {
     this.info = info;
     this.messages = new Map(messages.map((message) => [message.id, message]));

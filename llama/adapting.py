@@ -12,15 +12,18 @@ from torch import Tensor
 
 from llama.checkpoint import Adapter, CheckpointError, LowRank, open_weighted
 from llama.checkpoint.inventory import EMBEDDING, OUTPUT, is_held, split_dim
-from llama.linear import AnyLinear, Joint
+from llama.kernels.formats import row_chunks
+from llama.kernels.lowrank import Factors
+from llama.linear import Joint
 from llama.lora import (
     Adapters,
     Change,
+    ColumnChange,
     LowRankChange,
     LowRankEmbedding,
+    Site,
     WholeEmbedding,
     WholeOutput,
-    stacked,
 )
 from llama.model import Transformer
 from llama.parallel import share
@@ -64,6 +67,16 @@ def read_adapters(
     return hashlib.sha256(b"".join(one.digest for one in opened)).digest(), changes
 
 
+def add_always(adapter: Adapter, model: Transformer) -> None:
+    """What a merged adapter adds to linears that stay in their blocks: to all rows, whoever asks."""
+    places = adapters_of(model).places
+    for place, changes in changes_of(adapter, model).items():
+        owner, attribute = places[place]
+        site = getattr(owner, attribute) or Site()
+        site.always.extend(changes)
+        setattr(owner, attribute, site)
+
+
 def changes_of(adapter: Adapter, model: Transformer) -> dict[str, list[Change]]:
     """What this rank adds, by place. Every rank takes part.
 
@@ -98,20 +111,20 @@ class _Adapting:
         found: dict[str, list[Change]] = {}
         for place, joint in joints(self.model):
             path = place.rpartition(".")[0]
-            change = self._joint([f"{path}.{name}" for name in joint.names], joint.linears)
-            if change is not None:
-                found[place] = [change]
+            if changes := list(self._joint(joint, [f"{path}.{name}" for name in joint.names])):
+                found[place] = changes
         if embedding := list(self._embedding()):
             found["tok_embeddings"] = embedding
         if output := list(self._output()):
             found[Adapters.OUTPUT] = output
         return found
 
-    def _joint(self, names: list[str], linears: list[AnyLinear]) -> Change | None:
-        """What is added to linears over one input, side by side."""
+    def _joint(self, joint: Joint, names: list[str]) -> Iterator[Change]:
+        """What is changed behind a joint product, whose linears have these names."""
+        linears = joint.linears
         starts = [sum(linear.out_features for linear in linears[:i]) for i in range(len(linears) + 1)]
         places = [slice(start, stop) for start, stop in pairwise(starts)]
-        parts, rows = [], []
+        pairs, columns = [], []
         gain, offset = torch.ones(starts[-1]), torch.zeros(starts[-1])
         for name, linear, place in zip(names, linears, places, strict=True):
             low_rank = self.adapter.low_rank.get(name)
@@ -123,34 +136,31 @@ class _Adapting:
             if low_rank is not None:
                 a, b = self._parts(low_rank, f"{name}.weight")
                 if low_rank.magnitude is not None:
+                    self._validate_alone(joint.added, name)
                     gain[place] = self._gain(low_rank, f"{name}.weight", linear.dequantize().cpu(), a, b)
                     b = b * gain[place].unsqueeze(1)
                 if low_rank.bias is not None and is_held(f"{name}.bias", self.parallel.rank):
                     new_bias = new_bias + self._part(low_rank.bias, f"{name}.bias")
-                parts.append((a, b))
-                rows.append(place)
+                pairs.append((self._own(a), self._own(b)))
+                columns.append(place.start)
             offset[place] = new_bias - gain[place] * bias
-        has_offset = bool(offset.any())
-        if not parts and not has_offset:
-            return None
-        if not parts:
-            nothing = torch.zeros(1, linears[0].in_features), torch.zeros(linears[0].out_features, 1)
-            parts, rows = [nothing], places[:1]
-        a, b = stacked(parts, rows, starts[-1])
-        return LowRankChange(
-            self._own(a),
-            self._own(b),
-            self._own(gain) if bool((gain != 1).any()) else None,
-            self._own(offset) if has_offset else None,
-            self.model.fixed_rows,
-        )
+        has_gain, has_offset = bool((gain != 1).any()), bool(offset.any())
+        if has_gain or has_offset:
+            yield ColumnChange(self._own(gain) if has_gain else None, self._own(offset) if has_offset else None)
+        if pairs:
+            yield LowRankChange(Factors.of(pairs, columns), self.model.fixed_rows)
 
     def _embedding(self) -> Iterator[Change]:
         whole, low_rank = self.adapter.whole.get(EMBEDDING), self.adapter.low_rank.get("tok_embeddings")
         if whole is not None and not self._is_stored(EMBEDDING):
             yield WholeEmbedding(self._own(whole.read(0, 0, whole.shape[0])))
         if low_rank is not None:
-            yield LowRankEmbedding(self._own(low_rank.b.float() * low_rank.scale), self._own(low_rank.a))
+            a, b = low_rank.a.float(), low_rank.b.float() * low_rank.scale
+            if low_rank.magnitude is not None:
+                gain = low_rank.magnitude.float() / self._lengths(a, b)
+                a = a * gain
+                yield ColumnChange(self._own(gain))
+            yield LowRankEmbedding(self._own(b), self._own(a))
 
     def _output(self) -> Iterator[Change]:
         whole, low_rank = self.adapter.whole.get(OUTPUT), self.adapter.low_rank.get("output")
@@ -160,14 +170,22 @@ class _Adapting:
             yield WholeOutput(self._own(weight), self.model.fixed_rows)
         if low_rank is not None:
             a, b = self._parts(low_rank, OUTPUT)
-            gain = None
             if low_rank.magnitude is not None:
+                self._validate_alone(self.model.added_to_output, OUTPUT)
                 gain = self._gain(low_rank, OUTPUT, self._head() if weight is None else weight, a, b)
                 b = b * gain.unsqueeze(1)
-            a, b = stacked([(a, b)], [slice(None)], b.shape[0])
-            yield LowRankChange(
-                self._own(a), self._own(b), None if gain is None else self._own(gain), None, self.model.fixed_rows
-            )
+                yield ColumnChange(self._own(gain))
+            yield LowRankChange(Factors.of([(self._own(a), self._own(b))], [0]), self.model.fixed_rows)
+
+    def _lengths(self, a: Tensor, b: Tensor) -> Tensor:
+        """Of the columns (dim,) of the embedding with b a added, over every rank's rows."""
+        table = self.model.tok_embeddings
+        squares = torch.zeros(table.dim)
+        for part in row_chunks(table.num_rows, table.dim):
+            rows = torch.arange(table.num_rows)[part]
+            own = table.rows(rows.to(self.like.device)).float().cpu()
+            squares += torch.addmm(own, b[table.first + rows], a).square_().sum(0)
+        return self.parallel.all_reduce(squares).sqrt()
 
     def _is_stored(self, name: str) -> bool:
         """Whether a whole weight has the model's own values, as adapters often bring them along."""
@@ -201,6 +219,13 @@ class _Adapting:
             return tensor
         start, stop = share(tensor.shape[dim], self.parallel.rank, self.parallel.size)
         return tensor.narrow(dim, start, stop - start)
+
+    def _validate_alone(self, site: Site | None, name: str) -> None:
+        if site is not None and site.always:
+            raise CheckpointError(
+                f"{self.adapter.file}: {name}: DoRA's lengths are those of a sum, which is not made where an adapter "
+                "stands beside packed weights: build the model with quantization='none'"
+            )
 
     def _gain(self, low_rank: LowRank, name: str, weight: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """DoRA's magnitudes over the lengths of the sum's rows, (rows,): a constant once the adapter is trained."""

@@ -10,18 +10,19 @@ from pathlib import Path
 import torch
 
 from llama import parallel
-from llama.adapting import adapters_of
+from llama.adapting import adapters_of, add_always
 from llama.chat import FORMATS, ChatFormat, choose_format
 from llama.chat.selection import read_template
 from llama.checkpoint import (
     Checkpoint,
     default_model,
+    keeps_blocks,
     load_weights,
     open_checkpoint,
     packed_modules,
     parse_size,
     untied,
-    with_adapters,
+    with_adapters_beside,
 )
 from llama.device import choose_device, choose_dtype, choose_kv_dtype, return_memory
 from llama.engine import Engine
@@ -66,9 +67,12 @@ def load(
 
     `quantization` is a format's name, "none" or None. Raises FileNotFoundError or ValueError, in one line.
     """
-    checkpoint = with_adapters(open_checkpoint(default_model() if ckpt_dir is None else ckpt_dir), adapter)
+    checkpoint = open_checkpoint(default_model() if ckpt_dir is None else ckpt_dir)
     target = choose_device(device)
     group = parallel.start(model_parallel_size, target.type)
+    checkpoint, beside = with_adapters_beside(
+        checkpoint, adapter, lambda weight: quantization is None and keeps_blocks(weight, group.size, target)
+    )
     packed = packed_modules(untied(checkpoint), quantization, group.size, target)
     if "output" in packed:
         checkpoint = untied(checkpoint)
@@ -78,8 +82,8 @@ def load(
     with torch.device("meta"):
         model = Transformer(args, group)
     pack_modules(model, packed)
-    with ThreadPoolExecutor(1) as beside, progress_bar("Loading", show=group.rank == 0) as advance:
-        reading = beside.submit(read_tokenizer, checkpoint, tokenizer_path, chat_format, tool_format)
+    with ThreadPoolExecutor(1) as reader, progress_bar("Loading", show=group.rank == 0) as advance:
+        reading = reader.submit(read_tokenizer, checkpoint, tokenizer_path, chat_format, tool_format)
         load_weights(
             model,
             checkpoint,
@@ -90,6 +94,8 @@ def load(
             progress=stopping(advance, reading),
         )
         model.prepare(BLOCK_SIZE if deterministic else None)
+        for one in beside:
+            add_always(one, model)
         tokenizer, chosen, surplus = reading.result()
     return_memory()
     if group.rank == 0:

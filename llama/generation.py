@@ -141,8 +141,9 @@ class Llama:
             chat_format: a format's name or the path of a Jinja template; None asks the model.
             tool_format: how the model calls tools ("hermes", "llama3", "mistral", ...); None looks for it in the
                 model's template and vocabulary.
-            adapter: a PEFT directory or GGUF file with a LoRA adapter that is merged into the model while it loads,
-                with its tokenizer where it brings one; or several, in order. "PATH=0.7" gives one a weight.
+            adapter: a PEFT directory, a GGUF file or org/name of the hub with a LoRA adapter that is merged into the
+                model while it loads, with its tokenizer where it brings one; or several, in order. "PATH=0.7" gives
+                one a weight.
             adapters: those that calls may name, by name, each for its own rows; see `load_adapter`.
 
         Raises FileNotFoundError or ValueError, in one line, for what cannot be loaded.
@@ -367,15 +368,17 @@ class Llama:
         spoken = self.chat_format.spoken(completion.text, completion.tokens, use.callable_names)
         return replace(completion, text=spoken.content, tool_calls=spoken.calls)
 
-    def score(self, texts: Sequence[str | TokenIds]) -> list[list[Logprob | None]]:
+    def score(self, texts: Sequence[str | TokenIds], adapter: str | None = None) -> list[list[Logprob | None]]:
         """How likely the model finds each token of each text, given those before it; the first has no score."""
         params = SamplingParams(max_tokens=0, prompt_logprobs=0)
-        return [completion.prompt_logprobs for completion in answered(self.complete(texts, params))]
+        return [completion.prompt_logprobs for completion in answered(self.complete(texts, params, adapter))]
 
-    def embed(self, texts: Sequence[str | TokenIds], pooling: Pooling = "mean") -> torch.Tensor:
+    def embed(
+        self, texts: Sequence[str | TokenIds], pooling: Pooling = "mean", adapter: str | None = None
+    ) -> torch.Tensor:
         """One vector of length 1 a text, (texts, dim) float32: the "mean" of its states, or the "last" one."""
         params = SamplingParams().resolve()
-        queries = [Query(tokens, params, pooling) for tokens in self.prompt_tokens(texts)]
+        queries = [Query(tokens, params, pooling, adapter=adapter) for tokens in self.prompt_tokens(texts)]
         return unit_vectors(answered(sorted(self.run(queries, strict=True), key=attrgetter("place"))))
 
     def stream_text(

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from itertools import accumulate, count
 from typing import Any, Protocol
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama.kernels.lowrank import Factors, Group, LowRankRows, add_low_rank_twin
 from llama.linear import in_tiles
+
+MOST_ROWS = 64  # of one adapter in a step that the kernel takes: a matrix library does more of them faster
 
 Run = tuple[int, int]  # (an adapter's number, 0 for none; how many rows)
 
@@ -31,21 +33,37 @@ class Change(Protocol):
 
 @dataclass(frozen=True)
 class LowRankChange:
-    """y * gain + x a b + offset. The scale is in b; gain and offset are those of DoRA, and of biases."""
+    """y + x a b, of each part. The scale is in b."""
 
-    a: Tensor  # (in, rank)
-    b: Tensor  # (rank, out)
+    factors: Factors
+    fixed_rows: int | None = None  # see `in_tiles`
+
+    def is_for_kernel(self, num_rows: int) -> bool:
+        """Whether `LowRankRows` takes so many rows: then it is faster, and a row's bits are its own anyhow."""
+        return self.factors.width is not None and (self.fixed_rows is not None or num_rows <= MOST_ROWS)
+
+    def apply(self, y: Tensor, x: Tensor) -> None:
+        if self.fixed_rows is None:
+            add_low_rank_twin(y, x, self.factors)
+        else:
+            y.add_(in_tiles(lambda tile: self._alone(tile, y), x, self.fixed_rows))
+
+    def _alone(self, x: Tensor, like: Tensor) -> Tensor:
+        y = like.new_zeros(len(x), like.shape[1])
+        add_low_rank_twin(y, x, self.factors)
+        return y
+
+
+@dataclass(frozen=True)
+class ColumnChange:
+    """y * gain + offset: DoRA's, and that of biases."""
+
     gain: Tensor | None = None  # (out,)
     offset: Tensor | None = None  # (out,)
-    fixed_rows: int | None = None  # see `in_tiles`
 
     def apply(self, y: Tensor, x: Tensor) -> None:
         if self.gain is not None:
             y.mul_(self.gain)
-        if self.fixed_rows is None:
-            y.addmm_(x @ self.a, self.b)
-        else:
-            y.add_(in_tiles(lambda tile: (tile @ self.a) @ self.b, x, self.fixed_rows))
         if self.offset is not None:
             y.add_(self.offset)
 
@@ -88,24 +106,56 @@ class LowRankEmbedding:
 class Site:
     """One place of a model where adapters change a result: `changes` by their numbers, `runs` says whose rows they are.
 
-    `runs` is one list for all places, which the owner fills for a step.
+    `runs` is one list for all places, which the owner fills for a step. One step of an answer has the same runs as the
+    next, so what is to be done is planned when they change. Of an adapter's changes those of low rank are the last.
     """
 
-    def __init__(self, runs: list[Run]):
-        self.runs = runs
+    def __init__(self) -> None:
+        self.runs: list[Run] = []
+        self.always: list[Change] = []  # to every row, before what their own adapters change
         self.changes: dict[int, Sequence[Change]] = {}
+        self._planned: tuple[int, list[Run]] = (0, [])
+        self._plan: list[tuple[slice | None, Change]] = []
 
     def __call__(self, y: Tensor, x: Tensor) -> Tensor:
         """y (num_tokens, out), changed in place."""
-        first = 0
-        for number, num_rows in self.runs:
-            for change in self.changes.get(number, ()):
-                if num_rows == len(y):
-                    change.apply(y, x)
-                else:
-                    change.apply(y[first : first + num_rows], x[first : first + num_rows])
-            first += num_rows
+        if self._planned != (len(y), self.runs):
+            self._planned, self._plan = (len(y), list(self.runs)), self._planned_changes(len(y))
+        for rows, change in self._plan:
+            if rows is None:
+                change.apply(y, x)
+            else:
+                change.apply(y[rows], x[rows])
         return y
+
+    def remove(self, number: int) -> None:
+        """Lets go of an adapter's changes."""
+        self.changes.pop(number, None)
+        self._planned, self._plan = (0, []), []
+
+    def _planned_changes(self, num_rows: int) -> list[tuple[slice | None, Change]]:
+        """What to apply, and to which rows; None for all."""
+        ends = accumulate(number for _, number in self.runs)
+        parts = [
+            (end - number, number, self.changes.get(adapter, ()))
+            for end, (adapter, number) in zip(ends, self.runs, strict=True)
+        ]
+        return [*in_one_call([(0, num_rows, self.always)]), *in_one_call(parts)]
+
+
+def in_one_call(parts: Iterable[tuple[int, int, Sequence[Change]]]) -> Iterator[tuple[slice | None, Change]]:
+    """Changes of some (first row, rows, changes): those that the kernel takes become one, behind the others."""
+    calls: list[list[Group]] = []  # no row twice in one: threads share its work
+    for first, num_rows, changes in parts:
+        num_calls = 0
+        for change in changes if num_rows else ():
+            if isinstance(change, LowRankChange) and change.is_for_kernel(num_rows):
+                calls += [] if num_calls < len(calls) else [[]]
+                calls[num_calls].append(Group(first, num_rows, change.factors))
+                num_calls += 1
+            else:
+                yield slice(first, first + num_rows), change
+    yield from ((None, LowRankRows(groups)) for groups in calls)
 
 
 @dataclass(eq=False)
@@ -161,9 +211,10 @@ class Adapters:
         loaded = LoadedAdapter(name, next(self._numbers), digest)
         for place, some in changes.items():
             owner, attribute = self.places[place]
-            if getattr(owner, attribute) is None:
-                setattr(owner, attribute, Site(self._wanted_runs if place == self.OUTPUT else self._runs))
-            getattr(owner, attribute).changes[loaded.number] = some
+            site = getattr(owner, attribute) or Site()
+            site.runs = self._wanted_runs if place == self.OUTPUT else self._runs
+            site.changes[loaded.number] = some
+            setattr(owner, attribute, site)
         self._by_name[name] = loaded
         self._held.add(loaded.number)
 
@@ -198,8 +249,8 @@ class Adapters:
         for owner, attribute in self.places.values():
             site = getattr(owner, attribute)
             if site is not None:
-                site.changes.pop(number, None)
-                if not site.changes:
+                site.remove(number)
+                if not site.changes and not site.always:
                     setattr(owner, attribute, None)
         if self.tells:
             self.dropped.append(number)
@@ -220,17 +271,3 @@ class Adapters:
         finally:
             self._runs.clear()
             self._wanted_runs.clear()
-
-
-def stacked(parts: Sequence[tuple[Tensor, Tensor]], rows: Sequence[slice], num_rows: int) -> tuple[Tensor, Tensor]:
-    """Several (a, b) over one input as one: a's side by side, (in, ranks), and b's as blocks, (ranks, num_rows).
-
-    Part i, a (rank, in) and b (out, rank), is for the outputs rows[i].
-    """
-    a = torch.cat([one for one, _ in parts]).T.contiguous()
-    b = a.new_zeros(a.shape[1], num_rows)
-    first = 0
-    for (_, one), place in zip(parts, rows, strict=True):
-        b[first : first + one.shape[1], place] = one.T
-        first += one.shape[1]
-    return a, b

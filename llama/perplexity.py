@@ -43,12 +43,14 @@ def perplexity(
     window: int | None = None,
     stride: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    adapter: str | None = None,
 ) -> Perplexity:
     """The perplexity of `text` under a sliding window.
 
     Every token but the first is predicted once, from the tokens before it in a window of `window` tokens that moves
     on by `stride` (half a window if None), so that all but the first window's see at least window - stride others.
     A BOS stands before each window where the tokenizer wants one. `progress` gets (tokens done, tokens in all).
+    `adapter` is the name of one beside the model.
     """
     bos = [llm.tokenizer.bos_id] if llm.tokenizer.add_bos else []
     longest = llm.max_seq_len
@@ -72,7 +74,7 @@ def perplexity(
             previous, end = end, min(len(tokens), end + (stride if end else window - len(bos)))
             part = bos + tokens[max(0, end - window + len(bos)) : end]
             fresh.append(min(end - previous, len(part) - 1))
-            yield Query(part, params)
+            yield Query(part, params, adapter=adapter)
 
     started = time.perf_counter()
     negative, done = 0.0, 0

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.adapters import ALL, KINDS, peft_logits, write_adapter, write_base
 from support.ranks import forked
 
 from llama import Llama, SamplingParams
+from llama.checkpoint import open_checkpoint, save_low_bit
+from llama.perplexity import perplexity
 
 TOKENS = [1, 50, 7, 200, 33, 90, 12, 5]
 OTHERS = [1, 9, 9, 17, 80]
@@ -152,7 +155,7 @@ def test_what_was_unloaded_leaves_nothing_behind(made):
     base, paths, _ = made
     llm = build(base, adapters=paths)
     joint = llm.model.layers[0].attention.qkv
-    tensor = weakref.ref(joint.added.changes[1][0].a)
+    tensor = weakref.ref(joint.added.changes[1][0].factors.numbers)
     events = llm.stream_text(TOKENS, GREEDY, "a")
     next(events)
     llm.unload_adapter("a")
@@ -174,6 +177,65 @@ def test_an_answer_of_several_choices_stays_with_its_adapter(made):
     assert {tuple(one.tokens) for one in llm.complete([TOKENS], several, "a")} == {
         tuple(llm.complete([TOKENS], GREEDY, "a")[0].tokens)
     }
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A base stored in q8_0, and two adapters: of linears with DoRA, and of linears and the output layer."""
+    folder = tmp_path_factory.mktemp("packed")
+    plain = write_base(folder / "plain", dim=128, multiple_of=64)
+    save_low_bit(open_checkpoint(plain), folder / "base", "q8_0")
+    write_adapter(plain, folder / "dora", 1, target_modules=ALL, use_dora=True)
+    write_adapter(plain, folder / "other", 2, target_modules=["q_proj", "down_proj", "lm_head"])
+    file = folder / "other" / "adapter_model.safetensors"  # PEFT puts the base model's own output layer there as well
+    save_file({name: one for name, one in load_file(file).items() if "lora_" in name}, file)
+    return folder / "base", folder / "dora", folder / "other"
+
+
+def linears(llm: Llama) -> set[str]:
+    layer = llm.model.layers[1]
+    return {type(one).__name__ for one in (layer.attention.wq, layer.feed_forward.w2, llm.model.output)}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_an_adapter_merged_into_stored_blocks_leaves_them_and_is_computed_beside_them(packed, capsys, deterministic):
+    base, dora, other = packed
+    expected = {name: scores(build(base, adapters={"x": name}), adapter="x") for name in (dora, other)}
+    for name in (dora, other):
+        llm = build(base, adapter=name, deterministic=deterministic)
+        assert linears(llm) == {"LowBitLinear"}
+        torch.testing.assert_close(scores(llm), expected[name], rtol=1e-4, atol=1e-4)
+    assert "is computed beside its blocks" in capsys.readouterr().err
+
+
+def test_more_adapters_stand_on_one_that_is_computed_beside_blocks(packed):
+    base, dora, other = packed
+    both = build(base, adapter=[dora, other])
+    llm = build(base, adapter=dora, adapters={"x": other})
+    alone = scores(llm)
+    torch.testing.assert_close(scores(llm, adapter="x"), scores(both), rtol=1e-4, atol=1e-4)
+    assert (scores(llm, adapter="x") - alone).abs().max() > 0.1
+    with pytest.raises(ValueError, match="DoRA's lengths are those of a sum, which is not made"):
+        llm.load_adapter("y", dora)
+    llm.unload_adapter("x")
+    assert torch.equal(scores(llm), alone)
+
+
+def test_a_quantization_that_is_named_merges_all_the_same(packed):
+    base, dora, _ = packed
+    assert linears(build(base, adapter=dora, quantization="none")) == {"Linear"}
+    llm = build(base, adapter=dora, quantization="q8_0")
+    assert llm.model.layers[0].attention.qkv.added is None
+
+
+def test_scores_vectors_and_perplexity_are_those_of_an_adapter(made):
+    base, paths, _ = made
+    llm, merged = build(base, adapters=paths), build(base, adapter=paths["a"])
+    [found], [expected] = llm.score([TOKENS], "a"), merged.score([TOKENS])
+    assert [one.logprob for one in found[1:]] == pytest.approx([one.logprob for one in expected[1:]], abs=1e-4)
+    torch.testing.assert_close(llm.embed([TOKENS], adapter="a"), merged.embed([TOKENS]), rtol=1e-4, atol=1e-4)
+    text = "hello lo ello"
+    assert perplexity(llm, text, adapter="a").perplexity == pytest.approx(perplexity(merged, text).perplexity, rel=1e-3)
 
 
 def test_what_only_a_merged_adapter_can_do_is_refused(tmp_path):
@@ -208,15 +270,15 @@ def test_a_closed_model_is_gone(made):
 
 
 def test_two_ranks_compute_what_one_does_with_a_vocabulary_that_they_cannot_share_evenly(tmp_path):
-    for kind in ("dora and biases", "ends", "saved"):
+    for kind in ("dora and biases", "dora ends", "ends", "saved"):
         config, changes = KINDS[kind]
-        folder = tmp_path / kind.split()[0]
+        folder = tmp_path / kind.replace(" ", "-")
         base = write_base(folder / "base", vocab_size=265, **changes)
         model = write_adapter(base, folder / "adapter", **config)
         torch.save(of_peft(model), folder / "expected.pt")
     done = forked(2, "lora_ranks.py", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("as expected") == 3
+    assert done.stdout.count("as expected") == 4
 
 
 class Counting:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..files.errors import CheckpointError, Finding
-from .adapters import Adapter, LowRank, is_adapter, open_adapter, open_weighted, with_adapters
+from .adapters import Adapter, LowRank, is_adapter, open_adapter, open_weighted, with_adapters, with_adapters_beside
 from .conversion import convert, legacy_source, parse_size, save_low_bit
 from .default import DEFAULT_ABOUT, DEFAULT_SETTINGS, default_model
 from .folder import adapter_in, adapters_in, located_adapter, model_in, models_in
@@ -13,7 +13,7 @@ from .inspection import Estimate, Inspection, Stored, estimate, inspect
 from .inventory import expected_shapes
 from .load import load_weights
 from .opened import Checkpoint
-from .packing import packed_modules, untied
+from .packing import keeps_blocks, packed_modules, untied
 from .verification import verify
 from .weight import Weight
 
@@ -37,6 +37,7 @@ __all__ = [
     "expected_shapes",
     "inspect",
     "is_adapter",
+    "keeps_blocks",
     "legacy_source",
     "load_weights",
     "located_adapter",
@@ -52,4 +53,5 @@ __all__ = [
     "untied",
     "verify",
     "with_adapters",
+    "with_adapters_beside",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import glob
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..files.errors import CheckpointError
@@ -31,15 +32,23 @@ WEIGHTS = (  # of these kinds, the first that is there is read, as in a director
     r"consolidated\.safetensors",
 )
 KNOWN = "safetensors, pytorch_model.bin, consolidated.NN.pth, .gguf"
+ADAPTERS = (r"adapter_model\.safetensors", r"adapter_model\.bin")  # in the place of WEIGHTS
 
 
-def resolve(name_or_path: str | Path, *, endpoint: str | None = None, cache_dir: str | Path | None = None) -> Path:
+def resolve(
+    name_or_path: str | Path,
+    *,
+    kinds: Sequence[str] = WEIGHTS,
+    endpoint: str | None = None,
+    cache_dir: str | Path | None = None,
+) -> Path:
     """A path on this machine: the one given if it exists, else a download from the hub.
 
     Only what will be read is fetched (weights in one format, settings and tokenizer; of GGUF files one), into
-    huggingface_hub's cache (`cache_dir`); what is there already is used when the hub cannot be reached. `endpoint` is
-    the hub's address. Raises FileNotFoundError in one line for what neither this machine nor the hub has, or where the
-    package is missing; CheckpointError where the name fits several GGUF files.
+    huggingface_hub's cache (`cache_dir`); what is there already is used when the hub cannot be reached. `kinds`:
+    patterns of the weights, a model's or ADAPTERS. `endpoint` is the hub's address. Raises FileNotFoundError in one
+    line for what neither this machine nor the hub has, or where the package is missing; CheckpointError where the name
+    fits several GGUF files.
     """
     path = Path(name_or_path).expanduser()
     if path.exists():
@@ -62,8 +71,8 @@ def resolve(name_or_path: str | Path, *, endpoint: str | None = None, cache_dir:
     except Exception as error:  # every way in which a network and a server fail
         folder = _cached(repository, name, cache_dir, error)
         there = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
-        return folder / select(name, there, choice, file)[0]
-    model, files = select(name, [file.rfilename for file in info.siblings or ()], choice, file)
+        return folder / select(name, there, choice, file, kinds)[0]
+    model, files = select(name, [file.rfilename for file in info.siblings or ()], choice, file, kinds)
     try:
         folder = huggingface_hub.snapshot_download(
             repository,
@@ -77,7 +86,9 @@ def resolve(name_or_path: str | Path, *, endpoint: str | None = None, cache_dir:
     return Path(folder) / model
 
 
-def select(name: str, files: list[str], choice: str | None, file: str | None) -> tuple[str, list[str]]:
+def select(
+    name: str, files: list[str], choice: str | None, file: str | None, kinds: Sequence[str]
+) -> tuple[str, list[str]]:
     """Of a repository's files the one, or the folder, that is the model, and all that it needs.
 
     Raises CheckpointError where there is none, or not one alone.
@@ -88,7 +99,7 @@ def select(name: str, files: list[str], choice: str | None, file: str | None) ->
     inside = [one.removeprefix(folder) for one in files if one.startswith(folder)]
     inside = [one for one in inside if "/" not in one]
     if folder or choice is None:
-        for kind in WEIGHTS:
+        for kind in kinds:
             weights = [one for one in inside if re.fullmatch(kind, one)]
             if weights:
                 indexes = [one for one in inside if one.endswith("index.json") and one[:5] == weights[0][:5]]

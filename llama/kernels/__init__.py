@@ -2,6 +2,7 @@
 
 `formats`: the low-bit formats, one class and one row each. `lowbit`: products with packed low-bit weights.
 `attention`: rotating, storing, and single rows that look at their own keys and values. `elementwise`: norm, rotation
-and gate in one pass each. They are C++ in `csrc/`, which setup.py builds as an optional extension and `library` loads.
+and gate in one pass each. `lowrank`: what the adapters of a step add. They are C++ in `csrc/`, which setup.py builds as
+an optional extension and `library` loads.
 `cuda`: the low-bit products on a GPU, in Triton; its twin is `LowBitFormat.dequantize` and PyTorch's product.
 """

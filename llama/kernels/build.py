@@ -18,6 +18,7 @@ SOURCES = (
     "lowbit_avx512.cpp",
     "lowbit_avx2.cpp",
     "lowbit_scalar.cpp",
+    "lowrank.cpp",
 )
 COMPILER_FLAGS = (
     "-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden",

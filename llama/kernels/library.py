@@ -26,8 +26,12 @@ UNIT = 16  # numbers that the kernels for attention and between products take at
 
 
 def operator(name: str) -> Callable[..., Any] | None:
-    """torch.ops.llama's operator of that name, found once: looking it up takes as long as a small product."""
-    return getattr(torch.ops.llama, name).default if AVAILABLE else None
+    """torch.ops.llama's operator of that name, found once: looking it up takes as long as a small product.
+
+    None where nothing was compiled, or what was is older than this operator.
+    """
+    packet = getattr(torch.ops.llama, name, None) if AVAILABLE else None
+    return None if packet is None else packet.default
 
 
 def serves(x: torch.Tensor, multiple: int = UNIT) -> bool:

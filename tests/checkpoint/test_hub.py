@@ -4,11 +4,14 @@ import json
 import os
 import sys
 import threading
+from functools import partial
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from support.checkpoints import assert_equal, sample, state, write_gguf, write_hf, write_meta
 
-from llama.checkpoint import CheckpointError, open_checkpoint, resolve
+from llama.checkpoint import CheckpointError, adapters, open_checkpoint, resolve
 
 pytest.importorskip("huggingface_hub")
 COMMIT = "a" * 40
@@ -184,6 +187,25 @@ def test_a_folder_of_a_repository_can_be_named(hub):
     path = hub.fetch("org/name:original")
     assert_equal(state(path), weights)
     assert not (path.parent / "model.safetensors").exists()
+
+
+def test_of_a_repository_with_an_adapter_beside_a_model_each_is_fetched_alone(hub, tmp_path, monkeypatch):
+    args, weights = sample()
+    write_hf(hub.folder, args, weights)
+    module = "base_model.model.model.layers.0.self_attn.v_proj"
+    parts = {"lora_A": torch.ones(2, args.dim), "lora_B": torch.ones(32, 2)}
+    save_file({f"{module}.{part}.weight": one for part, one in parts.items()}, hub.folder / "adapter_model.safetensors")
+    (hub.folder / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": 4}')
+    (hub.folder / "adapter_model.bin").write_text("x")
+    place = {"endpoint": hub.endpoint, "cache_dir": tmp_path / "cache"}
+    monkeypatch.setattr(adapters, "resolve", partial(resolve, **place))
+    adapter = adapters.open_weighted("org/name=0.5")
+    assert adapter.low_rank["layers.0.attention.wv"].scale == 4 / 2 * 0.5
+    fetched = ["adapter_config.json", "adapter_model.safetensors", "config.json"]
+    assert sorted(file.name for file in adapter.path.iterdir()) == fetched
+    assert (hub.fetch() / "model.safetensors").is_file()
+    hub.close()
+    assert adapters.open_adapter("org/name").path == adapter.path
 
 
 def test_a_download_is_used_again_without_the_network(hub):

@@ -30,6 +30,7 @@ KINDS = {  # what LoraConfig gets, and what the base model has
     "lora_bias": ({"target_modules": ALL, "lora_bias": True}, BIASED),
     "biases": ({"target_modules": ALL, "bias": "lora_only"}, BIASED),
     "ends": ({"target_modules": [*ALL, "embed_tokens", "lm_head"]}, {}),
+    "dora ends": ({"target_modules": [*ALL, "embed_tokens", "lm_head"], "use_dora": True}, {}),
     "saved": ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, {}),
     "tied": ({"target_modules": [*ALL, "embed_tokens"]}, {"tie_word_embeddings": True}),
 }

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ...files.errors import CheckpointError
-from ..hub import resolve
+from ..hub import ADAPTERS, resolve
 from ..opened import Checkpoint
+from ..weight import Weight
 from .adapter import Adapter, LowRank
 from .gguf import is_gguf_adapter, open_gguf_adapter
 from .merging import merge_adapter
 from .peft import ADAPTER_CONFIG, is_peft, open_peft
 
-__all__ = ["Adapter", "LowRank", "is_adapter", "merge_adapter", "open_adapter", "open_weighted", "with_adapters"]
+__all__ = [
+    "Adapter",
+    "LowRank",
+    "is_adapter",
+    "merge_adapter",
+    "open_adapter",
+    "open_weighted",
+    "with_adapters",
+    "with_adapters_beside",
+]
 
 
 def is_adapter(path: Path) -> bool:
@@ -22,11 +32,11 @@ def is_adapter(path: Path) -> bool:
 
 
 def open_adapter(path: str | Path) -> Adapter:
-    """Opens a PEFT directory, or a GGUF file with an adapter: what it says is parsed, its numbers stay on disk.
+    """Opens a PEFT directory, a GGUF file with an adapter, or org/name of the hub: what it says is parsed.
 
     Raises FileNotFoundError where nothing is at `path`, CheckpointError for what is no adapter or a damaged one.
     """
-    path = resolve(path)
+    path = resolve(path, kinds=ADAPTERS)
     if is_peft(path):
         return open_peft(path)
     if is_gguf_adapter(path):
@@ -59,6 +69,22 @@ def parse_weighted(given: str | Path) -> tuple[str | Path, float]:
 
 def with_adapters(checkpoint: Checkpoint, given: str | Path | Sequence[str | Path] | None) -> Checkpoint:
     """The checkpoint with each of the adapters in it, in order: paths, or "PATH=0.7" for one with a weight."""
-    for one in [given] if isinstance(given, str | Path) else given or ():
-        checkpoint = merge_adapter(checkpoint, open_weighted(one))
+    for one in as_list(given):
+        checkpoint, _ = merge_adapter(checkpoint, open_weighted(one))
     return checkpoint
+
+
+def with_adapters_beside(
+    checkpoint: Checkpoint, given: str | Path | Sequence[str | Path] | None, keeps: Callable[[Weight], bool]
+) -> tuple[Checkpoint, list[Adapter]]:
+    """The same, but linears of which `keeps` is true stay in their blocks; and what is to be added beside those."""
+    beside = []
+    for one in as_list(given):
+        checkpoint, rest = merge_adapter(checkpoint, open_weighted(one), keeps)
+        beside += [] if rest is None else [rest]
+    return checkpoint, beside
+
+
+def as_list(given: str | Path | Sequence[str | Path] | None) -> Sequence[str | Path]:
+    """One adapter, several or none, as a list."""
+    return [given] if isinstance(given, str | Path) else given or ()

@@ -18,16 +18,18 @@ from ..inventory import BIASES, EMBEDDING, OUTPUT, expected_shapes, interleave, 
 
 @dataclass(frozen=True)
 class LowRank:
-    """What is added to one matrix W: scale * b @ a. With magnitudes (DoRA) the sum's rows get these lengths.
+    """What is added to one matrix W: scale * b @ a. With magnitudes (DoRA) the sum's outputs get these lengths.
 
-    LoRA: Hu et al. 2021, arXiv:2106.09685; DoRA: Liu et al. 2024, arXiv:2402.09353.
+    An output is a row, but of an embedding a column. LoRA: Hu et al. 2021, arXiv:2106.09685; DoRA: Liu et al. 2024,
+    arXiv:2402.09353.
     """
 
     a: Tensor  # (rank, columns)
     b: Tensor  # (rows, rank)
     scale: float
-    magnitude: Tensor | None = None  # (rows,)
+    magnitude: Tensor | None = None  # (outputs,)
     bias: Tensor | None = None  # (rows,): added to the layer's bias, scaled as b is
+    is_embedding: bool = False
 
     @property
     def rank(self) -> int:
@@ -169,9 +171,11 @@ def low_rank_of(file: Path, name: str, parts: dict[str, Tensor], alpha: float | 
         raise CheckpointError(f"{file}: {name}: has a rank of 0; at least 1 is needed")
     scale = 1.0 if alpha is None else alpha / (rank**0.5 if root else rank)
     magnitude, bias = parts.get("magnitude"), parts.get("bias")
+    is_embedding = f"{name}.weight" == EMBEDDING
+    outputs = a.shape[1] if is_embedding else b.shape[0]
     for one in (magnitude, bias):
-        if one is not None and one.numel() != b.shape[0]:
-            raise CheckpointError(f"{file}: {name}: {one.numel()} numbers beside {b.shape[0]} rows")
+        if one is not None and one.numel() != outputs:
+            raise CheckpointError(f"{file}: {name}: {one.numel()} numbers beside {outputs} outputs")
     if magnitude is not None and bias is not None:
         raise CheckpointError(f"{file}: {name}: DoRA with a lora_bias is not supported")
     return LowRank(
@@ -180,6 +184,7 @@ def low_rank_of(file: Path, name: str, parts: dict[str, Tensor], alpha: float | 
         scale,
         None if magnitude is None else magnitude.reshape(-1),
         None if bias is None else bias.reshape(-1).float() * scale,
+        is_embedding,
     )
 
 

@@ -5,8 +5,9 @@ It stands between reading and casting, so that loading, ranks, quantizing and ev
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from ...files.errors import CheckpointError
 from ...kernels.formats import row_chunks
 from ..arrays import Array, Mapped, Wrapped, read_by_copy
-from ..inventory import BIASES, EMBEDDING, OUTPUT, expected_shapes, module_of
+from ..inventory import BIASES, EMBEDDING, OUTPUT, expected_shapes, is_linear, module_of
 from ..opened import Checkpoint, is_tied
 from ..packing import untied
 from ..weight import Weight
@@ -37,23 +38,39 @@ class Merged(Wrapped):
                 place.copy_(self._rows(start + part.start, start + part.start + len(place)))
         elif self.change.magnitude is None:
             out.copy_(self.array.read(1, start, stop).float() + self.change.delta(columns=slice(start, stop)))
-        else:  # a row's length wants all its columns
+        else:  # a length wants all of a row, or of a column
             for part in row_chunks(*self.shape):
                 place = out[part]
                 place.copy_(self._rows(part.start, part.start + len(place))[:, start:stop])
 
     def _rows(self, start: int, stop: int) -> Tensor:
-        rows = slice(start, stop)
-        total = self.array.read(0, start, stop).float() + self.change.delta(rows)
-        if self.change.magnitude is None:
+        total = self._sum(start, stop)
+        magnitude = self.change.magnitude
+        if magnitude is None:
             return total
-        return total * (self.change.magnitude[rows].float() / total.norm(dim=1)).unsqueeze(1)
+        if self.change.is_embedding:
+            return total * (magnitude.float() / self._column_lengths)
+        return total * (magnitude[start:stop].float() / total.norm(dim=1)).unsqueeze(1)
+
+    def _sum(self, start: int, stop: int) -> Tensor:
+        return self.array.read(0, start, stop).float() + self.change.delta(slice(start, stop))
+
+    @cached_property
+    def _column_lengths(self) -> Tensor:
+        """(columns,) of the sum; everything is read for it."""
+        rows, columns = self.shape
+        chunks = (range(rows)[part] for part in row_chunks(rows, columns))
+        return sum(self._sum(chunk.start, chunk.stop).square_().sum(0) for chunk in chunks).sqrt()
 
 
-def merge_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
+def merge_adapter(
+    checkpoint: Checkpoint, adapter: Adapter, keeps: Callable[[Weight], bool] = lambda weight: False
+) -> tuple[Checkpoint, Adapter | None]:
     """The checkpoint with the adapter in it: its vocabulary, tokenizer and chat template too, where it brings them.
 
-    Nothing is read but vectors. Raises CheckpointError where the two do not belong together.
+    Linears of which `keeps` is true stay in their blocks, in which a small change would be lost: what is to be added
+    beside them is an adapter of its own. Nothing is read but vectors. Raises CheckpointError where the two do not
+    belong together.
     """
     if not checkpoint.has_head and (OUTPUT in adapter.whole or "output" in adapter.low_rank):
         raise CheckpointError(f"{adapter.file}: output: the base model has no output layer")
@@ -74,37 +91,49 @@ def merge_adapter(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:
     biases = _biases(adapter, stored)
     flags = {field: True for name in biases if (field := module_of(name).bias)}
     args = replace(base.args, vocab_size=vocab_size, **flags)
+    kept = {name for name, weight in stored.items() if is_linear(name) and keeps(weight)}
+    beside = {name: one for name, one in adapter.low_rank.items() if f"{name}.weight" in kept}
     added = {name: shape for name, shape in expected_shapes(args) if name.endswith(".bias") and name not in stored}
 
     def weights() -> Iterator[Weight]:
         for weight in base.weights():
             array = biases.get(weight.name) or whole.get(weight.name) or weight.array
-            change = adapter.low_rank.get(weight.name.removesuffix(".weight"))
-            if change is not None:
-                array = Merged(array, change)
+            module = weight.name.removesuffix(".weight")
+            if module in adapter.low_rank and module not in beside:
+                array = Merged(array, adapter.low_rank[module])
             yield weight if array is weight.array else replace(weight, array=array)
         for name, shape in added.items():
             yield Weight(name, biases.get(name) or Mapped(torch.zeros(shape)), adapter.file)
 
-    packed = [weight for weight in stored.values() if weight.is_packed]
-    unpacked = next((weight for weight in packed if weight.name.removesuffix(".weight") in adapter.low_rank), None)
-    warnings: tuple[str, ...] = ()
-    if unpacked is not None:
-        warnings += (
-            f"{unpacked.file}: is stored in {unpacked.stored}: what {adapter.path.name} changes is held as numbers, "
-            "unless a quantization is named",
-        )
-    if adapter.unknown_keys:
-        warnings += (f"{adapter.path}: settings that have no effect here: {', '.join(adapter.unknown_keys)}",)
     brought = adapter.tokenizer_path
-    return replace(
+    merged = replace(
         base,
         args=args,
         weights=weights,
         tokenizer_path=brought or base.tokenizer_path,
         header=base.header if brought is None else None,
-        warnings=base.warnings + warnings,
+        warnings=base.warnings + tuple(_warnings(adapter, stored, beside)),
     )
+    without_bias = {name: replace(one, bias=None) for name, one in beside.items()}  # for that is merged
+    return merged, replace(adapter, low_rank=without_bias, whole={}) if beside else None
+
+
+def _warnings(adapter: Adapter, stored: dict[str, Weight], beside: dict[str, LowRank]) -> Iterator[str]:
+    if beside:
+        weight = stored[f"{next(iter(beside))}.weight"]
+        yield (
+            f"{weight.file}: is stored in {weight.stored}: {adapter.path.name} is computed beside its blocks, which "
+            "takes some more time; the quantization 'none', or one by its name, merges it"
+        )
+    changed = (stored.get(f"{name}.weight") for name in adapter.low_rank if name not in beside)
+    unpacked = next((weight for weight in changed if weight is not None and weight.is_packed), None)
+    if unpacked is not None:
+        yield (
+            f"{unpacked.file}: {unpacked.name} is stored in {unpacked.stored}, and becomes numbers where "
+            f"{adapter.path.name} changes it; a small change is lost where these are packed again"
+        )
+    if adapter.unknown_keys:
+        yield f"{adapter.path}: settings that have no effect here: {', '.join(adapter.unknown_keys)}"
 
 
 def _untied_for(checkpoint: Checkpoint, adapter: Adapter) -> Checkpoint:

@@ -17,7 +17,6 @@ from ...files.json import read_json
 from ...files.tensor_file import read_tensor_file
 from ..arrays import Array
 from ..formats.huggingface import canonical_name
-from ..inventory import EMBEDDING
 from ..settings import Settings
 from ..tokenizer_files import NAMES
 from .adapter import Adapter, low_rank_of, whole_of
@@ -106,9 +105,6 @@ def open_peft(path: Path) -> Adapter:
 
 def _part(file: Path, name: str, part: str, kind: str | None, tensor: Tensor) -> list[tuple[str, Tensor]]:
     """Which part of a LowRank a tensor is. An embedding's are the other way round: a row of A^T is a token's."""
-    is_embedding = f"{name}.weight" == EMBEDDING
-    if part == "lora_magnitude_vector" and is_embedding:
-        raise CheckpointError(f"{file}: {name}: DoRA on an embedding is not supported")
     match part, kind:
         case "lora_A", "weight" | None:
             return [("a", tensor)]

@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "lowbit.h"
+#include "lowrank.h"
 #if defined(__x86_64__)
 #include <algorithm>
 #include <cmath>
@@ -130,6 +131,7 @@ struct Simd {
 #include "lowbit_kernels.h"
 #include "attention_kernels.h"
 #include "elementwise_kernels.h"
+#include "lowrank_kernels.h"
 
 }  // namespace
 std::span<const NamedKernel> kernels() { return lowbit_kernels(); }
@@ -138,6 +140,10 @@ template <class T>
 ElementwiseKernels<T> elementwise() { return elementwise_kernels<T>(); }
 template ElementwiseKernels<float> elementwise();
 template ElementwiseKernels<uint16_t> elementwise();
+template <class T>
+LowRankKernels<T> low_rank() { return low_rank_kernels<T>(); }
+template LowRankKernels<float> low_rank();
+template LowRankKernels<uint16_t> low_rank();
 }  // namespace llama::avx512
 #pragma GCC pop_options
 #endif

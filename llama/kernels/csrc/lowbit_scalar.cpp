@@ -2,6 +2,7 @@
 #include "attention.h"
 #include "elementwise.h"
 #include "lowbit.h"
+#include "lowrank.h"
 #include "processor.h"
 #undef LLAMA_INLINE
 #undef LLAMA_UNROLL
@@ -185,6 +186,7 @@ struct Simd {
 #include "lowbit_kernels.h"
 #include "attention_kernels.h"
 #include "elementwise_kernels.h"
+#include "lowrank_kernels.h"
 
 }  // namespace
 std::span<const NamedKernel> kernels() { return lowbit_kernels(); }
@@ -193,4 +195,8 @@ template <class T>
 ElementwiseKernels<T> elementwise() { return elementwise_kernels<T>(); }
 template ElementwiseKernels<float> elementwise();
 template ElementwiseKernels<uint16_t> elementwise();
+template <class T>
+LowRankKernels<T> low_rank() { return low_rank_kernels<T>(); }
+template LowRankKernels<float> low_rank();
+template LowRankKernels<uint16_t> low_rank();
 }  // namespace llama::scalar

@@ -279,7 +279,7 @@ def verify(model: Model = None) -> None:
 
 
 @app.command()
-@takes(load=MODEL.without("chat_format", "tool_format", "max_seq_len"))
+@takes(load=MODEL.without("chat_format", "tool_format", "max_seq_len", "draft"))
 def perplexity(
     model: Model = None,
     file: Annotated[Path | None, typer.Option(help="The text to predict.")] = None,

@@ -1,4 +1,4 @@
-"""What a caller asks of the engine, and what comes back: a query, the events of each step, a completion."""
+"""What a caller asks of the engine, and what comes back: a query, the events of each step, a completion, counts."""
 
 from __future__ import annotations
 
@@ -116,6 +116,25 @@ class Event:
         if fields["completion"] is not None:
             fields["completion"] = Completion.from_json(fields["completion"])
         return cls(**fields)
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """What an engine does now, and what it has done since it was made."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    num_referenced_blocks: int
+    num_cached_blocks: int
+    num_preemptions: int
+    num_queried_tokens: int  # of prompts that were looked up among the cached blocks
+    num_hit_tokens: int  # of those, found there
+    num_prompt_tokens: int
+    num_generated_tokens: int
+    num_drafts: int  # how often tokens were guessed behind a request's last one
+    num_draft_tokens: int
+    num_accepted_tokens: int  # of those, found right
 
 
 @dataclass(eq=False)

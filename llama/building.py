@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from llama import parallel
-from llama.adapting import adapters_of, add_always
+from llama.adapting import adapters_of, add_always, joints
 from llama.chat import FORMATS, ChatFormat, choose_format
 from llama.chat.selection import read_template
 from llama.checkpoint import (
@@ -25,16 +26,20 @@ from llama.checkpoint import (
     with_adapters_beside,
 )
 from llama.device import choose_device, choose_dtype, choose_kv_dtype, return_memory
+from llama.drafters import DraftModel, Lookup
 from llama.engine import Engine
 from llama.model import ModelArgs, Transformer
 from llama.progress import progress_bar
-from llama.quantization import pack_modules
+from llama.quantization import LowBitLinear, pack_modules
 from llama.rotary import DynamicScaling
 from llama.runner import BLOCK_SIZE, Program, Runner, count_blocks
 from llama.scheduler import MAX_RUNNING, Scheduler
 from llama.streams import tell
 from llama.tokenizer import Tokenizer
 from llama.vocabulary import TokenType
+
+LOOKUP, NO_DRAFT = "lookup", "none"  # what `Llama.build(draft=)` takes besides a checkpoint
+Draft = Transformer | Literal["lookup"] | None  # what guesses an engine's next tokens, on rank 0
 
 
 @dataclass(frozen=True)
@@ -154,14 +159,26 @@ def make_engine(
     can_generate: bool = True,
     program: Program | None = None,
     max_running: int | None = None,
+    draft: Draft = None,
 ) -> Engine:
     """An engine whose cache takes `kv_cache_memory` bytes (or "2GiB"), or half of what is free where that is None.
 
-    `program` computes steps in the model's place; no more than `max_running` sequences run at once.
+    What a draft model keeps is in that. `program` computes steps in the model's place; no more than `max_running`
+    sequences run at once.
     """
-    dtype = choose_kv_dtype(kv_dtype, model.norm.weight.dtype)
+    dtype, beside = choose_kv_dtype(kv_dtype, model.norm.weight.dtype), 0
+    if isinstance(draft, Transformer):
+        draft_dtype = choose_kv_dtype(kv_dtype, draft.norm.weight.dtype)
+        beside = draft.cache_shape.bytes_per_token(draft_dtype)
     memory = None if kv_cache_memory is None else parse_size(kv_cache_memory)
-    num_blocks = model.parallel.broadcast_json(count_blocks(model, memory, dtype))
+    beside = model.parallel.broadcast_json(beside)
+    num_blocks = model.parallel.broadcast_json(count_blocks(model, memory, dtype, beside))
+    drafter = None
+    if isinstance(draft, Transformer):
+        runner = Runner(draft, num_blocks, BLOCK_SIZE, draft_dtype)
+        drafter = DraftModel(runner, model.vocab_size, draft.params.max_seq_len)
+    elif draft == LOOKUP:
+        drafter = Lookup()
     return Engine(
         Runner(model, num_blocks, BLOCK_SIZE, dtype, adapters_of(model), program),
         Scheduler(num_blocks, BLOCK_SIZE, max_running=max_running or MAX_RUNNING),
@@ -170,7 +187,62 @@ def make_engine(
         seed=seed,
         stop_ids=tokenizer.stop_ids | stop_ids,
         can_generate=can_generate,
+        drafter=drafter,
     )
+
+
+def load_draft(draft: str | Path | None, large: Loaded, **options: Any) -> Draft:
+    """What guesses for a model: its own text, or a small model, loaded with these options of `load` by rank 0 alone.
+
+    None is "lookup" where guesses change no bit of an answer, else nothing. Every rank takes part; each of them raises
+    FileNotFoundError or ValueError for a model that cannot guess for this one.
+    """
+    if draft is None:
+        return LOOKUP if rows_stand_alone(large.model) else None
+    if draft == NO_DRAFT:
+        return None
+    if draft == LOOKUP:
+        return LOOKUP
+    parallel, found, error = large.model.parallel, None, None
+    if parallel.rank == 0:
+        try:
+            small = load(draft, model_parallel_size=1, **options)
+            validate_draft(small, large)
+            found = small.model
+        except (OSError, ValueError) as raised:
+            error = raised
+    told = parallel.broadcast_json(error and str(error))
+    if told is not None:
+        raise error or ValueError(told)
+    return found
+
+
+def validate_draft(small: Loaded, large: Loaded) -> None:
+    """Raises ValueError for a draft model whose ids mean other tokens, or that generates nothing."""
+    path = small.checkpoint.path
+    if not small.checkpoint.has_head:
+        raise ValueError(f"{path} has no output layer, so that it cannot draft: give a model that generates")
+    pairs = zip(small.tokenizer.codec.tokens.tokens, large.tokenizer.codec.tokens.tokens, strict=False)
+    other = next((id for id, (own, wanted) in enumerate(pairs) if own != wanted), None)
+    if other is not None:
+        raise ValueError(
+            f"{path} cannot draft for {large.checkpoint.path}: its vocabulary is another one, as token {other} shows; "
+            f"give a small model of the same family, or draft='{LOOKUP}'"
+        )
+
+
+def rows_stand_alone(model: Transformer) -> bool:
+    """Whether the bits of a row's result do not depend on how many rows a small step has.
+
+    It is so for tiles of fixed size and the compiled low-bit kernels; other products of one row and of several differ
+    in the last bits.
+    """
+    if model.fixed_rows is not None:
+        return True
+    products = [joint for _, joint in joints(model)]
+    linears = [linear for joint in products for linear in ([joint.joint] if joint.joint else joint.linears)]
+    all_low_bit = all(isinstance(linear, LowBitLinear) and linear.prepared for linear in [*linears, model.output])
+    return all_low_bit and all(joint.added is None for joint in products)
 
 
 def validate_vocabulary(tokenizer: Tokenizer, args: ModelArgs) -> list[str]:

@@ -100,6 +100,11 @@ class Choice:
     def wants_prompt_logprobs(self) -> bool:
         return self.params.prompt_logprobs is not None
 
+    @property
+    def can_be_guessed(self) -> bool:
+        """Whether its next token depends on its tokens alone, and not on a state that cannot be taken back."""
+        return self.pool is None and self.matcher is None and not self.params.logits_processors
+
     def sample_row(self, ahead: Sequence[int] = ()) -> SampleRow:
         """How the token behind the request's own, and behind those `ahead` that may come to be its own, is chosen."""
         num_generated = self.num_generated + len(ahead)

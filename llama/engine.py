@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from itertools import count
 from typing import TYPE_CHECKING
 
-from llama.answer import POOLINGS, Completion, Event, FinishReason, Inbox, Logprob, PromptTooLong, Query
+from llama.answer import POOLINGS, Completion, EngineStats, Event, FinishReason, Inbox, Logprob, PromptTooLong, Query
 from llama.choice import Choice, Pool, StopText, Turn
+from llama.drafters import Drafter
 from llama.lora import Adapters, Change, LoadedAdapter
 from llama.request import Request, Slice, Step
 from llama.runner import Output, Pack, Runner, pick
 from llama.sampling import Sampled, sample
 from llama.scheduler import Scheduler
+from llama.speculation import Speculation
 from llama.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
@@ -32,24 +35,11 @@ if TYPE_CHECKING:
 MAX_OPEN = 512  # queries that one `run` has taken in at one time
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    num_running: int
-    num_waiting: int
-    num_blocks: int
-    num_referenced_blocks: int
-    num_cached_blocks: int
-    num_preemptions: int
-    num_queried_tokens: int  # of prompts that were looked up among the cached blocks
-    num_hit_tokens: int  # of those, found there
-    num_prompt_tokens: int
-    num_generated_tokens: int
-
-
 class Engine:
     """Many requests on one model. `stop_ids` end an answer; `seed` is what unseeded requests draw from.
 
-    With `can_generate` false there are only embeddings, because the model's logits mean nothing.
+    With `can_generate` false there are only embeddings, because the model's logits mean nothing. A `drafter` guesses
+    tokens ahead: answers stay what they are, and come sooner.
     """
 
     def __init__(
@@ -62,6 +52,7 @@ class Engine:
         seed: int,
         stop_ids: frozenset[int],
         can_generate: bool = True,
+        drafter: Drafter | None = None,
     ):
         self.runner = runner
         self.scheduler = scheduler
@@ -70,6 +61,7 @@ class Engine:
         self.seed = int(seed)
         self.stop_ids = stop_ids
         self.can_generate = can_generate
+        self.speculation = Speculation(drafter)
         self._request_ids = count()
         self._sequence_ids = count()
         self._choices: dict[Request, list[Choice]] = {}  # several only until their common prompt is computed
@@ -152,12 +144,15 @@ class Engine:
             self._is_stepping = True
             try:
                 if step.slices:
+                    step = self.speculation.widen(self.scheduler, step, self._choices)
+                    started = time.perf_counter()
                     num_logits = [self._num_logits(part) for part in step.slices]
                     output = self.runner.run(Pack.of(step, num_logits, self.scheduler.block_size))
                     turns = self._turns(step, output, num_logits)
                     rows = [row for turn in turns for row in turn.rows]
                     samples = [row for turn in turns for row in turn.samples()]
                     sampled = sample(pick(output.logits, rows), samples)
+                    self.speculation.learn(turns, sampled, time.perf_counter() - started)
                     wrong = {t.choice.request: len(t.guesses) - t.num_right(sampled) for t in turns}
                     counts = [part.count - wrong.get(part.request, 0) for part in step.slices]
                     self.scheduler.advance(step, counts)
@@ -244,6 +239,9 @@ class Engine:
             num_hit_tokens=scheduler.num_hit_tokens,
             num_prompt_tokens=self._num_prompt_tokens,
             num_generated_tokens=self._num_generated_tokens,
+            num_drafts=self.speculation.num_drafts,
+            num_draft_tokens=self.speculation.num_draft_tokens,
+            num_accepted_tokens=self.speculation.num_accepted_tokens,
         )
 
     def validate(self, query: Query) -> None:

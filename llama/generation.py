@@ -27,7 +27,7 @@ from llama.answer import (
     flat_logprobs,
     unit_vectors,
 )
-from llama.building import load, make_engine
+from llama.building import Draft, load, load_draft, make_engine
 from llama.chat import (
     B_INST,
     B_SYS,
@@ -116,6 +116,7 @@ class Llama:
         tool_format: str | None = None,
         adapter: str | Path | Sequence[str | Path] | None = None,
         adapters: Mapping[str, str | Path] | None = None,
+        draft: str | Path | None = None,
     ) -> Llama:
         """Loads a checkpoint of any format.
 
@@ -145,6 +146,10 @@ class Llama:
                 model while it loads, with its tokenizer where it brings one; or several, in order. "PATH=0.7" gives
                 one a weight.
             adapters: those that calls may name, by name, each for its own rows; see `load_adapter`.
+            draft: what guesses tokens ahead, so that a step brings several where guesses are right. "lookup": the text
+                so far; a checkpoint: a small model of the same vocabulary; "none": nothing. Answers stay those of
+                plain decoding, but for rounding where the number of rows changes a product's last bits. None is
+                "lookup" where it changes none: low-bit models on a CPU, and with `deterministic`.
 
         Raises FileNotFoundError or ValueError, in one line, for what cannot be loaded.
         """
@@ -176,6 +181,7 @@ class Llama:
             stop_ids=loaded.checkpoint.stop_ids,
             checkpoint=loaded.checkpoint,
             quantization=quantization,
+            draft=load_draft(draft, loaded, device=device, dtype=dtype, quantization=quantization),
         )
         for name, path in (adapters or {}).items():
             llm.load_adapter(name, path)
@@ -196,8 +202,12 @@ class Llama:
         stop_ids: Sequence[int] = (),
         checkpoint: Checkpoint | None = None,
         quantization: str | None = None,
+        draft: Draft = None,
     ):
-        """`defaults` and `stop_ids`: the model's own generation_config. `checkpoint`, `quantization`: what it is of."""
+        """`defaults` and `stop_ids`: the model's own generation_config. `checkpoint`, `quantization`: what it is of.
+
+        draft: "lookup", or a small model that is loaded on rank 0.
+        """
         self.model = model
         self.tokenizer = tokenizer
         self.checkpoint = checkpoint
@@ -216,6 +226,7 @@ class Llama:
             kv_dtype=kv_dtype,
             stop_ids=frozenset(stop_ids),
             can_generate=checkpoint is None or checkpoint.has_head,
+            draft=draft,
         )
 
     @staticmethod

@@ -84,6 +84,7 @@ MODEL = Options(  # parameters of `Llama.build`
         Option("kv_cache_memory", "For keys and values, as 2GiB; half of what is free if left out."),
         Option("kv_dtype", "auto, or int8: keys and values in 8 bits, for long contexts.", str, "auto"),
         Option("adapter", "A LoRA adapter to merge in; DIR=0.7 gives it a weight.", list[str] | None, flag="--lora"),
+        Option("draft", "What guesses ahead: lookup (in the text so far), a small model's checkpoint, or none."),
     ]
 )
 

@@ -17,6 +17,7 @@ from llama.progress import bytes_text
 from llama.streams import printable
 
 if TYPE_CHECKING:
+    from llama.answer import EngineStats
     from llama.batch import Batch, Counts
     from llama.bench.run import Bench, Figure, Limits, Start
     from llama.checkpoint import Adapter, Estimate, Finding, Inspection, Stored
@@ -126,6 +127,13 @@ def show_perplexity(llm: Llama, text: str, window: int | None, stride: int | Non
         print(f"tokens per second {found.tokens_per_second:.1f}")
 
 
+def guesses_text(stats: EngineStats) -> str:
+    """What came of guesses, to be added to a line; "" where there were none."""
+    if not stats.num_draft_tokens:
+        return ""
+    return f", {stats.num_accepted_tokens} of {stats.num_draft_tokens} guesses right"
+
+
 def run_batch(batch: Batch) -> Counts:
     """Runs it under a line that counts, and sums up."""
     console = Console(stderr=True)
@@ -134,7 +142,8 @@ def run_batch(batch: Batch) -> Counts:
     def summary(counts: Counts) -> str:
         rate = counts.tokens / (time.perf_counter() - started)
         skipped = f", {counts.skipped} answered before" if counts.skipped else ""
-        return f"{counts.answered} answered, {counts.failed} failed{skipped}; {rate:.1f} tokens per second"
+        guessed = guesses_text(batch.llm.engine.stats())
+        return f"{counts.answered} answered, {counts.failed} failed{skipped}; {rate:.1f} tokens per second{guessed}"
 
     show = console.is_terminal and batch.llm.rank == 0
     columns = (SpinnerColumn(), TextColumn("{task.description}"))

@@ -176,10 +176,13 @@ class Runner:
         return output
 
 
-def count_blocks(model: Transformer, kv_cache_memory: int | None, dtype: torch.dtype) -> int:
-    """How many cache blocks fit into the memory; no more than max_batch_size sequences could ever use."""
+def count_blocks(model: Transformer, kv_cache_memory: int | None, dtype: torch.dtype, beside: int = 0) -> int:
+    """How many cache blocks fit into the memory; no more than max_batch_size sequences could ever use.
+
+    `beside`: bytes that somebody else keeps of each token.
+    """
     args = model.params
-    block_bytes = BLOCK_SIZE * model.cache_shape.bytes_per_token(dtype)
+    block_bytes = BLOCK_SIZE * (model.cache_shape.bytes_per_token(dtype) + beside)
     memory = kv_cache_memory
     if memory is None:
         memory = int(MEMORY_SHARE * free_memory(model.norm.weight.device))

@@ -17,14 +17,15 @@ et al. 2023, arXiv:2309.06180; one budget for prompts and decoding: Agrawal et a
 
 The life of a step: schedule() -> the runner copies blocks and runs the slices -> advance(step) -> for every
 slice that samples: append(request, token), for each token, or finish(request). The same calls give the same steps.
+Between schedule() and the runner, make_room() and widen() put guessed tokens behind those that a request has.
 """
 
 from __future__ import annotations
 
 from bisect import insort
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from operator import attrgetter
 
 from llama.blocks import BlockAllocator, PrefixCache, extents
@@ -181,6 +182,37 @@ class Scheduler:
         self._step = Step(tuple(slices), tuple(copies))
         return self._step
 
+    def make_room(self, wanted: Mapping[Request, int]) -> dict[Request, int]:
+        """How many guesses fit behind each request's slice of the step: some, and at most as many as are wanted.
+
+        Guesses take nobody's place: they get what the step's budget has left over, nobody is preempted for them, and
+        every running request could still grow by a block.
+        """
+        budget = self.max_step_tokens - sum(part.count for part in self._step.slices)
+        rooms = {}
+        for part in self._step.slices:
+            request = part.request
+            most = min(
+                wanted.get(request, 0), budget, self.chunk - part.count, request.max_total_tokens - part.stop - 1
+            )
+            if most < 1 or not part.num_sampled:
+                continue
+            num_missing = self._num_blocks_for(part.stop + most) - len(request.blocks)
+            num_new = min(num_missing, self.allocator.num_available - len(self.running))
+            if num_new > 0:
+                self._grow(request, num_new)
+            room = min(most, len(request.blocks) * self.block_size - part.stop)
+            if room > 0:
+                rooms[request] = room
+                budget -= room
+        return rooms
+
+    def widen(self, guesses: Mapping[Request, Sequence[int]]) -> Step:
+        """The scheduled step, with tokens behind the slices of requests that `make_room` had room for."""
+        slices = [replace(part, tokens=[*part.tokens, *guesses.get(part.request, ())]) for part in self._step.slices]
+        self._step = replace(self._step, slices=tuple(slices))
+        return self._step
+
     def advance(self, step: Step, counts: Sequence[int] | None = None) -> None:
         """The step has run: its tokens are computed, and only now can others find the blocks they filled.
 
@@ -235,6 +267,8 @@ class Scheduler:
         insort(queue, request, key=attrgetter("arrival"))
 
     def _release(self, request: Request) -> None:
+        if request.status is Status.RUNNING and self.prefix_caching:
+            self.prefixes.publish(request)  # right guesses were not its own yet when the step was advanced
         (self.running if request.status is Status.RUNNING else self.waiting).remove(request)
         self.allocator.free(request.blocks)
         request.blocks, request.extents, request.prefix = [], [], []

@@ -28,7 +28,9 @@ cache  rotary  embedding  vocabulary  blocks  sampling  options  keyboard  progr
 attention  quantization  tokenizer  scheduler  lora
 model  chat  answer  constraints
 checkpoint  runner  choice  client
-engine  adapting
+drafters  adapting
+speculation
+engine
 building
 generation
 service  perplexity  terminal

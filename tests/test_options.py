@@ -12,7 +12,7 @@ from llama.options import CONFIG, MODEL, SAMPLER, Option, Options, takes
 from llama.server.settings import SERVER
 
 MODEL_FLAGS = ["tokenizer", "chat-format", "tool-format", "max-seq-len", "device", "dtype", "quantization"]
-MODEL_FLAGS += ["kv-cache-memory", "kv-dtype", "lora"]
+MODEL_FLAGS += ["kv-cache-memory", "kv-dtype", "lora", "draft"]
 SAMPLER_FLAGS = ["temperature", "top-p", "top-k", "repetition-penalty", "max-tokens", "stop", "seed"]
 TUTORIAL_FLAGS = ["model_path", "gpus", "infer_dtype", "model_source"]
 FLAGS = {
@@ -31,6 +31,7 @@ for flag in ("chat-format", "tool-format"):
     FLAGS["complete"].remove(flag)
     FLAGS["perplexity"].remove(flag)
 FLAGS["perplexity"].remove("max-seq-len")
+FLAGS["perplexity"].remove("draft")
 
 
 @pytest.mark.parametrize("name", FLAGS)

@@ -1067,3 +1067,69 @@ def test_the_scheduler_needs_nothing_but_the_standard_library(module):
             names.add(node.module)
     own = {"llama.request", "llama.blocks"}
     assert {name.split(".")[0] for name in names - own} <= sys.stdlib_module_names
+
+
+# ---- guesses
+
+
+def decoding(num_requests: int, num_tokens: int = 16, **options) -> tuple[Scheduler, list[Request]]:
+    """A scheduler whose requests have computed all but their last token, which stands in a block of its own."""
+    scheduler = Scheduler(**{"num_blocks": 16, "block_size": 4, **options})
+    requests = [Request(i, [7 * i + j for j in range(4)], num_tokens) for i in range(num_requests)]
+    for request in requests:
+        scheduler.add(request)
+    while any(request.num_computed_tokens < 4 for request in requests):
+        scheduler.advance(scheduler.schedule())
+    for request in requests:
+        scheduler.append(request, 99)
+    scheduler.schedule()
+    return scheduler, requests
+
+
+def test_guesses_get_slots_behind_a_request_s_own():
+    scheduler, [request] = decoding(1)
+    assert scheduler.make_room({request: 7}) == {request: 7}
+    step = scheduler.widen({request: [1, 2, 3]})
+    assert [part.tokens for part in step.slices] == [[99, 1, 2, 3]]
+    scheduler.check()
+    scheduler.advance(step, [2])
+    assert request.num_computed_tokens == 6
+    for token in (1, 8):
+        scheduler.append(request, token)
+    scheduler.check()
+
+
+def test_guesses_end_one_before_what_a_request_may_reach():
+    scheduler, [request] = decoding(1, num_tokens=8)
+    assert scheduler.make_room({request: 7}) == {request: 2}
+    scheduler, [request] = decoding(1, num_tokens=6)
+    assert scheduler.make_room({request: 7}) == {}
+
+
+def test_guesses_get_what_the_budget_leaves_over():
+    scheduler, (first, second) = decoding(2, max_step_tokens=8)
+    assert scheduler.make_room({first: 4, second: 7}) == {first: 4, second: 2}
+    scheduler, (first, second) = decoding(2, chunk=4)
+    assert scheduler.make_room({first: 7, second: 7}) == {first: 3, second: 3}
+
+
+def test_nobody_is_preempted_for_guesses_and_everybody_could_still_grow():
+    scheduler, (first, second) = decoding(2, num_blocks=7)
+    assert scheduler.allocator.num_available == 3
+    assert scheduler.make_room({first: 7, second: 7}) == {first: 7, second: 3}  # one block more, and two are left
+    assert scheduler.allocator.num_available == 2
+    scheduler.check()
+
+
+def test_what_right_guesses_filled_is_found_when_the_request_has_ended():
+    scheduler, [request] = decoding(1)
+    scheduler.make_room({request: 7})
+    scheduler.advance(scheduler.widen({request: [1, 2, 3]}), [4])
+    for token in (1, 2, 3, 4):
+        scheduler.append(request, token)
+    scheduler.finish(request)
+    later = Request(9, [*request.tokens, 5], 16)
+    scheduler.add(later)
+    scheduler.schedule()
+    assert later.num_cached_tokens == 8
+    scheduler.check()

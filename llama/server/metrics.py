@@ -146,6 +146,9 @@ class Metrics(Collector):
             ("num_preemptions", "How often a request gave its blocks to an older one", stats.num_preemptions),
             ("prefix_cache_queries", "Tokens of prompts looked up in the cache", stats.num_queried_tokens),
             ("prefix_cache_hits", "Tokens of prompts found there", stats.num_hit_tokens),
+            ("spec_decode_num_drafts", "How often tokens were guessed ahead", stats.num_drafts),
+            ("spec_decode_num_draft_tokens", "Tokens that were guessed", stats.num_draft_tokens),
+            ("spec_decode_num_accepted_tokens", "Of those, found right", stats.num_accepted_tokens),
         ]
         for prefix in ("llama_", "vllm:"):
             yield from (self._gauge(prefix + name, help, value) for name, help, value in gauges)

@@ -40,6 +40,8 @@ def test_gauges_and_counters_stand_under_our_names_and_vllm_s():
     metrics.watch(llm, "tiny")
     for _ in range(2):
         llm.complete([[1] * 40], SamplingParams(max_tokens=3))
+    llm.engine.speculation.num_drafts, llm.engine.speculation.num_draft_tokens = 2, 9
+    llm.engine.speculation.num_accepted_tokens = 5
     found, stats = samples(metrics.text()), llm.engine.stats()
     for prefix in ("llama_", "vllm:"):
         assert found[f"{prefix}num_requests_running",] == 0
@@ -50,6 +52,9 @@ def test_gauges_and_counters_stand_under_our_names_and_vllm_s():
         assert found[f"{prefix}generation_tokens_total",] == stats.num_generated_tokens > 0
         assert found[f"{prefix}prefix_cache_queries_total",] == 80
         assert found[f"{prefix}prefix_cache_hits_total",] == 32
+        assert found[f"{prefix}spec_decode_num_drafts_total",] == 2
+        assert found[f"{prefix}spec_decode_num_draft_tokens_total",] == 9
+        assert found[f"{prefix}spec_decode_num_accepted_tokens_total",] == 5
     assert found["vllm:cache_config_info", "16", str(stats.num_blocks)] == 1
     assert 'vllm:num_requests_running{engine="0",model_name="tiny"} 0.0' in metrics.text().decode()
 

@@ -5,6 +5,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from llama import Llama, SamplingParams
 from llama.generation import Completion
 
@@ -38,9 +40,12 @@ def main(checkpoint: str, tokenizer: str, directory: str) -> None:
         raise AssertionError("a prompt that is too long was taken")
     except ValueError as error:
         refusal = str(error)
-    second = Llama.build(checkpoint, tokenizer, max_seq_len=64, device="cpu", dtype="fp32")
+    second = Llama.build(checkpoint, tokenizer, max_seq_len=64, device="cpu", dtype="fp32", draft=checkpoint)
     again = second.complete(prompts[:1], greedy)
-    assert again[0].tokens == completions[0].tokens, "a second build answers differently"
+    assert again[0].tokens == completions[0].tokens, "a second build, with a draft model, answers differently"
+    assert second.rank or second.engine.stats().num_accepted_tokens, "nothing was guessed"
+    with pytest.raises((OSError, ValueError), match="nowhere"):
+        Llama.build(checkpoint, tokenizer, max_seq_len=64, device="cpu", dtype="fp32", draft=Path("nowhere/at-all"))
     answers = {
         "tokens": [completion.tokens for completion in completions],
         "logprobs": [entry.logprob for completion in completions[:3] for entry in completion.logprobs],

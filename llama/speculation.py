@@ -1,0 +1,210 @@
+"""How many of a drafter's guesses a step tries, and what came of them.
+
+Decoding reads every weight for one token, and a few rows more are read for at little cost. So tokens are guessed,
+all rows run in one step, each is sampled with its own key as if the guesses before it were right, and a guess counts
+where it equals what was sampled there. The answer is that of the plain sampler, token for token; no distribution is
+corrected (as in Leviathan et al. 2023, arXiv:2211.17192), since a token is a function of its logits and its key alone.
+
+What pays is decided anew for each step, from how long steps of so many rows take and from how often each choice's
+guesses have been right lately. Both are learned on the way: nothing is measured before the first request.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from weakref import WeakKeyDictionary
+
+from llama.choice import Choice, Turn
+from llama.drafters import Drafter
+from llama.request import Request, Slice, Step
+from llama.sampling import Sampled
+from llama.scheduler import Scheduler
+
+MOST_GUESSES = 7  # behind one token: products of more than 8 rows take longer with each of them
+MOST_REQUESTS = 32  # in a step that guesses: with more, rows cost what they are worth
+WORTHWHILE = 1.05  # how much faster tokens must seem to come: less is lost where an estimate errs
+LEARNING = 0.15  # the weight of a guess's outcome in the odds
+FORGETTING = 0.01  # how far the odds go back, in a step without a guess, to what they were at first
+
+
+class StepCosts:
+    """How much longer a step of so many rows takes than one of a single row, as steps have shown.
+
+    A step is compared with the latest that tried no guess, so that neither a context that grows nor a machine that is
+    busy now and then counts. A size that was not compared three times lately is thought to cost what makes it worth a
+    try: a tenth more for each row up to eight, and above as much as its rows.
+    """
+
+    NUM_KEPT = 15
+    NUM_NEEDED = 3
+    NUM_PLAIN = 9
+    LATELY = 128  # steps since a plain one, for it to say something
+    FOREVER = 512  # steps since the last of a size, for what was seen of it to be forgotten
+
+    def __init__(self) -> None:
+        self._num_steps = 0
+        self._plain: deque[tuple[int, int, float]] = deque(maxlen=self.NUM_PLAIN)  # (step, rows, seconds)
+        self._seen: dict[int, deque[float]] = {}
+        self._last_seen: dict[int, int] = {}
+        self._known: dict[int, float] = {1: 1.0}
+        self._sizes = [1]  # those that are known, ascending
+
+    def record(self, num_rows: int, seconds: float, guessed: bool) -> None:
+        """A step of so many rows, some of them guesses or none, took so long."""
+        self._num_steps += 1
+        others = self._singles(num_rows)
+        if num_rows > 1 and len(others) >= self.NUM_NEEDED:
+            self._last_seen[num_rows] = self._num_steps
+            seen = self._seen.setdefault(num_rows, deque(maxlen=self.NUM_KEPT))
+            seen.append(seconds / median(others))
+            if len(seen) >= self.NUM_NEEDED:
+                self._known[num_rows] = median(seen)
+        if not guessed:
+            self._plain.append((self._num_steps, num_rows, seconds))
+        if self._num_steps % self.FOREVER == 0:
+            for size in [size for size, last in self._last_seen.items() if last <= self._num_steps - self.FOREVER]:
+                del self._seen[size], self._last_seen[size]
+                self._known.pop(size, None)
+        self._sizes = sorted(self._known)
+
+    @property
+    def single(self) -> float | None:
+        """Seconds that a step of one row takes at present; None where too few plain steps were seen lately to say."""
+        singles = self._singles()
+        return median(singles) if len(singles) >= self.NUM_NEEDED else None
+
+    def _singles(self, but: int = 0) -> list[float]:
+        """What the latest plain steps would have taken for one row, but for those of one size."""
+        first = self._num_steps - self.LATELY
+        return [seconds / self(rows) for step, rows, seconds in self._plain if step > first and rows != but]
+
+    def __call__(self, num_rows: int) -> float:
+        known, sizes = self._known, self._sizes
+        if num_rows in known:
+            return known[num_rows]
+        place = bisect_left(sizes, num_rows)
+        low = sizes[place - 1]
+        if place == len(sizes):
+            return known[low] * self._expected(num_rows) / self._expected(low)
+        high = sizes[place]
+        return known[low] + (known[high] - known[low]) * (num_rows - low) / (high - low)
+
+    @staticmethod
+    def _expected(num_rows: int) -> float:
+        return (0.9 + 0.1 * min(num_rows, 8)) * max(1, num_rows / 8)
+
+
+@dataclass
+class Outlook:
+    """What is known of one choice's guesses."""
+
+    first_odds: float
+    odds: float  # that one is right, those before it being so
+    guesses: Sequence[int] = ()  # the latest, tried or not
+
+    def judge(self, came: Sequence[int]) -> None:
+        """`came`: the tokens that the step brought, at least one."""
+        if not self.guesses:  # so that what did not pay is tried again some time
+            self.odds += FORGETTING * (self.first_odds - self.odds)
+        for guess, token in zip(self.guesses, came, strict=False):
+            self.odds += LEARNING * ((guess == token) - self.odds)
+        self.guesses = ()
+
+
+class Speculation:
+    """Puts a drafter's guesses into steps in which everybody decodes, as many as pay.
+
+    Choices whose next token depends on more than their tokens get none: those under a constraint, whose state cannot be
+    taken back, those with processors of the caller's own, and those that share a request until their prompt is done.
+    """
+
+    def __init__(self, drafter: Drafter | None):
+        """With no drafter steps stay as they are."""
+        self.drafter = drafter
+        self.costs = StepCosts()
+        self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
+        self._outlooks: WeakKeyDictionary[Choice, Outlook] = WeakKeyDictionary()
+        self._rounds: deque[float] = deque(maxlen=StepCosts.NUM_KEPT)  # what a guess took, of a row's step
+        self._is_decoding = False  # the step, all of it
+
+    def widen(self, scheduler: Scheduler, step: Step, choices: Mapping[Request, Sequence[Choice]]) -> Step:
+        """The scheduler's step, with guesses behind the requests' own tokens."""
+        if self.drafter is None:
+            return step
+        slices = step.slices
+        self._is_decoding = all(part.count == part.num_sampled == 1 for part in slices)
+        single = self.costs.single
+        if not self._is_decoding or len(slices) > MOST_REQUESTS or single is None:
+            return step
+        rooms = {choice: room for part in slices for choice, room in self._rooms(part, choices[part.request])}
+        if not self.drafter.is_free:
+            rooms = self._fit(len(slices), rooms, median(self._rounds) if self._rounds else 0.0)
+        granted = scheduler.make_room({choice.request: room for choice, room in rooms.items()})
+        rooms = {choice: granted[choice.request] for choice in rooms if choice.request in granted}
+        guesses = self._propose(rooms, single)
+        tried = self._fit(len(slices), {choice: len(own) for choice, own in guesses.items()})
+        if not tried:
+            return step
+        self.num_drafts += len(tried)
+        self.num_draft_tokens += sum(tried.values())
+        return scheduler.widen({choice.request: guesses[choice][:count] for choice, count in tried.items()})
+
+    def learn(self, turns: Sequence[Turn], sampled: Sampled, seconds: float) -> None:
+        """What the step brought, and how long it took the model and the sampler."""
+        if self.drafter is None:
+            return
+        if self._is_decoding:
+            num_rows = sum(len(turn.rows) for turn in turns)
+            self.costs.record(num_rows, seconds, guessed=num_rows > len(turns))
+        for turn in turns:
+            num_right = turn.num_right(sampled)
+            self.num_accepted_tokens += num_right
+            if turn.choice in self._outlooks:
+                self._outlooks[turn.choice].judge(sampled.tokens[turn.first : turn.first + num_right + 1])
+
+    def _rooms(self, part: Slice, choices: Sequence[Choice]) -> list[tuple[Choice, int]]:
+        room = part.request.max_total_tokens - len(part.request.tokens) - 1
+        if len(choices) > 1 or not choices[0].can_be_guessed or room < 1:
+            return []
+        return [(choices[0], min(room, MOST_GUESSES))]
+
+    def _outlook(self, choice: Choice) -> Outlook:
+        return self._outlooks.setdefault(choice, Outlook(self.drafter.odds, self.drafter.odds))
+
+    def _propose(self, rooms: Mapping[Choice, int], single: float) -> dict[Choice, list[int]]:
+        started = time.perf_counter()
+        guesses = self.drafter.propose(rooms)
+        num_rounds = max(map(len, guesses.values()), default=0)
+        if num_rounds:
+            self._rounds.append((time.perf_counter() - started) / num_rounds / single)
+        for choice, own in guesses.items():
+            self._outlook(choice).guesses = own
+        return guesses
+
+    def _fit(self, num_requests: int, rooms: Mapping[Choice, int], round_cost: float = 0.0) -> dict[Choice, int]:
+        """How many of so many guesses to try of each choice, that tokens may come fastest; no entry for none.
+
+        round_cost: what it takes to have one more guess of each, of the time of one row's step.
+        """
+        candidates = []
+        for choice, room in rooms.items():
+            odds = self._outlook(choice).odds
+            candidates += [(odds**depth, depth, choice) for depth in range(1, room + 1)]
+        candidates.sort(key=lambda candidate: -candidate[0])  # stable: a choice's own stay in order
+        most, num_tried = WORTHWHILE * num_requests / self.costs(num_requests), 0
+        num_tokens, num_rounds = float(num_requests), 0
+        for i, (odds, depth, _) in enumerate(candidates, 1):
+            num_tokens += odds
+            num_rounds = max(num_rounds, depth)
+            rate = num_tokens / (self.costs(num_requests + i) + num_rounds * round_cost)
+            if rate > most:
+                most, num_tried = rate, i
+        counts: dict[Choice, int] = {}
+        for _, depth, choice in candidates[:num_tried]:
+            counts[choice] = depth
+        return counts

@@ -113,8 +113,12 @@ class Constraints:
         self._lock = threading.Lock()
         self._compiled = lru_cache(NUM_KEPT)(self._compile)
 
+    def prepare(self) -> None:
+        """Makes llguidance's vocabulary, which holds all threads for up to a second: else the first constraint does."""
+        self._built()
+
     def validate(self, params: SamplingParams) -> None:
-        """Raises ConstraintError for a constraint that cannot be kept. The first one takes a second or so."""
+        """Raises ConstraintError for a constraint that cannot be kept."""
         if params.shape is not None:
             self._compiled(*params.shape)
 

@@ -270,6 +270,11 @@ class Engine:
         query.params.validate(vocab_size)
         self._compile(query)
 
+    def prepare_constraints(self) -> None:
+        """Makes what the first constraint would make in the midst of others' answers: it holds all threads."""
+        if self.can_generate:
+            self._constraints.prepare()
+
     # ---- adapters
 
     @property

@@ -12,8 +12,10 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import chain
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,6 +39,11 @@ class SampleRow:
     @property
     def changes_logits(self) -> bool:
         """Whether anything besides temperature, top_k, top_p and min_p is asked for."""
+        return self.allowed is not None or self.shifts_logits
+
+    @property
+    def shifts_logits(self) -> bool:
+        """The same, and besides what a constraint allows."""
         params = self.params
         return bool(
             params.repetition_penalty != 1
@@ -45,7 +52,6 @@ class SampleRow:
             or params.logit_bias
             or params.logits_processors
             or self.banned
-            or self.allowed is not None
         )
 
 
@@ -144,13 +150,15 @@ def sample(logits: Tensor, rows: Sequence[SampleRow]) -> Sampled:
     assert logits.shape[0] == len(rows), (logits.shape, len(rows))
     if logits.device.type not in ("cpu", "cuda"):
         logits = logits.cpu()  # float64 is needed, which others may lack
+    few = {i: ids for i, row in enumerate(rows) if len(ids := _few_allowed(row, logits.shape[-1]))}
     plain = [i for i, row in enumerate(rows) if not row.changes_logits]
-    changing = [i for i, row in enumerate(rows) if row.changes_logits]
+    changing = [i for i, row in enumerate(rows) if row.changes_logits and i not in few]
     changed = logits[changing] if changing else logits
     errors = _change(changed, [rows[i] for i in changing]) if changing else {}
     chosen = _choose(logits, [(i, rows[i]) for i in plain])
     chosen += _choose(changed, [(place, rows[i]) for place, i in enumerate(changing)])
-    tokens = [token for _, token in sorted(zip(plain + changing, chosen, strict=True))]
+    chosen += _choose_among(few, logits, rows)
+    tokens = [token for _, token in sorted(zip([*plain, *changing, *few], chosen, strict=True))]
     logprobs, top = _logprobs_asked_for(logits, rows, tokens)
     return Sampled(
         tokens=tokens,
@@ -234,18 +242,61 @@ def _process(logits: Tensor, rows: Sequence[SampleRow]) -> dict[int, Exception]:
     return errors
 
 
+@cache
+def _bytes_spread(device: torch.device) -> Tensor:
+    """(256, ) int64: of each byte the bits that are not set, one a byte, the lowest first."""
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    return (1 - bits).to(torch.uint8).view(torch.int64).squeeze(-1).to(device)
+
+
 def _constrain(logits: Tensor, rows: Sequence[SampleRow]) -> None:
     """Mask what the constraints of rows do not allow; the bits travel packed to where the logits are."""
     places = [i for i, row in enumerate(rows) if row.allowed is not None]
     if not places:
         return
-    packed = [torch.frombuffer(bytearray(rows[i].allowed), dtype=torch.uint8) for i in places]
-    bits = torch.stack(packed).to(logits.device)[..., None] >> torch.arange(8, dtype=torch.uint8, device=logits.device)
-    excluded = (bits & 1).view(len(places), -1)[:, : logits.shape[-1]] == 0
+    packed = torch.frombuffer(bytearray(b"".join(rows[i].allowed for i in places)), dtype=torch.uint8)
+    spread = _bytes_spread(logits.device).take(packed.to(logits.device).long())
+    excluded = spread.view(torch.bool).view(len(places), -1)[:, : logits.shape[-1]]
     if len(places) == len(rows):
         logits.masked_fill_(excluded, -math.inf)
     else:
         logits[places] = logits[places].masked_fill_(excluded, -math.inf)
+
+
+def _few_allowed(row: SampleRow, vocab_size: int) -> np.ndarray:
+    """The ids, in order, that come into question where nothing but a constraint changes logits and it allows few.
+
+    There are none where that is not so.
+    """
+    none = np.empty(0, np.int64)
+    if row.allowed is None or row.shifts_logits:
+        return none
+    packed = np.frombuffer(row.allowed, np.uint8)
+    places = np.flatnonzero(packed)
+    if len(places) > _LEADING:
+        return none
+    bits = np.unpackbits(packed[places][:, None], axis=1, bitorder="little")
+    ids = (places[:, None] * 8 + np.arange(8))[bits != 0]
+    ids = ids[ids < vocab_size]
+    return ids if len(ids) <= _LEADING else none
+
+
+def _choose_among(few: Mapping[int, np.ndarray], logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:
+    """A token for each row that has few in question: they are drawn from in a row of their own.
+
+    It always has the same width: how many others there are does not change a sum's low bits.
+    """
+    if not few:
+        return []
+    ids = np.zeros((len(few), _LEADING), np.int64)
+    masked = np.ones(ids.shape, bool)
+    for place, of_row in enumerate(few.values()):
+        ids[place, : len(of_row)], masked[place, : len(of_row)] = of_row, False
+    columns = torch.from_numpy(ids).to(logits.device)
+    short = logits[torch.tensor(list(few), device=logits.device)[:, None], columns]
+    short.masked_fill_(torch.from_numpy(masked).to(logits.device), -math.inf)
+    chosen = _choose(short, [(place, rows[i]) for place, i in enumerate(few)])
+    return [int(ids[place, column]) if column >= 0 else column for place, column in enumerate(chosen)]
 
 
 Draw = Callable[[Tensor, Sequence[SampleRow]], Tensor]  # logits (n, vocab), their n rows -> tokens (n,) int64

@@ -124,6 +124,8 @@ class EngineThread(Thread):
     def run(self) -> None:
         try:
             self._llm = self._build()
+            if not self._llm.rank:
+                self._llm.engine.prepare_constraints()
         except BaseException as error:  # SystemExit, too, is the main thread's to obey
             self._tell(self.ready.set_exception, error)
             return

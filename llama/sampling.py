@@ -12,13 +12,13 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from llama.masks import NO_IDS, allowed_ids, excluded_ids
 from llama.sampling_params import SamplingError, SamplingParams
 
 
@@ -242,21 +242,12 @@ def _process(logits: Tensor, rows: Sequence[SampleRow]) -> dict[int, Exception]:
     return errors
 
 
-@cache
-def _bytes_spread(device: torch.device) -> Tensor:
-    """(256, ) int64: of each byte the bits that are not set, one a byte, the lowest first."""
-    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
-    return (1 - bits).to(torch.uint8).view(torch.int64).squeeze(-1).to(device)
-
-
 def _constrain(logits: Tensor, rows: Sequence[SampleRow]) -> None:
-    """Mask what the constraints of rows do not allow; the bits travel packed to where the logits are."""
+    """Mask what the constraints of rows do not allow."""
     places = [i for i, row in enumerate(rows) if row.allowed is not None]
     if not places:
         return
-    packed = torch.frombuffer(bytearray(b"".join(rows[i].allowed for i in places)), dtype=torch.uint8)
-    spread = _bytes_spread(logits.device).take(packed.to(logits.device).long())
-    excluded = spread.view(torch.bool).view(len(places), -1)[:, : logits.shape[-1]]
+    excluded = excluded_ids([rows[i].allowed for i in places], logits.shape[-1], logits.device)
     if len(places) == len(rows):
         logits.masked_fill_(excluded, -math.inf)
     else:
@@ -264,21 +255,9 @@ def _constrain(logits: Tensor, rows: Sequence[SampleRow]) -> None:
 
 
 def _few_allowed(row: SampleRow, vocab_size: int) -> np.ndarray:
-    """The ids, in order, that come into question where nothing but a constraint changes logits and it allows few.
-
-    There are none where that is not so.
-    """
-    none = np.empty(0, np.int64)
-    if row.allowed is None or row.shifts_logits:
-        return none
-    packed = np.frombuffer(row.allowed, np.uint8)
-    places = np.flatnonzero(packed)
-    if len(places) > _LEADING:
-        return none
-    bits = np.unpackbits(packed[places][:, None], axis=1, bitorder="little")
-    ids = (places[:, None] * 8 + np.arange(8))[bits != 0]
-    ids = ids[ids < vocab_size]
-    return ids if len(ids) <= _LEADING else none
+    """The ids, in order, that come into question where nothing but a constraint changes logits and it allows few."""
+    is_shifted = row.allowed is None or row.shifts_logits
+    return NO_IDS if is_shifted else allowed_ids(row.allowed, vocab_size, most=_LEADING)
 
 
 def _choose_among(few: Mapping[int, np.ndarray], logits: Tensor, rows: Sequence[SampleRow]) -> list[int]:

@@ -567,6 +567,29 @@ def test_a_row_whose_every_token_is_masked_is_not_finite(given):
     assert (sampled.tokens, sampled.finite) == ([-1, 5], [False, True])
 
 
+def test_a_row_with_few_tokens_allowed_is_drawn_as_among_all_and_touches_nobody():
+    """The rest of the vocabulary is not looked at: not even where a model gave what is no number."""
+    chance = torch.Generator().manual_seed(3)
+    logits = torch.randn(6, 5000, generator=chance)
+    few = [7, 8, 4096, 4999]
+    rows = [
+        row(temperature=1.5, key=(0, 0, 0)),
+        row(temperature=1.5, key=(0, 0, 1), allowed=few),
+        row(temperature=0, allowed=few),
+        row(temperature=1.5, key=(0, 0, 3), allowed=[*range(3000), 4999]),
+        row(temperature=1.5, key=(0, 0, 1), allowed=few, logit_bias={0: 0.0}),  # this one is drawn among all
+        row(temperature=1.5, key=(0, 0, 5), allowed=[4999]),
+    ]
+    logits[4] = logits[1]
+    logits[5, :100] = math.nan
+    tokens = sample(logits, rows).tokens
+    assert tokens[1] == tokens[4] in few
+    assert tokens[2] == max(few, key=lambda id: logits[2, id].item())
+    assert tokens[5] == 4999
+    assert tokens == [sample(logits[i : i + 1], [rows[i]]).tokens[0] for i in range(6)]
+    assert not any(sample(torch.full((1, 8), -math.inf), [row(temperature=1, allowed=[1, 2])]).finite)
+
+
 def test_a_banned_token_is_not_lifted_by_bias_or_processor():
     logits = torch.tensor([[0.0, 9.0, 1.0]])
     params = SamplingParams(temperature=0, logit_bias={1: 100.0}, logits_processors=[lambda _, x: x.clamp(min=0.0)])

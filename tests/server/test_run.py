@@ -26,6 +26,12 @@ def certificate(tmp_path_factory):
     return folder / "cert.pem", folder / "key.pem"
 
 
+def test_what_constraints_need_is_there_before_the_first_request():
+    """It holds every thread while it is made: nobody who streams is to wait for that."""
+    with serving() as server:
+        assert server.server.llm.engine._constraints._tokenizer is not None
+
+
 def test_a_busy_port_is_named_before_a_model_is_loaded():
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]

@@ -37,6 +37,8 @@ NAME = re.compile(r"[\w.-]+(/[\w.-]+)+(:[\w.-]+)?", re.ASCII)  # org/name, org/n
 Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)]
 Lora = Annotated[list[str] | None, typer.Option("--lora", help="A LoRA adapter to merge in; DIR=0.7 weighs it.")]
 
+OF_ONE_MODEL = ("tokenizer_path", "chat_format", "tool_format", "adapter", "adapters")  # options that no other has
+
 USAGE_ERROR = typer.BadParameter.__base__  # click's, or that of the click inside typer, as the version has it
 INTERRUPTED = 130  # what typer returns where a command was ended by Ctrl-C
 
@@ -180,8 +182,14 @@ def serve(
     if "model_dir" in listen and not (model and os.path.exists(model)):
         model = str(model_in(listen["model_dir"], model))
 
-    def built() -> Llama:
-        llm = build(model, load | {"seed": None})  # each start draws its own
+    def built(other: str | None = None, options: dict[str, Any] | None = None) -> Llama:
+        drawn = {"seed": None}  # each start draws its own
+        if other is not None:
+            common = {name: value for name, value in load.items() if name not in OF_ONE_MODEL}
+            if common.get("draft") not in (None, "lookup", "none"):  # a model of the first one's vocabulary
+                del common["draft"]
+            return build(other, common | (options or {}) | drawn)
+        llm = build(model, load | drawn)
         if model is None:
             llm.defaults = llm.defaults | DEFAULT_SETTINGS
         return llm

@@ -224,6 +224,7 @@ def share(length: int, rank: int, size: int) -> tuple[int, int]:
 
 
 SINGLE = ModelParallel()
+_joined: dict[int, tuple[Any, ModelParallel]] = {}  # by size, with the world that it is of: models share its groups
 
 
 def num_launched() -> int:
@@ -234,8 +235,8 @@ def num_launched() -> int:
 def start(model_parallel_size: int | None = None, device: str | None = None) -> ModelParallel:
     """Joins the ranks that `torchrun` started into models of `model_parallel_size` ranks (all, if None).
 
-    With one process nothing is initialised. A process group or a model-parallel group that the host program
-    made is used as it is. Raises ValueError where the sizes do not fit.
+    With one process nothing is initialised; a second model shares the first one's groups. A process group or a
+    model-parallel group that the host program made is used as it is. Raises ValueError where the sizes do not fit.
     """
     world_size = dist.get_world_size() if dist.is_initialized() else num_launched()
     size = model_parallel_size or world_size
@@ -246,6 +247,8 @@ def start(model_parallel_size: int | None = None, device: str | None = None) -> 
         )
     if size == 1:
         return SINGLE
+    if dist.is_initialized() and size in _joined and _joined[size][0] is dist.group.WORLD:
+        return _joined[size][1]
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend)
@@ -264,4 +267,6 @@ def start(model_parallel_size: int | None = None, device: str | None = None) -> 
         if first <= dist.get_rank() < first + size:
             control = group
     rank = initialize.get_model_parallel_rank()
-    return ModelParallel(rank, size, dist.get_rank() - rank, control)
+    joined = ModelParallel(rank, size, dist.get_rank() - rank, control)
+    _joined[size] = dist.group.WORLD, joined
+    return joined

@@ -17,6 +17,7 @@ from llama.server.adapter_routes import add_adapter_routes
 from llama.server.admin import AdminRoutes, body_reference
 from llama.server.logs import unexpected
 from llama.server.metrics import CONTENT_TYPE
+from llama.server.model_routes import add_model_routes
 from llama.server.models import slots, unloaded
 from llama.server.page_files import add_page
 from llama.server.refusing import refusal_response
@@ -59,6 +60,7 @@ def make_app(server: Server) -> FastAPI:
     add_information(app, server, responses)
     admin = AdminRoutes(app, server, responses)
     add_adapter_routes(admin)
+    add_model_routes(admin)
     add_page(app)
     add_errors(app)
     document_bodies(app, [*(endpoint.body for endpoint in endpoints.values()), *admin.bodies])

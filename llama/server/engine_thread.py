@@ -13,9 +13,10 @@ from typing import Any, TypeVar
 
 from llama.answer import Event
 from llama.generation import Llama
-from llama.parallel import Signal, to_ints
+from llama.parallel import Signal
+from llama.server.holder import ModelHolder, RanksDiffer
 from llama.server.metrics import Metrics
-from llama.server.ranks import BEAT_SECONDS, Watchdog, call_together, silence, together
+from llama.server.ranks import BEAT_SECONDS, Watchdog, silence, together
 from llama.server.stream import CallStream
 from llama.service import Call
 
@@ -26,21 +27,21 @@ Delivery = Sequence[tuple[CallStream, list[Event]]]
 
 
 class EngineThread(Thread):
-    """Builds a model, then answers calls until it is told to stop.
+    """Builds a model, then answers calls until it is told to stop; `switch` has it put another in its place.
 
     `open`, `close`, `fail` and `metrics` belong to the event loop, `ask` to any thread; the rest runs in this one.
-    `ready` tells the model when it is built, or why it could not be; `ended` is set when the thread has nothing more
+    `ready` tells when the first model is built, or why it could not be; `ended` is set when the thread has nothing more
     to do, with the error that ended it, if one did. Where there are several ranks, the others hear of this one while it
     waits, and one that is not there for `rank_timeout` seconds is such an error.
     """
 
-    def __init__(self, build: Callable[[], Llama], loop: asyncio.AbstractEventLoop, rank_timeout: float = 60.0):
+    def __init__(self, build: Callable[..., Llama], loop: asyncio.AbstractEventLoop, rank_timeout: float = 60.0):
         super().__init__(name="engine", daemon=True)
-        self.ready: asyncio.Future[Llama] = loop.create_future()
+        self.holder = ModelHolder(build)
+        self.ready: asyncio.Future[None] = loop.create_future()
         self.ended: asyncio.Future[None] = loop.create_future()
         self.streams: set[CallStream] = set()
         self.metrics = Metrics()
-        self._build = build
         self._loop = loop
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._admitted: set[CallStream] = set()  # the thread's own
@@ -74,8 +75,11 @@ class EngineThread(Thread):
                 asked.set_result(function())
             except Exception as error:
                 asked.set_exception(error)
-            with self._asking:
-                self._asked.discard(asked)
+                if isinstance(error, RanksDiffer):
+                    raise
+            finally:
+                with self._asking:
+                    self._asked.discard(asked)
 
         with self._asking:
             if self._is_over:
@@ -84,11 +88,31 @@ class EngineThread(Thread):
         self._commands.put(answer)
         return asked
 
-    def call(self, name: str, *args: Any) -> Any:
-        """In the thread: calls a method of the model on every rank."""
-        if self._leads:
-            self._llm.model.parallel.send(Signal.CALL, to_ints([name, *args]))
-        return call_together(self._llm, name, *args)
+    def call(self, name: str, *args: Any) -> None:
+        """In the thread: calls a method of the holder on every rank."""
+        self.holder.call(name, *args)
+
+    def switch(self, *source: Any) -> Future[None]:
+        """Has the thread let go of the model and build that of a source, as the holder's `build` takes it; see `ask`.
+
+        Without the model requests cannot be admitted: whoever calls this has seen to it that none come.
+        """
+
+        def switch() -> None:
+            self._admitted.clear()
+            with self._watchdog.held():
+                self.call("build", *source)
+
+        return self.ask(switch)
+
+    def unload(self) -> Future[None]:
+        """Has the thread let go of the model, as `switch` does."""
+
+        def unload() -> None:
+            self._admitted.clear()
+            self.call("close")
+
+        return self.ask(unload)
 
     def stop(self) -> None:
         """The thread ends when it has done what it was told before."""
@@ -123,21 +147,19 @@ class EngineThread(Thread):
 
     def run(self) -> None:
         try:
-            self._llm = self._build()
-            if not self._llm.rank:
-                self._llm.engine.prepare_constraints()
+            self.holder.build()
         except BaseException as error:  # SystemExit, too, is the main thread's to obey
             self._tell(self.ready.set_exception, error)
             return
-        self._tell(self.ready.set_result, self._llm)
+        self._tell(self.ready.set_result, None)
         if self._leads:
             self._watchdog.start()
         try:
-            with together(self._llm.model.parallel.size):
+            with together(self.holder.parallel.size):
                 while self._obey():
                     self._step()
                 if self._leads:
-                    self._llm.model.parallel.send(Signal.END, [])
+                    self.holder.parallel.send(Signal.END, [])
         except BaseException as error:
             _log.exception("the engine's thread has failed")
             self._tell(self._end, error)
@@ -151,7 +173,7 @@ class EngineThread(Thread):
 
     @property
     def _leads(self) -> bool:
-        return self._llm.model.parallel.leads
+        return self.holder.parallel.leads
 
     def _hang(self) -> None:
         """The thread waits for ranks that are not there."""
@@ -159,7 +181,7 @@ class EngineThread(Thread):
 
     def _obey(self) -> bool:
         """Does what was asked for since the last time; waits for it where there is nothing else to do."""
-        wait = not self._llm.engine.has_work
+        wait = self.holder.llm is None or not self.holder.llm.engine.has_work
         while True:
             self._watchdog.pet()
             try:
@@ -167,7 +189,7 @@ class EngineThread(Thread):
             except Empty:
                 if not wait:
                     return True
-                self._llm.model.parallel.beat()
+                self.holder.parallel.beat()
                 continue
             if command is None:
                 return False
@@ -178,23 +200,26 @@ class EngineThread(Thread):
         self._admitted.add(stream)
         refused: list[Event] = []
         for place, query in enumerate(stream.call.queries):
-            refused += self._llm.engine.admit(stream.inbox, place, query)
+            refused += self.holder.llm.engine.admit(stream.inbox, place, query)
         if refused:
             self._send([(stream, refused)])
 
     def _leave(self, stream: CallStream) -> None:
-        self._llm.engine.leave(stream.inbox)
-        self._admitted.discard(stream)
+        if stream in self._admitted:  # else it has ended, or its model has
+            self.holder.llm.engine.leave(stream.inbox)
+            self._admitted.discard(stream)
 
     def _step(self) -> None:
         """A step of the engine. Where the model fails the step's requests end, and the others go on.
 
         Several ranks have no common ground after that: then the thread ends.
         """
+        if self.holder.llm is None:
+            return
         try:
-            self._llm.engine.step()
+            self.holder.llm.engine.step()
         except Exception:
-            if self._llm.model.parallel.size > 1:
+            if self.holder.parallel.size > 1:
                 raise
             _log.exception("a step has failed")
         self._send([(stream, stream.inbox.take()) for stream in self._admitted if stream.inbox.events])

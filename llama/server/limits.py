@@ -35,14 +35,14 @@ class Incoming:
 
 
 class BodyLimits:
-    """Middleware: reads the whole body before `app` sees the request, unless `check` refuses all of them now.
+    """Middleware: reads the whole body before `app` sees the request, unless `check` refuses those of its path now.
 
     Refuses one of more than `max_bytes`, whatever its Content-Length said (413), one that is not here after `timeout`
     seconds (408), to which come those that its bytes take at LEAST_RATE, and one that is not plain JSON (415).
     """
 
     def __init__(
-        self, app: ASGIApp, *, max_bytes: int, timeout: float, check: Callable[[], object] = lambda: None
+        self, app: ASGIApp, *, max_bytes: int, timeout: float, check: Callable[[str], object] = lambda path: None
     ) -> None:
         self.app = app
         self.check = check
@@ -56,7 +56,7 @@ class BodyLimits:
             return
         incoming = Incoming(receive)
         try:
-            self.check()
+            self.check(scope["path"])
             self._check_length(headers)
             check_type(headers)
             body = await self._read(incoming)

@@ -81,8 +81,8 @@ class Metrics(Collector):
 
     # ---- what is told
 
-    def watch(self, llm: Llama, name: str, most_adapters: int = 0) -> None:
-        """From now on the model under this name is at work, with so many adapters at a time at the most."""
+    def watch(self, llm: Llama | None, name: str, most_adapters: int = 0) -> None:
+        """From now on the model under this name is at work, or none; with so many adapters at a time at the most."""
         self._llm = llm
         self._most_adapters = most_adapters
         self.labels["model_name"] = name

@@ -6,20 +6,22 @@ has to hear of the others again and again, and ends if it does not.
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from llama.generation import Llama
 from llama.runner import Pack
+from llama.server.holder import ModelHolder, RanksDiffer
 from llama.streams import tell
 
-CALLS = ("load_adapter", "unload_adapter")  # methods of a model that rank 0 may ask the others to call
+_log = logging.getLogger(__name__)
+
 BEAT_SECONDS = 1.0  # how long rank 0 lets the others wait while there is nothing to do
 
 
@@ -30,6 +32,7 @@ class Watchdog:
         self.limit = limit
         self.bark = bark
         self._last = time.monotonic()
+        self._is_held = False
         self._is_stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
@@ -40,12 +43,24 @@ class Watchdog:
     def pet(self) -> None:
         self._last = time.monotonic()
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """It does not bark meanwhile: what is done may take as long as it takes."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self.pet()
+            self._is_held = False
+
     def stop(self) -> None:
         self._is_stopped.set()
 
     def _watch(self) -> None:
         while not self._is_stopped.wait(max(0.0, self._last + self.limit - time.monotonic())):
-            if time.monotonic() - self._last >= self.limit:
+            if self._is_held:
+                self.pet()
+            elif time.monotonic() - self._last >= self.limit:
                 self.bark()
                 return
 
@@ -70,7 +85,7 @@ def together(num_ranks: int) -> Iterator[None]:
         raise RuntimeError(message) from error
 
 
-def follow(llm: Llama, limit: float) -> None:
+def follow(holder: ModelHolder, limit: float) -> None:
     """On ranks other than 0: helps until rank 0 has ended, and ends the process if it is not heard of for `limit` s.
 
     Signals are rank 0's to answer, as torchrun sends them to all: it finishes what it has begun with everybody's help.
@@ -79,32 +94,22 @@ def follow(llm: Llama, limit: float) -> None:
         signal.signal(number, signal.SIG_IGN)
     watchdog = Watchdog(limit, lambda: end_process(RuntimeError(silence(limit))))
     watchdog.start()
-    runner = llm.engine.runner
+
+    def step(ints: list[int]) -> None:
+        holder.llm.engine.runner.run(Pack.from_ints(ints))
 
     def call(name: str, *args: Any) -> None:
-        assert name in CALLS, name
-        with suppress(OSError, ValueError):  # rank 0 has the same error, and tells it
-            call_together(llm, name, *args)
+        try:
+            with watchdog.held():
+                holder.obey(name, *args)
+        except RanksDiffer:
+            raise
+        except Exception as error:  # rank 0 has the same, and tells it
+            _log.debug("%s has failed on every rank: %s", name, error)
 
-    with together(llm.model.parallel.size):
-        llm.model.parallel.follow(lambda ints: runner.run(Pack.from_ints(ints)), call, watchdog.pet)
+    with together(holder.parallel.size):
+        holder.parallel.follow(step, call, watchdog.pet)
     watchdog.stop()
-
-
-def call_together(llm: Llama, name: str, *args: Any) -> Any:
-    """On every rank: calls a method of the model. Raises its error, or RuntimeError where some ranks alone had one."""
-    failed: Exception | None = None
-    result = None
-    try:
-        result = getattr(llm, name)(*args)
-    except (OSError, ValueError) as error:
-        failed = error
-    parallel = llm.model.parallel
-    if 0 < (number := parallel.count(failed is not None)) < parallel.size:
-        raise RuntimeError(f"{name}: {number} of {parallel.size} ranks have failed: {failed}")
-    if failed is not None:
-        raise failed
-    return result
 
 
 def end_process(error: Exception | None) -> NoReturn:

@@ -27,6 +27,7 @@ class CallResponse(Response):
     def __init__(self, server: Server, call: Call):
         self.server = server
         self.call = call
+        self.llm = server.llm
         self.background = None
         self.status_code = 200
 
@@ -51,14 +52,14 @@ class CallResponse(Response):
             async with asyncio.timeout(self.server.settings.timeout):
                 async for events in stream.rounds():
                     completions += [event.completion for event in events if event.completion]
-            body = await self.server.in_pool(self.call.respond, self.server.llm, completions)
+            body = await self.server.in_pool(self.call.respond, self.llm, completions)
             response = JSONResponse(body)
         except (Refusal, RuntimeError, TimeoutError) as error:
             response = refusal_response(scope["path"], self._refusal(error))
         await response(scope, receive, send)
 
     async def _stream(self, stream: CallStream, scope: Scope, receive: Receive, send: Send) -> None:
-        frames = self.call.frames(self.server.llm)
+        frames = self.call.frames(self.llm)
         is_begun = False
 
         async def write(text: str) -> None:
@@ -90,7 +91,7 @@ class CallResponse(Response):
         if isinstance(error, TimeoutError):
             most = self.server.settings.timeout
             return Refusal(f"the answer took longer than {most:g} s", status=408, kind="timeout_error", code="timeout")
-        if self.server.is_draining:
+        if self.server.is_draining or self.server.loading is not None:
             return self.server.unavailable()
         return failure(str(error))
 

@@ -19,6 +19,7 @@ from llama.server.app import make_app
 from llama.server.connection import Connection
 from llama.server.engine_thread import EngineThread
 from llama.server.guard import AllowedHosts, Guard, is_loopback
+from llama.server.holder import ModelHolder
 from llama.server.limits import BodyLimits
 from llama.server.logs import RequestLog
 from llama.server.page_files import page_files
@@ -49,7 +50,9 @@ def run_server(build: Callable[[], Llama], settings: ServerSettings) -> None:
     error: Exception | None = None
     try:
         if int(os.environ.get("RANK", 0)):
-            follow(build(), settings.rank_timeout)
+            holder = ModelHolder(build)
+            holder.build()
+            follow(holder, settings.rank_timeout)
         else:
             serve_first(build, settings)
     except Exception as caught:
@@ -94,7 +97,7 @@ def bound(settings: ServerSettings) -> socket.socket:
 def surrounded(app: ASGIApp, server: Server) -> ASGIApp:
     """The app behind what every request passes: the log, the guard, the limits."""
     settings = server.settings
-    limited = BodyLimits(app, max_bytes=settings.max_body, timeout=settings.body_timeout, check=server.check_available)
+    limited = BodyLimits(app, max_bytes=settings.max_body, timeout=settings.body_timeout, check=server.check_body)
     guarded = Guard(
         limited,
         hosts=AllowedHosts.of(settings.host, listed(settings.allowed_hosts)),

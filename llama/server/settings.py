@@ -42,7 +42,9 @@ class ServerSettings:
     timeout: float = _setting(3600.0, "How long a request may take.", least=1)
     send_timeout: float = _setting(30.0, "How long a client may take to read what was sent.", least=1)
     ping: float = _setting(15.0, "How long a stream may be silent before a comment is sent; 0: for ever.", least=0)
-    shutdown_timeout: float = _setting(30.0, "How long requests may go on once a stop was asked for.", least=0)
+    shutdown_timeout: float = _setting(
+        30.0, "How long requests may go on once a stop or another model was asked for.", least=0
+    )
     rank_timeout: float = _setting(60.0, "Under torchrun: how long a rank may not be heard of.", least=1)
     ssl_certfile: Path | None = _setting(None, "A certificate, for https; a PEM file.")
     ssl_keyfile: Path | None = _setting(None, "Its private key, if that is not in the same file.")

@@ -32,6 +32,26 @@ def test_one_that_is_petted_looks_again_later(monkeypatch):
     assert (waits, barked) == ([10, 6], [116.0])
 
 
+def test_one_that_is_held_is_silent_for_as_long_as_it_takes(monkeypatch):
+    barked, waits, clock = [], [], [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    watchdog = Watchdog(10, lambda: barked.append(clock[0]))
+
+    class Stopped:
+        def wait(self, seconds):
+            waits.append(seconds)
+            clock[0] += seconds
+            if len(waits) == 3:
+                held.__exit__(None, None, None)
+            return False
+
+    watchdog._is_stopped = Stopped()
+    held = watchdog.held()
+    held.__enter__()
+    watchdog._watch()
+    assert (waits, barked) == ([10, 10, 10, 10], [140.0])
+
+
 def test_a_stopped_one_is_silent():
     watchdog = Watchdog(60, lambda: None)
     watchdog.start()

@@ -1,7 +1,7 @@
 """What adapters beside a model cost a decoding step: rank 16 on every linear of each layer.
 
     OMP_NUM_THREADS=1 python benchmarks/adapters.py [--model MODEL | --shape 1.1b] [--quantization sym_int4]
-        [--rounds 9] [--cases 0 2]
+        [--adapter-dtype bf16] [--rounds 9] [--cases 0 2]
 
 The same engine answers the same prompts with and without adapters, in turns. Seconds are the processor's, of one
 thread. A figure is the time with adapters over the time without, the median of the rounds. The aims for SmolLM2 in
@@ -26,6 +26,7 @@ from llama.adapting import changes_of
 from llama.answer import Query
 from llama.checkpoint import Adapter, LowRank, default_model, expected_shapes, open_checkpoint
 from llama.checkpoint.inventory import is_linear
+from llama.device import SPELLINGS
 from llama.model import ModelArgs, Transformer
 from llama.quantization import pack_modules
 
@@ -41,13 +42,13 @@ CASES = {  # the adapter of each row, by its number
 }
 
 
-def random_adapter(args: ModelArgs) -> Adapter:
-    """Small numbers of rank 16 on every linear but the output layer."""
+def random_adapter(args: ModelArgs, dtype: torch.dtype) -> Adapter:
+    """Small numbers of rank 16 on every linear but the output layer, that this type holds exactly."""
     low_rank = {}
     for name, shape in expected_shapes(args):
         if is_linear(name) and name != "output.weight":
             a, b = torch.randn(RANK, shape[1]) * 1e-3, torch.randn(shape[0], RANK) * 1e-3
-            low_rank[name.removesuffix(".weight")] = LowRank(a, b, 1.0)
+            low_rank[name.removesuffix(".weight")] = LowRank(a.to(dtype), b.to(dtype), 1.0)
     return Adapter(Path("random"), "peft", (Path("random"),), low_rank, is_half_split=False)
 
 
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--model")
     parser.add_argument("--shape", choices=["1.1b"])
     parser.add_argument("--cases", type=int, nargs="*", default=range(len(CASES)), help="numbers of some; all if none")
+    parser.add_argument("--adapter-dtype", choices=["fp32", "bf16"], default="fp32", help="what their numbers fit in")
     parser.add_argument("--quantization", default="sym_int4")
     parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args()
@@ -104,7 +106,7 @@ def main() -> None:
     model: Transformer = base.model
     loaded = Llama(model, base.tokenizer, kv_cache_memory=None, checkpoint=base.checkpoint)
     for number in range(1, 5):
-        changes = changes_of(random_adapter(model.params), model)
+        changes = changes_of(random_adapter(model.params, SPELLINGS[options.adapter_dtype]), model)
         loaded.engine.load_adapter(str(number), bytes([number]), changes)
     figures = {}
     for case, numbers in [list(CASES.items())[number] for number in options.cases]:
@@ -118,7 +120,15 @@ def main() -> None:
         figures[case] = median(ratios)
         milliseconds = median(times["without"]) / STEPS * 1000
         print(f"{case:24} {median(ratios):.2f} (least {min(ratios):.2f}; {milliseconds:.1f} ms without)", flush=True)
-    report({"machine": limits, "shape": options.shape, "quantization": options.quantization, "ratios": figures})
+    report(
+        {
+            "machine": limits,
+            "shape": options.shape,
+            "adapters": options.adapter_dtype,
+            "quantization": options.quantization,
+            "ratios": figures,
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import gguf
@@ -12,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from support.adapter_files import save_adapter
 from support.adapters import ALL, KINDS, peft_logits, write_adapter, write_base
 from support.checkpoints import half_split, state, write_sentencepiece
+from support.server import serving
 
-from llama import Llama
-from llama.__main__ import app
+from llama import Llama, SamplingParams
+from llama.__main__ import app, main
 from llama.checkpoint import (
     CheckpointError,
     convert,
@@ -117,9 +119,9 @@ def test_a_bin_file_holds_the_same_adapter(base, adapter):
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
 
-def test_a_gguf_adapter_is_the_same_in_metas_order(base, adapter, tmp_path):
-    """Written by hand as llama.cpp's converter does: rows of q and k permuted, as those of the base model are."""
-    writer = gguf.GGUFWriter(tmp_path / "adapter.gguf", "llama")
+def write_gguf_adapter(adapter: Path, path: Path) -> Path:
+    """By hand as llama.cpp's converter does: rows of q and k permuted, as those of the base model are."""
+    writer = gguf.GGUFWriter(path, "llama")
     writer.add_string("general.type", "adapter")
     writer.add_string("adapter.type", "lora")
     writer.add_float32("adapter.lora.alpha", 8.0)
@@ -135,9 +137,28 @@ def test_a_gguf_adapter_is_the_same_in_metas_order(base, adapter, tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    found = state(with_adapters(open_checkpoint(base), tmp_path / "adapter.gguf"))
+    return path
+
+
+def test_a_gguf_adapter_is_the_same_in_metas_order(base, adapter, tmp_path):
+    found = state(with_adapters(open_checkpoint(base), write_gguf_adapter(adapter, tmp_path / "adapter.gguf")))
     for name, weight in state(with_adapters(open_checkpoint(base), adapter)).items():
         torch.testing.assert_close(found[name], weight)
+
+
+def test_llama_cpp_computes_the_same_with_a_gguf_adapter(tmp_path):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    base = write_base(tmp_path / "base", dim=128, multiple_of=64)
+    expected = peft_logits(write_adapter(base, tmp_path / "adapter", target_modules=ALL), TOKENS)
+    convert(base, tmp_path / "base.gguf", "gguf", dtype="fp32")
+    path = write_gguf_adapter(tmp_path / "adapter", tmp_path / "adapter.gguf")
+    options = {"n_ctx": 64, "logits_all": True, "verbose": False}
+    theirs = llama_cpp.Llama(str(tmp_path / "base.gguf"), lora_path=str(path), **options)
+    theirs.eval(TOKENS)
+    found = torch.tensor(theirs.scores[: len(TOKENS)])
+    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)  # its keys and values are float16
+    ours = logits(with_adapters(open_checkpoint(tmp_path / "base.gguf"), path))
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- with a vocabulary of its own
@@ -311,3 +332,65 @@ def test_weights_one_behind_the_other_are_multiplied(tmp_path):
     twice, once = open_weighted(f"{path}=0.5=0.5"), open_weighted(f"{path}=0.25")
     assert twice.digest == once.digest != open_weighted(path).digest
     assert {name: one.scale for name, one in twice.low_rank.items()} == dict.fromkeys(once.low_rank, 0.5)
+
+
+OPTIONS = ["--temperature", 0, "--max-tokens", 4, "--device", "cpu", "--dtype", "fp32", "--max-seq-len", 64]
+
+
+@pytest.fixture(scope="module")
+def with_a_vocabulary(extended) -> Llama:
+    base, adapter, _ = extended
+    return Llama.build(base, adapter=adapter, max_seq_len=64, dtype="fp32", device="cpu")
+
+
+def test_an_extended_vocabulary_answers_in_the_chat(extended, with_a_vocabulary, monkeypatch, capsys):
+    base, adapter, _ = extended
+    dialog = [{"role": "user", "content": "hello lo"}]
+    biased = SamplingParams(temperature=0.0, max_tokens=4, logit_bias={555: 100.0})
+    assert with_a_vocabulary.chat([dialog], biased)[0].tokens == [555] * 4
+    [answer] = with_a_vocabulary.chat([dialog], SamplingParams(temperature=0.0, max_tokens=4))
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", StringIO())
+    run("chat", base, "hello lo", "--lora", adapter, *OPTIONS)
+    assert answer.text.strip() in capsys.readouterr().out
+
+
+def test_an_extended_vocabulary_is_served(with_a_vocabulary):
+    with serving(lambda: with_a_vocabulary, name="extended") as server:
+        _, models = server.get("/v1/models")
+        assert models["data"][0]["meta"]["n_vocab"] == 600
+        body = {"prompt": [1, 555, 599, 20], "temperature": 0, "max_tokens": 4, "return_token_ids": True}
+        _, answer = server.post("/v1/completions", {**body, "model": "extended"})
+        [expected] = with_a_vocabulary.complete([[1, 555, 599, 20]], SamplingParams(temperature=0.0, max_tokens=4))
+        assert answer["choices"][0]["token_ids"] == expected.tokens
+        status, refusal = server.post("/v1/completions", {**body, "prompt": [600], "model": "extended"})
+        assert (status, "the vocabulary has 0 ... 599" in refusal["error"]["message"]) == (400, True)
+
+
+@pytest.mark.parametrize("command", ["complete", "convert", "quantize"])
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (without_base, "the base model has no such module"),
+        (of_another_shape, "is for a matrix of [64, 8]"),
+        (of_rank_0, "has a rank of 0"),
+        (None, "adapter_model.bin"),
+    ],
+)
+def test_a_command_says_in_one_line_what_is_wrong_with_an_adapter(
+    base, adapter, tmp_path, monkeypatch, capsys, command, tensors, message
+):
+    if tensors is None:
+        (adapter / "adapter_model.safetensors").unlink()
+        torch.save({"base_model.model.lm_head.weight": Evil()}, adapter / "adapter_model.bin")
+    else:
+        changed(adapter, tensors)
+    target = {"complete": ["--prompt", "x", *OPTIONS], "convert": [tmp_path / "out", "--to", "hf"]}
+    arguments = [command, base, *target.get(command, [tmp_path / "out", "--type", "q8_0"]), "--lora", adapter]
+    monkeypatch.setattr("sys.argv", ["llama", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit:
+        main()
+    shown = capsys.readouterr()
+    assert exit.value.code == 1
+    assert message in shown.err
+    assert (shown.err.count("\n"), shown.out) == (1, "")

@@ -9,6 +9,7 @@ import gc
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from operator import attrgetter
 from pathlib import Path
@@ -467,6 +468,12 @@ class Llama:
                 stop_token_ids=(*params.stop_token_ids, *self.chat_format.stop_ids),
             )
         return Query(tokens, params, adapter=adapter)
+
+    def speaking(self, chat_format: ChatFormat) -> Llama:
+        """The same model with another chat format; everything else is shared."""
+        other = copy(self)
+        other.chat_format = chat_format
+        return other
 
     def fit(self, dialog: Dialog, params: SamplingParams) -> Dialog:
         """The dialog without as many of its oldest turns as leave room for an answer. Raises DialogError."""

@@ -1,6 +1,6 @@
 """From a dialog to token ids and back: the chat formats."""
 
-from llama.chat.fitting import FormattedDialog, fit_dialog, format_dialog, shortened
+from llama.chat.fitting import FormattedDialog, fit_dialog, fit_prompt, format_dialog, shortened
 from llama.chat.formats import (
     B_INST,
     B_SYS,
@@ -14,7 +14,7 @@ from llama.chat.formats import (
     ChatFormatError,
 )
 from llama.chat.prompt import Dialog, DialogError, Message, Prompt, Role, with_system
-from llama.chat.selection import choose_format
+from llama.chat.selection import choose_format, given_format, usable_formats
 from llama.chat.template import JinjaFormat
 from llama.chat.tools import Spoken, ToolError, ToolParser, ToolUse
 
@@ -42,7 +42,10 @@ __all__ = [
     "ToolUse",
     "choose_format",
     "fit_dialog",
+    "fit_prompt",
     "format_dialog",
+    "given_format",
     "shortened",
+    "usable_formats",
     "with_system",
 ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
 
 from llama.chat.formats import ChatFormat
 from llama.chat.prompt import Dialog, DialogError, Prompt, split_system
@@ -12,6 +13,8 @@ from llama.chat.selection import choose_format
 
 if TYPE_CHECKING:  # which needs torch
     from llama.tokenizer import Tokenizer
+
+_Asked = TypeVar("_Asked", Dialog, Prompt)
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,23 @@ def fit_dialog(
     DialogError where even the last turn is too long.
     """
     chosen = choose_format(chat_format, tokenizer)
-    rests = shortened(dialog)
-    first = bisect_left(rests, True, key=lambda rest: len(chosen.encode(rest)) <= max_tokens)
+    return list(_first_that_fits(shortened(dialog), max_tokens, chosen))
+
+
+def fit_prompt(prompt: Prompt, max_tokens: int, chat_format: ChatFormat) -> Prompt:
+    """The same for a prompt, whose tools and options stay."""
+    rests = [replace(prompt, messages=messages) for messages in shortened(list(prompt.messages))]
+    return _first_that_fits(rests, max_tokens, chat_format)
+
+
+def _first_that_fits(rests: Sequence[_Asked], max_tokens: int, chat_format: ChatFormat) -> _Asked:
+    first = bisect_left(rests, True, key=lambda rest: len(chat_format.encode(rest)) <= max_tokens)
     if first == len(rests):
-        num_tokens = len(chosen.encode(rests[-1]))
+        num_tokens = len(chat_format.encode(rests[-1]))
         raise DialogError(
             f"the last message takes {num_tokens} tokens with its format, only {max_tokens} fit; shorten it"
         )
-    return list(rests[first])
+    return rests[first]
 
 
 def shortened(dialog: Dialog) -> list[Dialog]:

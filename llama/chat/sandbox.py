@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime
 from functools import wraps
@@ -26,12 +27,16 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     Templates come out of model files, which are not trusted: they reach nothing of Python's, and each loop
     step, call, filter and operator draws on a budget of characters, so that nothing runs or grows without end.
+    What is written has a narrower one, `written_per_character`, where the template is a stranger's; and whatever
+    the steps are, MOST_SECONDS of the processor's time is all that they get.
     """
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
     BUDGET, PER_CHARACTER, STEP = 1 << 24, 256, 256
+    MOST_SECONDS = 10.0
 
-    def __init__(self) -> None:
+    def __init__(self, written_per_character: int = PER_CHARACTER) -> None:
+        self.written_per_character = written_per_character
         extensions = [GenerationBlock, LoopControlExtension]
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
         self.allow(0)
@@ -47,6 +52,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def allow(self, num_characters: int) -> None:
         """Begin a rendering of so many characters of content."""
         self.left = self.BUDGET + self.PER_CHARACTER * num_characters
+        self.room = self.BUDGET + self.written_per_character * num_characters
+        self.until = time.thread_time() + self.MOST_SECONDS
 
     def from_string(self, source: str, *args: Any, **kwargs: Any) -> Any:
         """As jinja2, with loops and `~` put under the meter."""
@@ -89,7 +96,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _check(self, *values: Any) -> None:
         """Before it is done: no operation gives more than its two largest operands multiplied."""
         largest, second = nlargest(2, [1, 1, *map(_size, values)])
-        if largest * second > self.left:
+        if largest * second > min(self.left, self.room):
             raise SecurityError("it makes a value larger than any prompt")
 
     def _pay(self, value: Any) -> Any:
@@ -105,7 +112,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def _spend(self, size: int) -> None:
         self.left -= size + self.STEP
-        if self.left < 0:
+        self.room -= size
+        if min(self.left, self.room) < 0 or time.thread_time() > self.until:
             raise SecurityError("it runs longer or writes more than any prompt")
 
 

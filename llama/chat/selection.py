@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llama.chat.formats import FORMATS, ChatFormat, ChatFormatError, ChatMLFormat, Llama2Format, Llama3Format
-from llama.chat.template import JinjaFormat
+from llama.chat.template import JinjaFormat, PastedFormat
 from llama.chat.tools import choose_tool_format
 
 if TYPE_CHECKING:  # which needs torch
@@ -54,3 +55,26 @@ def read_template(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ChatFormatError(f"{path} is not a chat template: it is not text in UTF-8") from error
+
+
+def given_format(text: str, tokenizer: Tokenizer) -> ChatFormat:
+    """The chat format that a request gives: a name in FORMATS, or a template itself. No file is read.
+
+    Raises ChatFormatError.
+    """
+    if text in FORMATS:
+        return FORMATS[text](tokenizer)
+    if "{{" not in text and "{%" not in text:
+        names = ", ".join(usable_formats(tokenizer))
+        raise ChatFormatError(f"{text[:64]!r} is no chat format: give one of {names}, or a template in Jinja")
+    return PastedFormat(tokenizer, text)
+
+
+def usable_formats(tokenizer: Tokenizer) -> list[str]:
+    """The names of the formats that a vocabulary has the control tokens for."""
+    found = []
+    for name, kind in FORMATS.items():
+        with suppress(ChatFormatError):
+            kind(tokenizer)
+            found.append(name)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from llama.chat.formats import FORMATS, SPECIAL_TAGS, ChatFormat, ChatFormatErro
 from llama.chat.prompt import DialogError, Prompt, free_characters, one_line
 
 if TYPE_CHECKING:  # which needs torch
+    from llama.chat.sandbox import Sandbox
     from llama.tokenizer import Tokenizer
 
 
@@ -29,11 +31,10 @@ class JinjaFormat(ChatFormat):
 
     name = "jinja"
     roles = ("system", "user", "assistant", "tool")
+    remedy = f"give chat_format, one of {', '.join(FORMATS)}, or a Jinja file"
 
     def __init__(self, tokenizer: Tokenizer, template: str, source: str = "the chat template") -> None:
         """`source` names the template in messages. Raises ChatFormatError if it cannot be compiled."""
-        from llama.chat.sandbox import Sandbox  # jinja2, for models that need it
-
         super().__init__(tokenizer)
         self.source = source
         self.template = template
@@ -49,9 +50,14 @@ class JinjaFormat(ChatFormat):
             "eos_token": self.names.get(tokenizer.eos_id, ""),
             "documents": None,
         }
-        self._sandbox = Sandbox()
+        self._sandbox = self._new_sandbox()
         self._lock = threading.Lock()  # the sandbox accounts for one rendering at a time
         self._template = self._guarded(self._sandbox.from_string, template)
+
+    def _new_sandbox(self) -> Sandbox:
+        from llama.chat.sandbox import Sandbox  # jinja2, for models that need it
+
+        return Sandbox()
 
     def write(self, prompt: Prompt) -> list[Segment]:
         hidden, marked = self._render(prompt, self._characters), self._render(prompt, [])
@@ -92,11 +98,48 @@ class JinjaFormat(ChatFormat):
         except DialogError:
             raise
         except Exception as error:  # a template's code can raise anything
-            line = f"line {error.lineno}: " if getattr(error, "lineno", None) else ""
+            line = line_of(error)
+            where = f"line {line}: " if line else ""
             raise ChatFormatError(
-                f"{self.source} fails: {line}{one_line(error) or type(error).__name__}; "
-                f"give chat_format, one of {', '.join(FORMATS)}, or a Jinja file"
+                f"{self.source} fails: {where}{one_line(error) or type(error).__name__}; {self.remedy}"
             ) from error
+
+
+class PastedFormat(JinjaFormat):
+    """A template that came with a request, of somebody whom nobody knows: it gets less room.
+
+    An answer ends with what the template writes behind one: a control token, or a text.
+    """
+
+    remedy = f"mend it, or give one of {', '.join(FORMATS)}"
+
+    def __init__(self, tokenizer: Tokenizer, template: str) -> None:
+        super().__init__(tokenizer, template, "the template")
+        said, next_said = "Zq7answer", "Zq7question"  # no template says so itself
+        dialog = [("user", "hello"), ("assistant", said), ("user", next_said)]
+        try:
+            segments = list(self.write(Prompt(tuple({"role": role, "content": text} for role, text in dialog))))
+        except (DialogError, ChatFormatError):  # it takes no such dialog, and tells so when it is used
+            return
+        place = next((i for i, part in enumerate(segments) if isinstance(part, str) and said in part), None)
+        if place is None:
+            return
+        behind = segments[place].rpartition(said)[2].partition(next_said)[0]
+        if behind.strip():
+            self.stop = (behind.rstrip(),)
+        elif isinstance(end := [*segments, ""][place + 1], int):
+            self.stop_ids |= {end}
+
+    def _new_sandbox(self) -> Sandbox:
+        from llama.chat.sandbox import Sandbox
+
+        return Sandbox(written_per_character=16)
+
+
+def line_of(error: Exception) -> int | None:
+    """The template's line where an error arose."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "<template>"]
+    return getattr(error, "lineno", None) or (lines[-1] if lines else None)
 
 
 def _texts(value: Any) -> Iterator[str]:

@@ -44,7 +44,7 @@ STATUSES = {
 
 def make_app(server: Server) -> FastAPI:
     """The routes; what stands around them is `run`'s to add."""
-    app = FastAPI(title="llama", version=VERSION, docs_url="/docs", redoc_url=None, redirect_slashes=False)
+    app = FastAPI(title="llama", version=VERSION, docs_url=None, redoc_url=None, redirect_slashes=False)
     responses = {status: {"description": text} for status, text in STATUSES.items()}
     endpoints = ENDPOINTS | (OLLAMA_ENDPOINTS if server.settings.ollama else {})
     for url, endpoint in endpoints.items():

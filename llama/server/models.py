@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from llama.chat import usable_formats
 from llama.engine import EngineStats
 from llama.generation import Llama
 from llama.server.adapters import ServedAdapter, ServedAdapters
@@ -94,6 +95,7 @@ class ServedModel:
             "modalities": {"vision": False, "audio": False},
             "stop": list(self.llm.chat_format.stop),  # ours, with the next: what ends an answer of a chat
             "stop_token_ids": sorted(self.llm.chat_format.stop_ids),
+            "chat_formats": usable_formats(tokenizer),  # ours: the names that a chat's chat_template may be
             "build_info": f"llama-native {VERSION}",
         }
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from llama.answer import Completion, Query
-from llama.chat import Prompt, ToolUse
+from llama.chat import ChatFormat, ChatFormatError, Prompt, ToolUse, fit_prompt, given_format
 from llama.chat.tools import AnswerPiece
 from llama.generation import Llama
 from llama.service.call import Call, Endpoint
@@ -67,6 +67,11 @@ class TemplateOptions(Fields):
     enable_thinking: bool | None = None
 
 
+TEMPLATES = ("chat_template", "instruction_template", "instruction_template_str")
+LONGEST_TEMPLATE = 64 * 1024
+Template = Annotated[str, Field(max_length=LONGEST_TEMPLATE)]
+
+
 class PromptFields(Fields):
     """What a prompt is made of besides messages; vLLM's pair of fields says whether it goes on from the last one."""
 
@@ -76,6 +81,27 @@ class PromptFields(Fields):
     chat_template_kwargs: TemplateOptions | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
+    chat_template: Template | None = Field(None, description="vLLM's: a template in Jinja; or a chat format's name.")
+    instruction_template: Template | None = Field(None, description="text-generation-webui's name of chat_template.")
+    instruction_template_str: Template | None = Field(None, description="The same, where it is a template.")
+    truncation_length: Annotated[int, Field(ge=1)] | None = Field(
+        None, description="text-generation-webui's: the oldest turns are left out until prompt and answer fit."
+    )
+    _chat_format: ChatFormat | None = PrivateAttr(None)
+
+    def speaking(self, llm: Llama) -> Llama:
+        """The model in the chat format that is asked for. Raises Refusal."""
+        names = [name for name in TEMPLATES if getattr(self, name) is not None]
+        if not names:
+            return llm
+        if len(names) > 1:
+            raise Refusal(f"{names[1]} is given beside {names[0]}: give one of them", param=names[1])
+        if self._chat_format is None:
+            try:
+                self._chat_format = given_format(getattr(self, names[0]), llm.tokenizer)
+            except ChatFormatError as error:
+                raise Refusal(f"{names[0]}: {error}", param=names[0]) from error
+        return llm.speaking(self._chat_format)
 
     def tool_use(self) -> ToolUse:
         """Raises Refusal."""
@@ -151,6 +177,11 @@ def chat_queries(llm: Llama, body: ChatRequest) -> list[Query]:
     if body.stream_options is not None and not body.stream:
         raise Refusal("stream_options are given without stream: set stream to true", param="stream_options")
     prompt, params = body.chat_prompt(body.messages), body.params().resolve(llm.defaults)
+    llm = body.speaking(llm)
+    if body.truncation_length is not None:
+        length = min(body.truncation_length, llm.max_seq_len)
+        room = min(params.max_tokens or length // 4, length // 2)
+        prompt = fit_prompt(prompt, length - room, llm.chat_format)
     query = llm.chat_query(prompt, params, body.tool_use())
     return [replace(query, salt=body.cache_salt.encode())]
 
@@ -176,7 +207,7 @@ def chat_message(llm: Llama, completion: Completion) -> dict[str, Any]:
 
 
 def chat_response(llm: Llama, call: Call, completions: Sequence[Completion]) -> dict[str, Any]:
-    use = call.body.tool_use()
+    use, llm = call.body.tool_use(), call.body.speaking(llm)
     usage = Usage.of(call.queries, completions).to_json()
     completions = [llm.with_tool_calls(completion, use) for completion in completions]
     choices = [
@@ -203,6 +234,7 @@ class ChatFrames(OpenAIFrames):
         self._tokenizer = llm.tokenizer
         self._begun: set[int] = set()
         self._use = use = call.body.tool_use()
+        llm = call.body.speaking(llm)
         self._readers: dict[int, AnswerReader] = defaultdict(lambda: AnswerReader(llm, use))  # by choice
 
     def frame(self, delta: Delta) -> str:

@@ -46,6 +46,7 @@ def tokenize_response(llm: Llama, call: Call, completions: Sequence[Completion])
     if len(given) + (body.messages is not None) != 1:
         raise Refusal("give one of prompt, content and messages", param="prompt")
     if body.messages is not None:
+        llm = body.speaking(llm)
         tokens = formatted(llm.chat_format.encode, partial(body.chat_prompt, body.messages))
     else:
         special = body.add_special_tokens if body.add_special is None else body.add_special
@@ -57,6 +58,7 @@ def tokenize_response(llm: Llama, call: Call, completions: Sequence[Completion])
 
 
 def apply_template_response(llm: Llama, call: Call, completions: Sequence[Completion]) -> dict[str, Any]:
+    llm = call.body.speaking(llm)
     return {"prompt": formatted(llm.chat_format.text, partial(call.body.chat_prompt, call.body.messages))}
 
 

@@ -43,6 +43,7 @@ def test_every_route_asks_for_a_key_but_those_that_are_public(closed, method, pa
 def test_the_public_paths_are_these():
     assert PUBLIC == ("/health",)
     assert {"/health", "/metrics", "/v1/chat/completions", "/openapi.json"} <= {path for _, path in routes()}
+    assert not {"/docs", "/redoc"} & {path for _, path in routes()}  # their scripts would come from another host
 
 
 @pytest.mark.parametrize(

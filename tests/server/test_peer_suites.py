@@ -193,6 +193,7 @@ def test_what_tools_look_up_is_there(running, path):
 def test_what_tools_look_for_in_it_is_there(running):
     [model] = running.get("/v1/models")[1]["data"]
     assert model["max_model_len"] == running.get("/props")[1]["default_generation_settings"]["n_ctx"] == 256
+    assert running.get("/props")[1]["chat_formats"] == ["llama2", "atom", "alpaca", "vicuna"]
     assert model["meta"]["n_vocab"] == 264
     assert running.get("/tokenizer_info")[1]["eos_token"] == "</s>"
     assert running.get(f"/v1/models/{model['id']}")[1] == model

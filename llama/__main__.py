@@ -1,4 +1,7 @@
-"""The command line: one function a command, which turns flags into a call."""
+"""The command line: one function a command, which turns flags into a call.
+
+This file is long because there are many commands, each with the help of its own arguments.
+"""
 
 from __future__ import annotations
 
@@ -252,6 +255,46 @@ def quantize(
         opened = checkpoint.with_adapters(checkpoint.open_checkpoint(path_of(source)), lora)
         warnings = checkpoint.save_low_bit(opened, target, format, advance)
     warn(warnings)
+
+
+@app.command()
+@takes(load=MODEL.only("tokenizer_path", "dtype", "quantization", "kv_dtype"))
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint of any format.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory to write; MODEL for other commands.")],
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once; more of them wait.")] = 1,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of prompt and answer together; the model's context if left out.")
+    ] = None,
+    num_cores: Annotated[int | None, typer.Option(min=1, help="Threads that compute; all if left out.")] = None,
+    *,
+    load: dict[str, Any],
+) -> None:
+    """Compile a model ahead of time, for this processor; DIR holds all that it takes to run it.
+
+    This takes a minute or more, and a C++ compiler. Running DIR takes neither.
+    """
+    from llama.export import export_model
+
+    sizes = {"batch_size": batch_size, "sequence_length": sequence_length, "num_cores": num_cores}
+    limits = export_model(model, directory, **sizes, **load)
+    tell(
+        f"Exported to {directory}: {limits.batch_size} x {limits.sequence_length} tokens, {limits.dtype}, "
+        f"{limits.num_cores} threads"
+    )
+
+
+@app.command()
+def push(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint of any format, or an exported model.")],
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="The repository to make.")],
+    private: Annotated[bool, typer.Option("--private", help="Nobody else sees it.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Put the files into one that is there.")] = False,
+) -> None:
+    """Upload a model to the Hugging Face hub, as the one whom HF_TOKEN, or hf auth login, names."""
+    from llama import checkpoint
+
+    tell(f"It is at {checkpoint.push(directory, repository, private=private, overwrite=overwrite)}")
 
 
 @app.command()

@@ -25,6 +25,7 @@ from llama.checkpoint import (
     untied,
     with_adapters_beside,
 )
+from llama.compiled import choose_program, open_export
 from llama.device import choose_device, choose_dtype, choose_kv_dtype, return_memory
 from llama.drafters import DraftModel, Lookup
 from llama.engine import Engine
@@ -51,6 +52,9 @@ class Loaded:
     chat_format: ChatFormat
     checkpoint: Checkpoint
     quantization: str | None  # the format that was asked for; None: as stored
+    kv_dtype: str  # what keys and values are stored in
+    program: Program | None  # a package that computes the model's steps
+    max_running: int | None  # sequences at once, where it was exported for so many
 
 
 def load(
@@ -67,12 +71,25 @@ def load(
     chat_format: str | None = None,
     tool_format: str | None = None,
     adapter: str | Path | Sequence[str | Path] | None = None,
+    kv_dtype: str = "auto",
+    compile: bool | None = None,
+    trust_compiled: bool = False,
 ) -> Loaded:
     """Opens a checkpoint of any format and loads this rank's part of it; the options are those of `Llama.build`.
 
-    `quantization` is a format's name, "none" or None. Raises FileNotFoundError or ValueError, in one line.
+    `quantization` is a format's name, "none" or None. Raises FileNotFoundError, ValueError or RuntimeError.
     """
+    exported = open_export(ckpt_dir)
+    if exported is not None:
+        limits = exported.limits
+        max_seq_len = exported.within("max_seq_len", max_seq_len, limits.sequence_length)
+        max_batch_size = exported.within("max_batch_size", max_batch_size, limits.batch_size)
+        dtype = exported.same("dtype", dtype, limits.dtype)
+        kv_dtype = exported.same("kv_dtype", kv_dtype, limits.kv_dtype)
+        torch.set_num_threads(limits.num_cores)
     checkpoint = open_checkpoint(default_model() if ckpt_dir is None else ckpt_dir)
+    if exported is not None:
+        exported.validate_checkpoint(checkpoint.digest)
     target = choose_device(device)
     group = parallel.start(model_parallel_size, target.type)
     checkpoint, beside = with_adapters_beside(
@@ -109,7 +126,16 @@ def load(
         if checkpoint.unknown_keys:
             unknown = ", ".join(checkpoint.unknown_keys)
             tell(f"{checkpoint.path}: settings that have no effect here: {unknown}")
-    return Loaded(model, tokenizer, chosen, checkpoint, quantization)
+    return Loaded(
+        model,
+        tokenizer,
+        chosen,
+        checkpoint,
+        quantization,
+        kv_dtype,
+        choose_program(model, choose_kv_dtype(kv_dtype, model.norm.weight.dtype), compile, exported, trust_compiled),
+        None if exported is None else max_batch_size,
+    )
 
 
 def beyond_training(args: ModelArgs, max_seq_len: int | None) -> Iterator[str]:
@@ -206,7 +232,7 @@ def load_draft(draft: str | Path | None, large: Loaded, **options: Any) -> Draft
     parallel, found, error = large.model.parallel, None, None
     if parallel.rank == 0:
         try:
-            small = load(draft, model_parallel_size=1, **options)
+            small = load(draft, model_parallel_size=1, compile=False, **options)
             validate_draft(small, large)
             found = small.model
         except (OSError, ValueError) as raised:

@@ -50,7 +50,7 @@ from llama.checkpoint import Checkpoint, open_checkpoint, save_low_bit
 from llama.device import return_memory
 from llama.model import Transformer
 from llama.quantization import resolve_format
-from llama.runner import Pack
+from llama.runner import Pack, Program
 from llama.sampling import sample_top_p
 from llama.sampling_params import SamplingParams
 from llama.tokenizer import StreamDecoder, Tokenizer
@@ -118,12 +118,14 @@ class Llama:
         adapter: str | Path | Sequence[str | Path] | None = None,
         adapters: Mapping[str, str | Path] | None = None,
         draft: str | Path | None = None,
+        compile: bool | None = None,
+        trust_compiled: bool = False,
     ) -> Llama:
         """Loads a checkpoint of any format.
 
         Args:
             ckpt_dir: a Meta or Hugging Face directory, a .gguf file, or org/name of the hub; None is the
-                embedded default model.
+                embedded default model. A directory that `llama export` wrote brings its limits.
             tokenizer_path: None looks in the checkpoint, beside it, and one directory above.
             max_seq_len: the most tokens of a prompt and its answer together; None is the model's context.
             max_batch_size: how many sequences to expect at once. Longer lists are scheduled, not refused.
@@ -151,6 +153,10 @@ class Llama:
                 so far; a checkpoint: a small model of the same vocabulary; "none": nothing. Answers stay those of
                 plain decoding, but for rounding where the number of rows changes a product's last bits. None is
                 "lookup" where it changes none: low-bit models on a CPU, and with `deterministic`.
+            compile: True computes steps with a package compiled ahead of time, which is kept in your cache directory
+                and made there once, in a minute or so; None does so where one is there; False never does.
+            trust_compiled: run the package that an exported directory brings, which is native code and can do
+                whatever you can.
 
         Raises FileNotFoundError or ValueError, in one line, for what cannot be loaded.
         """
@@ -170,19 +176,24 @@ class Llama:
             chat_format=chat_format,
             tool_format=tool_format,
             adapter=adapter,
+            kv_dtype=kv_dtype,
+            compile=compile,
+            trust_compiled=trust_compiled,
         )
         llm = Llama(
             loaded.model,
             loaded.tokenizer,
             seed=seed,
             kv_cache_memory=kv_cache_memory,
-            kv_dtype=kv_dtype,
+            kv_dtype=loaded.kv_dtype,
             chat_format=loaded.chat_format,
             defaults=loaded.checkpoint.generation_defaults,
             stop_ids=loaded.checkpoint.stop_ids,
             checkpoint=loaded.checkpoint,
             quantization=quantization,
             draft=load_draft(draft, loaded, device=device, dtype=dtype, quantization=quantization),
+            program=loaded.program,
+            max_running=loaded.max_running,
         )
         for name, path in (adapters or {}).items():
             llm.load_adapter(name, path)
@@ -204,10 +215,13 @@ class Llama:
         checkpoint: Checkpoint | None = None,
         quantization: str | None = None,
         draft: Draft = None,
+        program: Program | None = None,
+        max_running: int | None = None,
     ):
         """`defaults` and `stop_ids`: the model's own generation_config. `checkpoint`, `quantization`: what it is of.
 
-        draft: "lookup", or a small model that is loaded on rank 0.
+        draft: "lookup", or a small model that is loaded on rank 0. `program` computes steps in the model's place; no
+        more than `max_running` sequences run at once.
         """
         self.model = model
         self.tokenizer = tokenizer
@@ -228,6 +242,8 @@ class Llama:
             stop_ids=frozenset(stop_ids),
             can_generate=checkpoint is None or checkpoint.has_head,
             draft=draft,
+            program=program,
+            max_running=max_running,
         )
 
     @staticmethod

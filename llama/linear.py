@@ -92,7 +92,8 @@ class Linear(nn.Module):
         self.out_features = out_features
         self.weight = nn.Parameter(torch.empty(out_features, in_features), requires_grad=False)
         self.bias = nn.Parameter(torch.empty(out_features), requires_grad=False) if bias else None
-        self.blocked: torch.Tensor | None = None
+        self.blocked: torch.Tensor | None
+        self.register_buffer("blocked", None, persistent=False)
         self.joined: tuple[Linear, slice] | None = None  # what holds the weight, and where; no child of this module
         self.fixed_rows: int | None = None
 
@@ -103,9 +104,10 @@ class Linear(nn.Module):
         return self._product(x)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        if self.blocked is None:
+        blocked = self._buffers["blocked"]  # nn.Module looks among its buffers last
+        if blocked is None:
             return F.linear(x, self.weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self.blocked, self.bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(x, blocked, self.bias, "none", [], "")
 
     def prepare(self, fixed_rows: int | None = None) -> Self:
         """On a CPU that has instructions for bfloat16: replaces `weight` by oneDNN's own blocked copy of it.

@@ -83,6 +83,18 @@ MODEL = Options(  # parameters of `Llama.build`
         Option("quantization", "sym_int4, nf4, q8_0 ...; none unpacks low-bit blocks."),
         Option("kv_cache_memory", "For keys and values, as 2GiB; half of what is free if left out."),
         Option("kv_dtype", "auto, or int8: keys and values in 8 bits, for long contexts.", str, "auto"),
+        Option(
+            "compile",
+            "Compute with a package compiled ahead of time, kept in your cache; left out, if one is there.",
+            bool | None,
+            flag="--compile/--no-compile",
+        ),
+        Option(
+            "trust_compiled",
+            "Run the native code in an exported MODEL, which can do whatever you can.",
+            bool | None,
+            flag="--trust-compiled",
+        ),
         Option("adapter", "A LoRA adapter to merge in; DIR=0.7 gives it a weight.", list[str] | None, flag="--lora"),
         Option("draft", "What guesses ahead: lookup (in the text so far), a small model's checkpoint, or none."),
     ]

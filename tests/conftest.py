@@ -1,8 +1,11 @@
 """What holds for every test: one thread, and Triton's interpreter where there is no GPU."""
 
+import atexit
 import io
 import os
+import shutil
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -11,6 +14,8 @@ from support.tiny import ByteTokenizer
 from llama import __main__ as command_line
 
 torch.set_num_threads(1)
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="llama-tests-")  # no test sees what the person has compiled
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its kernels run on the CPU, in NumPy
 

@@ -27,12 +27,12 @@ files  device  streams  progress  parallel  linear  kernels  request  sampling_p
 cache  rotary  embedding  vocabulary  blocks  sampling  options  keyboard  program
 attention  quantization  tokenizer  scheduler  lora
 model  chat  answer  constraints
-checkpoint  runner  choice  client
+checkpoint  runner  choice  client  compiled
 drafters  adapting
 speculation
 engine
 building
-generation
+generation  export
 service  perplexity  terminal
 batch  server  protocol  bench
 report
@@ -46,6 +46,7 @@ SHARED_NAMES = {
     "convert": "the command, and what it calls",
     "inspect": "the command, and what it calls",
     "perplexity": "the command, and what it calls",
+    "push": "the command, and what it calls",
     "verify": "the command, and what it calls",
 }
 MOST_LINES = 450

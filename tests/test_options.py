@@ -12,7 +12,7 @@ from llama.options import CONFIG, MODEL, SAMPLER, Option, Options, takes
 from llama.server.settings import SERVER
 
 MODEL_FLAGS = ["tokenizer", "chat-format", "tool-format", "max-seq-len", "device", "dtype", "quantization"]
-MODEL_FLAGS += ["kv-cache-memory", "kv-dtype", "lora", "draft"]
+MODEL_FLAGS += ["kv-cache-memory", "kv-dtype", "lora", "draft", "compile", "trust-compiled"]
 SAMPLER_FLAGS = ["temperature", "top-p", "top-k", "repetition-penalty", "max-tokens", "stop", "seed"]
 TUTORIAL_FLAGS = ["model_path", "gpus", "infer_dtype", "model_source"]
 FLAGS = {
@@ -20,7 +20,9 @@ FLAGS = {
     "complete": ["prompt", "stream", "echo", "json-schema", "regex", "grammar", *MODEL_FLAGS, *SAMPLER_FLAGS],
     "batch": ["model", *MODEL_FLAGS],
     "convert": ["to", "shards", "max-shard-size", "dtype", "lora", "input_dir", "output_dir", "model_size"],
+    "push": ["private", "overwrite"],
     "quantize": ["type", "lora"],
+    "export": ["batch-size", "sequence-length", "num-cores", "tokenizer", "dtype", "quantization", "kv-dtype"],
     "inspect": ["estimate", "max-seq-len", "max-batch-size", "ranks", "kv-dtype"],
     "serve": ["config", *TUTORIAL_FLAGS, *MODEL_FLAGS, *(option.name.replace("_", "-") for option in SERVER)],
     "verify": [],

@@ -8,12 +8,13 @@ from .conversion import convert, legacy_source, parse_size, save_low_bit
 from .default import DEFAULT_ABOUT, DEFAULT_SETTINGS, default_model
 from .folder import adapter_in, adapters_in, located_adapter, model_in, models_in
 from .formats import open_checkpoint
-from .hub import resolve
+from .hub import files_of, resolve
 from .inspection import Estimate, Inspection, Stored, estimate, inspect
 from .inventory import expected_shapes
 from .load import load_weights
 from .opened import Checkpoint
 from .packing import keeps_blocks, packed_modules, untied
+from .push import push
 from .verification import verify
 from .weight import Weight
 
@@ -35,6 +36,7 @@ __all__ = [
     "default_model",
     "estimate",
     "expected_shapes",
+    "files_of",
     "inspect",
     "is_adapter",
     "keeps_blocks",
@@ -48,6 +50,7 @@ __all__ = [
     "open_weighted",
     "packed_modules",
     "parse_size",
+    "push",
     "resolve",
     "save_low_bit",
     "untied",

@@ -21,7 +21,8 @@ _NAME = re.compile(
 _SPLIT = re.compile(r"(.*)-\d{5}-of-\d{5}\.gguf")
 INSTALL_HUB = "pip install huggingface_hub"
 TIMEOUT = 10.0  # seconds until the hub counts as out of reach
-SETTINGS = re.compile(r"(?!.*index\.json).*\.json|.*\.jinja|tokenizer\.model")
+SETTINGS = re.compile(r"(?!.*index\.json|llama_export\.json).*\.json|.*\.jinja|tokenizer\.model")
+ABOUT = re.compile(r"(README|LICEN[CS]E|NOTICE|USE_POLICY)[\w.-]*", re.IGNORECASE)  # goes with copies
 WEIGHTS = (  # of these kinds, the first that is there is read, as in a directory
     r"model\.safetensors",
     r"model-\d+-of-\d+\.safetensors",
@@ -82,7 +83,7 @@ def resolve(
             cache_dir=cache_dir,
         )
     except Exception as error:
-        raise FileNotFoundError(f"{name}: the hub's files could not be fetched: {_one_line(error)}") from error
+        raise FileNotFoundError(f"{name}: the hub's files could not be fetched: {reason_of(error)}") from error
     return Path(folder) / model
 
 
@@ -107,6 +108,18 @@ def select(
                 return folder, [folder + one for one in (*weights, *indexes, *settings)]
     fitting = [one for one in files if one.endswith(".gguf") and (choice is None or _is_called(one, choice))]
     return _gguf(name, fitting, files)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that a checkpoint on this machine is made of: a directory's, or a GGUF file with its other parts.
+
+    Those that nothing here reads stay out, but for what says who made it and what may be done with it.
+    """
+    folder = path if path.is_dir() else path.parent
+    names = sorted(file.name for file in folder.iterdir() if file.is_file())
+    _, wanted = select(str(path), names, None, None if path.is_dir() else path.name, WEIGHTS)
+    about = [name for name in names if path.is_dir() and ABOUT.fullmatch(name)]
+    return [folder / name for name in dict.fromkeys((*wanted, *about))]
 
 
 def _is_called(file: str, choice: str) -> bool:
@@ -144,9 +157,10 @@ def _cached(repository: str, name: str, cache_dir: str | Path | None, error: Exc
                 newest = max(repo.revisions, key=lambda one: ("main" in one.refs, one.last_modified))
                 return Path(newest.snapshot_path)
     raise FileNotFoundError(
-        f"{name}: no such directory here, and the hub does not give it: {_one_line(error)}"
+        f"{name}: no such directory here, and the hub does not give it: {reason_of(error)}"
     ) from error
 
 
-def _one_line(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
+    """What a library said, cut to a line of ours."""
     return " ".join(str(error).split())[:200] or type(error).__name__

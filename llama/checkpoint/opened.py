@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -49,6 +50,12 @@ class Checkpoint:
     """Whether there is an output layer; without one the model embeds, and cannot generate."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The parsed header as it was found: params.json, config.json or scalar GGUF metadata."""
+
+    @property
+    def digest(self) -> str:
+        """Of what its weights are, by their headers: names, shapes and stored types, and not one value."""
+        said = sorted((weight.name, tuple(weight.shape), weight.stored) for weight in self.weights())
+        return hashlib.sha256(repr(said).encode()).hexdigest()[:32]
 
     def open_tokenizer(self, given: str | Path | None = None, chat_template: str | None = None) -> Tokenizer:
         """The tokenizer in the file `given`, else the one that was found with the checkpoint.

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 
 
-def load_library() -> bool:
-    """Load the compiled kernels that stand beside this file; False where none were built or they do not fit."""
+def load_library() -> Path | None:
+    """Load the compiled kernels that stand beside this file; None where none were built or they do not fit."""
     for path in sorted(Path(__file__).parent.glob("_kernels*.so")):
         try:
             torch.ops.load_library(path)
-            return True
+            return path
         except OSError as error:
             warnings.warn(f"{path.name} does not load, PyTorch operators do its work: {error}", stacklevel=2)
-    return False
+    return None
 
 
-AVAILABLE = load_library()
+PATH = load_library()
+AVAILABLE = PATH is not None
 UNIT = 16  # numbers that the kernels for attention and between products take at a time
 
 

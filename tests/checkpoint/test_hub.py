@@ -1,9 +1,5 @@
-import hashlib
-import http.server
-import json
 import os
 import sys
-import threading
 from functools import partial
 
 import pytest
@@ -14,83 +10,6 @@ from support.checkpoints import assert_equal, sample, state, write_gguf, write_h
 from llama.checkpoint import CheckpointError, adapters, open_checkpoint, resolve
 
 pytest.importorskip("huggingface_hub")
-COMMIT = "a" * 40
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's protocol as a download needs, over the files of one folder."""
-
-    folder = None
-    requests: list[str]
-
-    def log_message(self, *args) -> None:
-        self.requests.append(self.path)
-
-    def do_HEAD(self) -> None:
-        self.answer(with_body=False)
-
-    def do_GET(self) -> None:
-        self.answer(with_body=True)
-
-    def answer(self, with_body: bool) -> None:
-        path = self.path.split("?")[0]
-        files = sorted(file for file in self.folder.rglob("*") if file.is_file())
-        names = [file.relative_to(self.folder).as_posix() for file in files]
-        if path.startswith("/api/models/org/name/tree/"):
-            entries = [
-                {"type": "file", "path": name, "size": file.stat().st_size, "oid": self.digest(file)}
-                for name, file in zip(names, files, strict=True)
-            ]
-            self.send(json.dumps(entries).encode(), with_body)
-        elif path.startswith("/api/models/org/name"):
-            siblings = [{"rfilename": name} for name in names]
-            self.send(json.dumps({"id": "org/name", "sha": COMMIT, "siblings": siblings}).encode(), with_body)
-        elif path.startswith(f"/org/name/resolve/{COMMIT}/") and path.split("/", 5)[5] in names:
-            file = self.folder / path.split("/", 5)[5]
-            self.send(file.read_bytes(), with_body, {"ETag": f'"{self.digest(file)}"', "X-Repo-Commit": COMMIT})
-        else:
-            self.send(b"", with_body, {"X-Error-Code": "RepoNotFound"}, status=404)
-
-    def digest(self, file) -> str:
-        return hashlib.sha1(file.read_bytes()).hexdigest()
-
-    def send(self, data: bytes, with_body: bool, headers: dict[str, str] | None = None, status: int = 200) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(data)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if with_body:
-            self.wfile.write(data)
-
-
-@pytest.fixture
-def hub(tmp_path):
-    """A hub on the loopback interface, its files in `folder`; `fetch` resolves a name there."""
-    (tmp_path / "repository").mkdir()
-    handler = type("TheHub", (Hub,), {"folder": tmp_path / "repository", "requests": []})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-
-    class Place:
-        folder = handler.folder
-        requests = handler.requests
-        endpoint = f"http://127.0.0.1:{server.server_port}"
-        closed = False
-
-        def fetch(self, name="org/name"):
-            return resolve(name, endpoint=self.endpoint, cache_dir=tmp_path / "cache")
-
-        def close(self):
-            if not self.closed:
-                server.shutdown()
-                server.server_close()
-                thread.join()
-            self.closed = True
-
-    place = Place()
-    yield place
-    place.close()
 
 
 def test_a_name_is_downloaded_and_opened(hub):

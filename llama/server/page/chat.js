@@ -147,7 +147,10 @@ async function answer(conversation, message, request, tokens) {
   try {
     await running;
   } finally {
-    if (conversation === chat.conversation) refresh();
+    if (conversation === chat.conversation) {
+      refresh();
+      if (follows) toEnd(); // how it ended stands below it
+    }
     chat.onchange();
   }
 }

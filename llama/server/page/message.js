@@ -121,7 +121,7 @@ export class MessageView {
         ? []
         : [
             act("edit", "edit", "edit", { "data-act": "edit" }),
-            this.isAnswer && act("again", "regenerate", "regenerate", { "data-act": "regenerate", class: "icon when-idle" }),
+            this.isAnswer && message.parent && act("again", "regenerate", "regenerate", { "data-act": "regenerate", class: "icon when-idle" }),
             this.isAnswer && act("onward", "goOn", "goOn", { "data-act": "continue", class: "icon when-idle" }),
             this.isAnswer && act("bars", "probabilities", "openTokens", { "data-act": "tokens", "aria-expanded": this.panelKind === "tokens" }),
             this.isAnswer && act("raw", "raw", "openRaw", { "data-act": "raw", "aria-expanded": this.panelKind === "raw" }),

@@ -19,6 +19,7 @@ const note = el("p", { class: "note", role: "status" });
 const side = el("div", { class: "panel", id: "next" });
 const undone = []; // before each change: the box, what it held, and what the model was given
 let aborter = null;
+let stats = null; // of the last text
 
 const isSplit = () => settings.view === "split";
 /** The box that the model writes into. */
@@ -77,12 +78,17 @@ async function write(from, keptText = isSplit() ? from : prompt.value) {
   box.value = text;
   aborter = null;
   if (usage) {
-    const ended = performance.now();
-    numbers.textContent = numbersOf({ promptTokens: usage.prompt_tokens, cachedTokens: usage.prompt_tokens_details.cached_tokens, tokens: usage.completion_tokens, firstAfter: (first - asked) / 1000, seconds: (ended - first) / 1000 });
+    const seconds = (performance.now() - first) / 1000;
+    stats = { promptTokens: usage.prompt_tokens, cachedTokens: usage.prompt_tokens_details.cached_tokens, tokens: usage.completion_tokens, firstAfter: (first - asked) / 1000, seconds };
+    showNumbers();
   }
   keep();
   showBusy();
   showLook();
+}
+
+function showNumbers() {
+  numbers.textContent = stats ? numbersOf(stats) : "";
 }
 
 function undo() {
@@ -195,6 +201,6 @@ export function startNotebook() {
     else return;
     event.preventDefault();
   });
-  onSetting((name) => name === "view" && arrange());
+  onSetting((name) => ({ view: arrange, language: () => (showNumbers(), showLook()) })[name]?.());
   arrange();
 }

@@ -28,6 +28,8 @@ const group = (name, isOpen, ...content) => el("details", { class: "group", open
 
 // ---- sampling
 
+const NEUTRAL = { temperature: 1, top_p: 1, repetition_penalty: 1 }; // where a slider stands that nobody has moved
+
 function samplingField(name) {
   const [kind, least, most, step] = FIELDS[name];
   const value = settings.sampling[name];
@@ -39,7 +41,7 @@ function samplingField(name) {
     value: written(name, value),
     placeholder: t("unset"),
   });
-  const slider = kind === "range" && el("input", { type: "range", min: least, max: most, step, value: value ?? (least <= 0 && name !== "temperature" ? 0 : 1), "aria-label": t(`set_${name}`) });
+  const slider = kind === "range" && el("input", { type: "range", min: least, max: most, step, value: value ?? NEUTRAL[name] ?? 0, "aria-label": t(`set_${name}`) });
   const take = () => {
     try {
       setSampling(name, parsed(name, input.value));

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import axe_playwright_python
 import pytest
-from support.browser import ChatPage
+from support.browser import ChatPage, answering
 
 AXE = (Path(axe_playwright_python.__file__).parent / "axe.min.js").read_text(encoding="utf-8")
 BAD = ("serious", "critical")
@@ -47,6 +47,15 @@ def characters(person: ChatPage) -> None:
     person.find("#new-character").click()
 
 
+def model(person: ChatPage) -> None:
+    told = {"model/list": {"model_names": ["one", "other"]}, "model/info": {"model_name": "one", "lora_names": []}}
+    for path, answer in {**told, "lora/list": {"lora_names": ["poet"]}}.items():
+        person.page.route(f"**/v1/internal/{path}", answering(answer))
+    person.find("#open-model").click()
+    person.find("#load-adapters").wait_for()
+    person.page.unroute_all()
+
+
 def notebook(person: ChatPage) -> None:
     person.find("[data-view=split]").click()
     person.find("#notebook-text").fill("Of the sky: ")
@@ -55,7 +64,7 @@ def notebook(person: ChatPage) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("state", [answered, editing, settings, characters, notebook])
+@pytest.mark.parametrize("state", [answered, editing, settings, characters, model, notebook])
 def test_nothing_serious_is_found(person: ChatPage, state: Callable[[ChatPage], None], scheme: str):
     person.page.emulate_media(color_scheme=scheme, reduced_motion="reduce")
     state(person)

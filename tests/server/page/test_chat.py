@@ -1,13 +1,22 @@
 """The chat in a real browser: what is typed is answered, and kept; answers stop, go on, and have versions."""
 
+import re
+
 import pytest
 from support.browser import ChatPage
 from support.page_scripts import CHINESE, FORMULA, SKY
 from support.server import Running
 
 
-def num_blocks_in_use(scripted: Running) -> int:
-    return scripted.call(lambda: scripted.server.llm.engine.stats().num_referenced_blocks)
+def metric(scripted: Running, name: str) -> float:
+    _, text = scripted.get("/metrics")
+    return float(re.search(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)[1])
+
+
+def is_at_end(person: ChatPage) -> bool:
+    return person.page.evaluate(
+        "(s => s.scrollHeight - s.scrollTop - s.clientHeight < 2)(document.querySelector('#scroll'))"
+    )
 
 
 def test_a_typed_question_gets_an_answer_with_formulas_a_table_and_code(person: ChatPage):
@@ -45,12 +54,16 @@ def test_a_conversation_survives_a_reload(person: ChatPage):
 def test_stop_frees_what_the_engine_held_and_continue_goes_on(person: ChatPage, scripted: Running):
     person.write("Tell me the endless story")
     person.until("document.querySelector('.prose')?.textContent.length > 30")
-    assert num_blocks_in_use(scripted) > 0
+    assert metric(scripted, "vllm:kv_cache_usage_perc") > 0
+    num_aborted = metric(scripted, "llama_aborted_total")
     person.page.keyboard.press("Escape")
     person.wait_for_end()
-    assert num_blocks_in_use(scripted) == 0
+    scripted.wait_until_idle()
+    assert metric(scripted, "vllm:kv_cache_usage_perc") == 0
+    assert metric(scripted, "llama_aborted_total") == num_aborted + 1  # it did not just come to its end
     stopped = person.last_answer.locator(".prose").inner_text()
     assert person.last_answer.locator(".note").inner_text() == "Stopped."
+    assert is_at_end(person)
     person.act(person.last_answer, "continue")
     person.until(f"document.querySelector('.prose').textContent.length > {len(stopped) + 30}")
     person.find("#stop-answer").click()

@@ -6,12 +6,8 @@ from typing import Any
 
 import pytest
 from playwright.sync_api import Route
-from support.browser import ChatPage
+from support.browser import ChatPage, answering
 from support.page_scripts import SKY
-
-
-def answering(json: Any, status: int = 200) -> Callable[[Route], None]:
-    return lambda route: route.fulfill(json=json, status=status)
 
 
 @pytest.fixture

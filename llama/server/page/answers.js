@@ -25,7 +25,7 @@ export class Answer {
     this.record = { id: message.id, conversation: conversation.info.id, prompt: tokens.prompt, tokens: [...tokens.tokens] };
     this.isExact = message.content === "" || tokens.tokens.length > 0; // its tokens are all there
     this.aborter = new AbortController();
-    this.waiting = "reading"; // then null, or why nothing comes: "busy", "loading", "gone", {line: n}
+    this.waiting = "reading"; // then null, or why nothing comes: ServerError.passing, {line: n}
     const bytes = tokens.tokens.map(([, one]) => one);
     this.isSplit = joined(bytes, true) !== joined(bytes); // it goes on in the midst of a character
   }
@@ -102,7 +102,7 @@ export class Answer {
   }
 
   wait(error) {
-    this.waiting = { 0: "gone", 429: "busy", 503: error.message === "Loading model" ? "loading" : "draining" }[error.status];
+    this.waiting = error.passing;
     this.asked = performance.now();
     this.onchange();
   }

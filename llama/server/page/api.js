@@ -11,9 +11,10 @@ export class ServerError extends Error {
     this.retryAfter = retryAfter;
   }
 
-  /** Whether the same request may be answered later. */
-  get isPassing() {
-    return this.status === 0 || this.status === 429 || this.status === 503;
+  /** Why the same request may be answered later: "gone", "busy", "loading", "empty" or "draining"; null: it will not be. */
+  get passing() {
+    if (this.status !== 503) return { 0: "gone", 429: "busy" }[this.status] ?? null;
+    return this.message.startsWith("Loading model") ? "loading" : this.message.startsWith("no model") ? "empty" : "draining";
   }
 }
 
@@ -95,7 +96,7 @@ export async function* patientStream(path, body, signal, onwait) {
       yield* stream(path, body, signal);
       return;
     } catch (error) {
-      if (!(error instanceof ServerError) || !error.isPassing) throw error;
+      if (!(error instanceof ServerError) || !error.passing) throw error;
       onwait(error);
       await wait(error.retryAfter ?? pause, signal);
     }

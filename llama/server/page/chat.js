@@ -280,7 +280,7 @@ async function pick(message, tokens) {
   const content = joined(tokens.tokens.map(([, bytes]) => bytes), true);
   const { model, leftOut } = message;
   const sibling = await conversation.add(message.parent, { role: "assistant", model, leftOut, content, finish: isEnd ? "stop" : null });
-  if (!isEnd) return answer(conversation, sibling, pickRequest(conversation, tokens), tokens);
+  if (!isEnd) return answer(conversation, sibling, pickRequest(conversation, sibling, tokens), tokens);
   await store.put("tokens", { ...tokens, id: sibling.id, conversation: conversation.info.id });
   refresh();
 }

@@ -190,7 +190,7 @@ export class MessageView {
 function waitingNote(waiting) {
   if (waiting === null) return "";
   if (waiting.line) return t("waitLine", { n: waiting.line });
-  return t({ reading: "thinking", busy: "waitBusy", loading: "stateLoading", draining: "stateDraining", gone: "stateGone" }[waiting]);
+  return t(waiting === "reading" ? "thinking" : `state_${waiting}`);
 }
 
 function endNote({ role, finish, error }) {

@@ -1,4 +1,5 @@
-// The dialog of the model: who answers this conversation; and, with the admin key, what the server has loaded.
+// The dialog of the model: who answers this conversation; and what the server has loaded, which changes for whoever
+// has the admin key.
 
 import { getJSON, postJSON, ServerError } from "./api.js";
 import { chat, refresh } from "./chat.js";
@@ -27,27 +28,16 @@ function answerers(again) {
   return el("fieldset", { id: "answerers" }, el("legend", {}, t("answeredBy")), rows);
 }
 
-// ---- what the server offers to whoever has the admin key
+// ---- what the server has loaded
 
-/** What a server tells; nothing where it has no such path. */
-async function told(path) {
-  try {
-    return await getJSON(`v1/internal/${path}`);
-  } catch (error) {
-    if (error.status === 404) return {};
-    throw error;
-  }
-}
-
-/** What the server has: {models, adapters, on: those of them that are}; or why it does not tell: {code}. */
+/** What the server has to offer: {models, adapters, on: those of them that are loaded}. */
 async function offered() {
   try {
-    const { model_names: models = [] } = await told("model/list");
-    const [{ lora_names: adapters = [] }, { lora_names: on = [] }] = await Promise.all([told("lora/list"), told("model/info")]);
+    const [{ model_names: models }, { lora_names: adapters }, { lora_names: on }] = await Promise.all(["model/list", "lora/list", "model/info"].map((path) => getJSON(`v1/internal/${path}`)));
     return { models, adapters, on };
   } catch (error) {
     if (!(error instanceof ServerError)) throw error;
-    return { code: error.status === 401 ? "admin_key_needed" : error.code };
+    return { models: [], adapters: [], on: [] }; // the page says already what is wrong
   }
 }
 
@@ -93,21 +83,16 @@ function adapters({ adapters, on }, note, again) {
   return el("fieldset", {}, el("legend", {}, t("serverAdapters")), rows, el("small", {}, t("hint_serverAdapters")), el("div", { class: "row end" }, load));
 }
 
-function adminKey(again) {
-  const key = el("input", { type: "password", autocomplete: "off", value: settings.adminKey, onchange: () => (setKey("adminKey", key.value.trim()), again()) });
+function adminKey() {
+  const key = el("input", { type: "password", autocomplete: "off", value: settings.adminKey, onchange: () => setKey("adminKey", key.value.trim()) });
   return field("adminKey", key, t("hint_adminKey"));
 }
 
 async function content(again) {
   const offer = await offered();
   const note = el("p", { class: "note", role: "status" });
-  return [
-    answerers(again),
-    offer.models?.length > 0 && models(offer, note, again),
-    offer.adapters?.length > 0 && adapters(offer, note, again),
-    note,
-    (offer.code ? offer.code === "admin_key_needed" : settings.adminKey) && adminKey(again),
-  ].filter(Boolean);
+  const changes = [offer.models.some((name) => name !== serverModel.id) && models(offer, note, again), offer.adapters.length > 0 && adapters(offer, note, again)].filter(Boolean);
+  return [answerers(again), ...(changes.length ? [...changes, note, adminKey()] : [])];
 }
 
 export async function openModel() {

@@ -55,7 +55,8 @@ function asked(conversation, path, begun = "") {
     messages = [{ role: "user", content: command.replaceAll("<|prompt|>", () => transcript(conversation, path)) }];
     if (characterOf(info) && info.system) messages.unshift({ role: "system", content: info.system });
   }
-  return begun ? { messages: [...messages, { role: "assistant", content: begun }], ...CONTINUES } : { messages };
+  const template = settings.template && { chat_template: settings.template };
+  return begun ? { messages: [...messages, { role: "assistant", content: begun }], ...CONTINUES, ...template } : { messages, ...template };
 }
 
 /** Where a transcript's other side, or the next answer, would begin. */
@@ -90,16 +91,25 @@ export async function answerRequest(conversation, path) {
   return { request: requestFor(conversation, asked(conversation, path.slice(leftOut))), leftOut };
 }
 
+/** What goes on from an answer's text. */
+const textGoesOn = (conversation, message) => requestFor(conversation, asked(conversation, readFor(conversation, message), message.content));
+
+/** Whether only a chat's request will do: to keep a shape, or to end an answer as a template of one's own does. */
+const needsChat = ({ info }) => info.mode !== "chat" && Boolean(settings.schema || settings.template);
+
 /** What goes on from an answer: from its very tokens where they are known, else from its text. */
 export async function continueRequest(conversation, message) {
   const record = await store.get("tokens", message.id);
-  if (!record || !message.content || settings.schema) return { request: requestFor(conversation, asked(conversation, readFor(conversation, message), message.content)) };
+  if (!record || !message.content || needsChat(conversation)) return { request: textGoesOn(conversation, message) };
   record.prompt ??= await promptTokens(conversation, message);
-  return { request: pickRequest(conversation, record), tokens: record };
+  return { request: pickRequest(conversation, message, record), tokens: record };
 }
 
-/** What follows tokens of an answer, of which the last may be another than the model's. */
-export const pickRequest = (conversation, tokens) => tokensRequest(idsOf(tokens), { stop: stops(conversation), model: answering(conversation.info.model) });
+/** What follows tokens of an answer, of which the last may be another than the model's; the message has their text. */
+export function pickRequest(conversation, message, tokens) {
+  if (needsChat(conversation)) return textGoesOn(conversation, message);
+  return tokensRequest(idsOf(tokens), { stop: stops(conversation), model: answering(conversation.info.model) });
+}
 
 /** What an answer's side is called; null where that is the model. */
 export const shownName = (conversation) => (isInstruct(conversation) ? null : names(conversation).character);

@@ -4,7 +4,7 @@ import { settings } from "./settings.js";
 import { chatLogprobs, textLogprobs } from "./tokens.js";
 
 /** What the server tells of its model: filled in by status.js. */
-export const serverModel = { id: "model", context: 0, adapters: [], stop: [], stopIds: [] };
+export const serverModel = { id: "model", context: 0, adapters: [], formats: [], stop: [], stopIds: [] };
 
 /** Who answers, where somebody asked for `name`: the adapter, if it is loaded, else the model itself. */
 export const answering = (name) => (serverModel.adapters.includes(name) ? name : serverModel.id);

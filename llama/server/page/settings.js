@@ -10,6 +10,7 @@ const DEFAULTS = {
   sampling: {}, // by the names of the server's fields; what is not here is the model's own
   system: "", // of new conversations
   mode: "instruct",
+  template: "", // of instructions: a format's name or a text in Jinja; empty: the model's own
   character: null,
   userName: "You",
   command: "", // of chat-instruct; empty: text-generation-webui's

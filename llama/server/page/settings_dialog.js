@@ -1,5 +1,6 @@
 // The dialog of the settings: a group of fields each for looks, sampling, presets, shapes and tools.
 
+import { postJSON, ServerError } from "./api.js";
 import { askText, openDialog, toast } from "./dialogs.js";
 import { download, el, find, icon } from "./dom.js";
 import { serverModel } from "./prompts.js";
@@ -104,6 +105,47 @@ async function importPreset(file) {
   }
 }
 
+// ---- instruction templates
+
+const PASTED = "pasted";
+
+/** The model's own template, one of the server's formats, or one in Jinja; how it writes a message is shown. */
+function templates() {
+  const isPasted = () => settings.template !== "" && !serverModel.formats.includes(settings.template);
+  const select = el("select", {}, [["", t("modelsOwn")], ...serverModel.formats.map((name) => [name, name]), [PASTED, t("templatePasted")]].map(([value, label]) => new Option(label, value)));
+  const area = el("textarea", { rows: 6, spellcheck: "false", class: "mono", placeholder: "{% for message in messages %}…" });
+  const pasted = field("templateText", area, t("hint_templateText"));
+  const shown = el("pre", { class: "mono", tabindex: "0", "aria-label": t("templateSample") });
+  const show = async () => {
+    select.value = isPasted() ? PASTED : settings.template;
+    area.value = isPasted() ? settings.template : "";
+    pasted.hidden = select.value !== PASTED;
+    const messages = [{ role: "user", content: t("templateQuestion") }];
+    try {
+      const { prompt } = await postJSON("apply-template", { messages, ...(settings.template && { chat_template: settings.template }) });
+      shown.textContent = prompt;
+    } catch (error) {
+      if (!(error instanceof ServerError)) throw error;
+      shown.textContent = error.message;
+    }
+  };
+  select.addEventListener("change", () => {
+    if (select.value === PASTED) {
+      pasted.hidden = false;
+      return area.focus();
+    }
+    settings.template = select.value;
+    show();
+  });
+  area.addEventListener("change", () => {
+    settings.template = area.value.trim() && area.value;
+    show();
+  });
+  const box = group("template", settings.template !== "", field("template", select, t("hint_template")), pasted, el("p", { class: "note" }, t("templateSample")), shown);
+  box.addEventListener("toggle", () => box.open && show());
+  return box;
+}
+
 // ---- shapes and tools
 
 function jsonBox(name, isRight) {
@@ -136,6 +178,7 @@ function content(again) {
   return [
     group("looks", true, choice("language", [["en", "English"], ["zh", "中文"]]), choice("theme", [["system", t("themeSystem")], ["light", t("themeLight")], ["dark", t("themeDark")]]), field("apiKey", key, t("hint_apiKey")), field("system", system), flag("keepTokens", t("hint_keepTokens"))),
     group("sampling", true, presets(again), ...Object.keys(FIELDS).map(samplingField)),
+    templates(),
     group("shape", settings.schema !== "", jsonBox("schema", isObject)),
     group("tools", settings.tools !== "", jsonBox("tools", (value) => Array.isArray(value) && value.every((tool) => isObject(tool?.function)))),
     group("keys", false, keys()),

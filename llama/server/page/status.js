@@ -15,7 +15,7 @@ function show(next) {
   state = next;
   const line = find("#state");
   line.hidden = next === "ok";
-  line.textContent = next === "ok" ? "" : t({ loading: "stateLoading", draining: "stateDraining", gone: "stateGone", locked: "stateLocked" }[next]);
+  line.textContent = next === "ok" ? "" : t(`state_${next}`);
 }
 
 async function look() {
@@ -25,8 +25,7 @@ async function look() {
   } catch (error) {
     if (!(error instanceof ServerError)) throw error;
     if (error.status === 401) return "locked";
-    if (error.status === 503) return error.message === "Loading model" ? "loading" : "draining";
-    return "gone";
+    return error.passing ?? "gone";
   }
 }
 
@@ -36,8 +35,8 @@ export async function readModel() {
   const model = data.find(({ status, parent }) => status.value === "loaded" && !parent);
   const adapters = data.filter(({ parent }) => parent === model.id).map(({ id }) => id);
   if (serverModel.created === model.created && serverModel.adapters.join() === adapters.join()) return;
-  const { stop, stop_token_ids } = await getJSON("props");
-  Object.assign(serverModel, { id: model.id, created: model.created, context: model.max_model_len, adapters, stop, stopIds: stop_token_ids });
+  const { chat_formats: formats = [], stop, stop_token_ids: stopIds } = await getJSON("props");
+  Object.assign(serverModel, { id: model.id, created: model.created, context: model.max_model_len, adapters, formats, stop, stopIds });
   document.dispatchEvent(new Event("server-model"));
 }
 

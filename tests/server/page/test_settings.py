@@ -143,3 +143,41 @@ def test_a_locked_server_asks_for_its_key_which_is_forgotten_with_the_tab(window
         chat.until("document.querySelector('#state').hidden")
         assert chat.ask("Why is the sky blue?").locator(".prose").inner_text() == SKY
         assert "secret" not in window.evaluate("JSON.stringify(localStorage)")
+
+
+def test_an_instruction_template_is_one_of_the_servers_or_pasted(person: ChatPage):
+    person.find("#open-settings").click()
+    person.find("#group-template summary").click()
+    shown = person.find("#group-template pre")
+    shown.get_by_text("<s>[INST] What is a llama? [/INST]").wait_for()
+    person.find("#setting-template").select_option("pasted")
+    set_field(person, "templateText", "{% for message in messages %}")
+    shown.get_by_text("line 1").wait_for()  # what the server says is wrong with it
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }};{% endfor %}[/INST]"
+    set_field(person, "templateText", template)
+    shown.get_by_text("user: What is a llama?;[/INST]").wait_for()
+    person.page.keyboard.press("Escape")
+    assert body_of(person)["chat_template"] == template
+    assert person.last_answer.locator(".prose").inner_text() == SKY
+    person.act(person.last_answer, "raw")
+    assert person.last_answer.locator(".panel pre").first.inner_text() == "user: Why is the sky blue?;[/INST]"
+    person.find("#open-settings").click()
+    person.find("#setting-template").select_option("llama2")
+    shown.get_by_text("<s>[INST] What is a llama? [/INST]").wait_for()
+    person.page.keyboard.press("Escape")
+    assert body_of(person)["chat_template"] == "llama2"
+    person.complaints[:] = [text for text in person.complaints if "status of 400" not in text]
+
+
+def test_an_answer_in_another_template_goes_on_in_it(person: ChatPage):
+    template = "{% for message in messages %}{{ message.content }}{% if not loop.last %};{% endif %}{% endfor %}[/INST]"
+    stored = json.dumps({"template": template})
+    person.page.evaluate("(stored) => localStorage.setItem('llama.settings', stored)", stored)
+    person.page.reload()
+    person.ask("Why is the sky blue?")
+    with person.page.expect_request("**/v1/chat/completions") as asked:
+        person.act(person.last_answer, "continue")
+    person.wait_for_end()
+    body = json.loads(asked.value.post_data)
+    assert (body["chat_template"], body["continue_final_message"]) == (template, True)
+    assert body["messages"][-1] == {"role": "assistant", "content": SKY}

@@ -9,9 +9,11 @@ A server of a tiny model serves the page, which a Chromium without a window open
     open        a conversation of --messages messages (default 200), each a paragraph, a formula, a table and code,
                 from the click to the first frame that shows it
     stream      the same conversation while --rate tokens a second (default 100) come in for --seconds: tasks of the
-                browser's main thread over 50 ms, the longest frame, and the share of frames that came late (over 34 ms)
+                page's main thread over 50 ms, the longest frame, and the share of frames that came late (over 34 ms);
+                and the thread's own time, by Chromium's trace: of all, of the longest task, of those over 50 ms
 
-The last line is JSON. On a machine that does something else as well, frames come late for that reason too.
+The last line is JSON. On a machine that does something else as well, tasks take longer and frames come late for that
+reason too; `cpu_ms` and what follows it count only what the thread itself did.
 """
 
 from __future__ import annotations
@@ -22,6 +24,8 @@ import statistics
 import sys
 import time
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,13 +106,42 @@ def opened(chat: ChatPage, num_messages: int) -> float:
     return round(chat.page.evaluate("shown - clicked"))
 
 
+@contextmanager
+def traced(page: Page) -> Iterator[list[dict[str, Any]]]:
+    """Chromium's trace of a block, complete behind it."""
+    events: list[dict[str, Any]] = []
+    ended: list[Any] = []
+    session = page.context.browser.new_browser_cdp_session()
+    session.on("Tracing.dataCollected", lambda part: events.extend(part["value"]))
+    session.on("Tracing.tracingComplete", lambda told: ended.append(told))
+    session.send("Tracing.start", {"traceConfig": {"includedCategories": ["toplevel"]}, "transferMode": "ReportEvents"})
+    yield events
+    session.send("Tracing.end")
+    while not ended:
+        page.wait_for_timeout(20)
+    session.detach()
+
+
+def main_thread_ms(events: list[dict[str, Any]]) -> list[float]:
+    """What each task of the busiest page's main thread took of a processor, in milliseconds."""
+    names = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e["name"] == "thread_name"}
+    tasks: dict[tuple[int, int], list[float]] = {}
+    for event in events:
+        thread = (event["pid"], event["tid"])
+        if event["name"].endswith("RunTask") and names.get(thread) == "CrRendererMain":
+            tasks.setdefault(thread, []).append(event.get("tdur", 0) / 1000)
+    return max(tasks.values(), key=sum)
+
+
 def streamed(page: Page, chat: ChatPage, seconds: float) -> dict[str, Any]:
     page.evaluate(WATCH)
     chat.write("Write on, without an end")
     chat.until("document.querySelector('article:last-child .prose')?.textContent.length > 20")
     page.evaluate("tasks.length = frames.length = 0")
     before = page.evaluate("document.querySelector('article:last-child .numbers').textContent")
-    page.wait_for_timeout(seconds * 1000)
+    with traced(page) as events:
+        page.wait_for_timeout(seconds * 1000)
+    own = main_thread_ms(events)
     tasks, frames = page.evaluate("[tasks, frames]")
     after = page.evaluate("document.querySelector('article:last-child .numbers').textContent")
     page.keyboard.press("Escape")
@@ -120,6 +153,9 @@ def streamed(page: Page, chat: ChatPage, seconds: float) -> dict[str, Any]:
         "longest_frame_ms": round(max(frames)),
         "late_frames": round(sum(frame > 34 for frame in frames) / len(frames), 3),
         "num_frames": len(frames),
+        "cpu_ms": round(sum(own)),
+        "longest_cpu_ms": round(max(own)),
+        "long_cpu_ms": [round(task) for task in own if task > 50],
     }
 
 

@@ -160,7 +160,7 @@ def test_an_instruction_template_is_one_of_the_servers_or_pasted(person: ChatPag
     assert body_of(person)["chat_template"] == template
     assert person.last_answer.locator(".prose").inner_text() == SKY
     person.act(person.last_answer, "raw")
-    assert person.last_answer.locator(".panel pre").first.inner_text() == "user: Why is the sky blue?;[/INST]"
+    assert person.last_answer.locator(".panel pre").first.inner_text() == "<s>user: Why is the sky blue?;[/INST]"
     person.find("#open-settings").click()
     person.find("#setting-template").select_option("llama2")
     shown.get_by_text("<s>[INST] What is a llama? [/INST]").wait_for()

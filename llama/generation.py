@@ -6,6 +6,7 @@ This file is long because it is what programs call: most of its lines say what e
 from __future__ import annotations
 
 import gc
+import json
 import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -465,14 +466,19 @@ class Llama:
     ) -> Query:
         """What to ask the engine for the answer to a dialog; `params` are resolved. Raises DialogError.
 
-        A dialog that the format refuses as unsafe becomes a query with that refusal. use: the tools on offer.
+        A dialog that the format refuses as unsafe becomes a query with that refusal. use: the tools on offer; a JSON
+        schema describes an answer that calls none of them.
         """
         prompt = Prompt.of(dialog)
         if use is not None and use.offered:
             prompt = replace(prompt, tools=use.offered)
-            if grammar := use.grammar(self.chat_format.tool_format):
+            schema = None if params.json_schema is None else json.loads(params.json_schema)
+            if grammar := use.grammar(self.chat_format.tool_format, schema):
+                params = replace(params, json_schema=None)
                 if params.shape is not None:
-                    raise ToolError(f"{params.shape[0]} is given beside tools that have to be called: leave it out")
+                    raise ToolError(
+                        f"{params.shape[0]} is given beside tools, whose calls it does not allow: leave it out"
+                    )
                 params = replace(params, grammar=grammar)
         tokens = self.chat_format.encode(prompt)
         if self.chat_format.is_unsafe(prompt):

@@ -7,6 +7,7 @@ from typing import Any
 import anthropic
 import openai
 import pytest
+from pydantic import BaseModel
 from support.assistant import ANSWER, CITIES, QUESTION, WEATHER, assistant
 from support.loops import run_async
 from support.server import Running, serving
@@ -129,9 +130,28 @@ def test_anthropic_through_messages(running, is_streamed):
     assert len(messages) == 6
 
 
-@pytest.mark.parametrize("is_streamed", [False, True])
-@pytest.mark.parametrize("api", ["chat_completions", "responses"])
-def test_openai_agents(running, api, is_streamed):
+class Report(BaseModel):
+    city: str
+    weather: str
+
+
+SPOKEN = ("Be brief.", None, ANSWER)
+WRITTEN = ("Answer as JSON.", Report, Report(city="Oslo", weather="snowy"))
+
+
+@pytest.mark.parametrize(
+    ("api", "is_streamed", "asked"),
+    [
+        ("chat_completions", False, SPOKEN),
+        ("chat_completions", True, SPOKEN),
+        ("responses", False, SPOKEN),
+        ("responses", True, SPOKEN),
+        ("chat_completions", True, WRITTEN),
+        ("responses", False, WRITTEN),
+    ],
+)
+def test_openai_agents(running, api, is_streamed, asked):
+    instructions, output_type, output = asked
     import agents
 
     agents.set_tracing_disabled(True)
@@ -144,7 +164,8 @@ def test_openai_agents(running, api, is_streamed):
             }
             agent = agents.Agent(
                 name="Guide",
-                instructions="Be brief.",
+                instructions=instructions,
+                output_type=output_type,
                 model=kinds[api](model="m", openai_client=client),
                 tools=[agents.function_tool(function) for function in FUNCTIONS.values()],
             )
@@ -157,6 +178,6 @@ def test_openai_agents(running, api, is_streamed):
             return result
 
     result = run_async(ask())
-    assert result.final_output == ANSWER
+    assert result.final_output == output
     outputs = [item.output for item in result.new_items if item.type == "tool_call_output_item"]
     assert outputs == ["Oslo", "snowy"]

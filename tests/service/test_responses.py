@@ -342,7 +342,7 @@ def test_an_error_in_the_midst_is_a_response_that_failed(llm, num_events):
         (dict(text={"format": {"type": "json_schema", "name": "f"}}), "text.format.schema"),
         (dict(text={"format": {"type": "json_schema", "schema": {"not": {}}, "strict": True}}), "text"),
         (dict(text={"format": {"type": "json_object"}}, regex="a"), "text"),
-        (dict(text={"format": {"type": "json_object"}}, tools=[TOOL]), "tools"),
+        (dict(regex="a", tools=[TOOL]), "tools"),
     ],
 )
 def test_what_cannot_be_answered_is_refused_by_name(llm, fields, param):

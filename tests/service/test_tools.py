@@ -140,7 +140,8 @@ def test_calls_and_results_are_part_of_a_dialog(llm):
         (dict(tools=[], tool_choice="required"), "tool_choice"),
         (dict(tool_choice={"type": "function", "function": {"name": "nobody"}}), "tool_choice"),
         (dict(tools=[{"type": "function", "function": 7}], tool_choice=ALLOWED), "tool_choice"),
-        (dict(tool_choice="required", response_format={"type": "json_object"}), "tools"),
+        (dict(tool_choice="required", regex="a"), "tools"),
+        (dict(tools=[STRICT | {"function": {"name": "f", "strict": True}}], regex="a"), "tools"),
         (
             dict(tools=[{"type": "function", "function": {"name": "f", "strict": True, "parameters": {"not": {}}}}]),
             "grammar",
@@ -159,6 +160,60 @@ def test_parameters_that_are_nested_without_end_are_refused():
         deep = {"type": "object", "properties": {"a": deep}}
     with pytest.raises(ToolError, match="'f' are nested more than 64 deep"):
         ToolUse([{"type": "function", "function": {"name": "f", "parameters": deep}}])
+
+
+@pytest.mark.parametrize("format", TOOL_FORMATS)
+@pytest.mark.parametrize("strict", [False, True])
+def test_beside_a_schema_an_answer_is_a_call_or_what_the_schema_describes(format, strict):
+    """Agents have an output of a class and tools: what they find out by calls they say as an object."""
+    tokenizer = ByteTokenizer()
+    tool = {"type": "function", "function": {"name": "now", "strict": strict, "parameters": EMPTY}}
+    kind = TOOL_FORMATS[format]()
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "x-guidance": None}
+    constraints = Constraints(tokenizer, 264, tokenizer.stop_ids)
+
+    def takes(text: str, choice: str = "auto") -> bool:
+        grammar = ToolUse([tool], choice).grammar(kind, schema)
+        matcher = constraints.matcher(SamplingParams(grammar=grammar), tokenizer.stop_ids)
+        for token in text.encode():
+            if not matcher.allowed()[token >> 3] >> (token & 7) & 1:
+                return False
+            matcher.take(token)
+        return bool(matcher.allowed()[257 >> 3] >> (257 & 7) & 1)
+
+    called = kind.write([ToolCall("now", "{}")])
+    assert [takes(text) for text in (called, '{"a": 1}', "Text.", '{"a": "b"}')] == [True, True, False, False]
+    assert [takes(text, "required") for text in (called, '{"a": 1}')] == [True, False]
+
+
+def test_beside_a_schema_tools_are_still_called(llm):
+    found, _ = asked(llm, tool_choice="required", parallel_tool_calls=False, response_format={"type": "json_object"})
+    [call] = found["message"]["tool_calls"]
+    assert call["function"]["name"] in SCHEMAS
+
+
+@pytest.mark.parametrize("format", TOOL_FORMATS)
+def test_one_call_is_made_at_most_where_they_may_not_be_parallel(format):
+    tokenizer = ByteTokenizer()
+    tool = {"type": "function", "function": {"name": "now", "parameters": EMPTY}}
+    kind = TOOL_FORMATS[format]()
+    constraints = Constraints(tokenizer, 264, tokenizer.stop_ids)
+    assert ToolUse([tool]).grammar(kind) is None
+    grammar = ToolUse([tool], parallel=False).grammar(kind)
+
+    def takes(text: str) -> bool:
+        matcher = constraints.matcher(SamplingParams(grammar=grammar), tokenizer.stop_ids)
+        for token in text.encode():
+            if not matcher.allowed()[token >> 3] >> (token & 7) & 1:
+                return False
+            matcher.take(token)
+        return True
+
+    call = ToolCall("now", "{}")
+    assert takes(kind.write([call]))
+    assert takes("Nothing to call.")
+    assert not takes(kind.write([call, call]))
+    assert not takes(f"{kind.write([call])}\n{kind.write([call])}")
 
 
 def add(a: int, b: int = 1, *, how: str | None = None) -> int:

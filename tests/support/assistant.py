@@ -21,12 +21,14 @@ def assistant(city_tool: str = "get_city", weather_tool: str = "get_weather") ->
     write = TOOL_FORMATS["hermes"]().write
 
     def says(prompt: str) -> str:
-        results = RESULT.findall(prompt)
+        results, is_json = RESULT.findall(prompt), "as JSON" in prompt
         if not results:
             return write([ToolCall(city_tool, '{"name": "Ada"}')])
         if len(results) == 1:
             call = ToolCall(weather_tool, json.dumps({"city": results[0]}))
-            return f"Let me see.\n{write([call])}"
+            return write([call]) if is_json else f"Let me see.\n{write([call])}"
+        if is_json:
+            return json.dumps({"city": results[0], "weather": results[1]})
         return f"Ada is in {results[0]}, where it is {results[1]}."
 
     return scripted_llm([], says)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,14 @@ def call_schema(tools: Sequence[Tool], key: str) -> dict[str, Any]:
         for number, tool in enumerate(tools)
     ]
     return {"anyOf": calls, "$defs": definitions}
+
+
+def calls_or_json(calls: str, schema: Mapping[str, Any]) -> str:
+    """The grammar, in Lark, of what this one describes, calls and nothing else, or of JSON that a schema does."""
+    own = schema.get("x-guidance")
+    guided = {**schema, "x-guidance": {**(own if isinstance(own, Mapping) else {}), **GUIDANCE}}
+    named = calls.replace("start:", "called:", 1)
+    return f"start: called | said\n{named}\nsaid: %json {json.dumps(guided)}"
 
 
 def rebased(schema: Any, root: str) -> Any:

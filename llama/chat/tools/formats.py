@@ -117,11 +117,11 @@ class HermesTools(ToolFormat):
         return f"start: call{more}\n{self._call(tools)}"
 
     def optional(self, tools: Sequence[Tool], parallel: bool) -> str:
-        times = "*" if parallel else "?"
         if self.marks[0] in self._ids:
-            return f"start: TEXT (call TEXT){times}\n{self._call(tools)}\n{ANY_TEXT}"
+            return f"start: TEXT (call TEXT){'*' if parallel else '?'}\n{self._call(tools)}\n{ANY_TEXT}"
         call = self._call(tools).replace(self._lark("<tool_call>") + " ", "", 1)
-        return f'start: (head call){times} TEXT\nhead[lazy]: TEXT "<tool_call>"\n{call}\n{ANY_TEXT}'
+        start = "(head call)* TEXT" if parallel else "TEXT | head call"  # text behind the one call might hold another
+        return f'start: {start}\nhead[lazy]: TEXT "<tool_call>"\n{call}\n{ANY_TEXT}'
 
     def write(self, calls: Sequence[ToolCall]) -> str:
         return "\n".join(f"<tool_call>\n{text}\n</tool_call>" for text in self._objects(calls))
@@ -146,7 +146,7 @@ class SmolLM2Tools(HermesTools):
         if self.marks[0] in self._ids:
             return f"start: TEXT call?\n{self._call(tools, parallel)}\n{ANY_TEXT}"
         call = self._call(tools, parallel).replace(self._lark("<tool_call>") + " ", "", 1)
-        return f'start: (head call)? TEXT\nhead[lazy]: TEXT "<tool_call>"\n{call}\n{ANY_TEXT}'
+        return f'start: TEXT | head call\nhead[lazy]: TEXT "<tool_call>"\n{call}\n{ANY_TEXT}'
 
     def write(self, calls: Sequence[ToolCall]) -> str:
         return f"<tool_call>[{', '.join(self._objects(calls))}]</tool_call>"

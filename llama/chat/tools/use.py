@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from llama.chat.tools.call_schema import Tool, is_nested_within
+from llama.chat.tools.call_schema import Tool, calls_or_json, is_nested_within
 from llama.chat.tools.formats import ToolFormat
 
 MOST_TOOLS = 128  # OpenAI's limit
@@ -64,14 +64,19 @@ class ToolUse:
     def callable_names(self) -> tuple[str, ...]:
         return (self.choice,) if self.is_named else tuple(tool["function"]["name"] for tool in self.offered)
 
-    def grammar(self, format: ToolFormat) -> str | None:
-        """What keeps an answer to the choice, and arguments to their schemas; None where nothing has to."""
+    def grammar(self, format: ToolFormat, schema: Mapping[str, Any] | None = None) -> str | None:
+        """What keeps an answer to the choice, and arguments to their schemas; None where nothing has to.
+
+        schema: of an answer that calls nothing, where it need not.
+        """
         tools = [tool for tool in self.offered if tool["function"]["name"] in self.callable_names]
         if self.is_named:
             return format.required(tools, False)
         if self.choice == "required":
             return format.required(tools, self.parallel)
-        if any(tool["function"].get("strict") for tool in tools):
+        if schema is not None and tools:
+            return calls_or_json(format.required(tools, self.parallel), schema)
+        if tools and (not self.parallel or any(tool["function"].get("strict") for tool in tools)):
             return format.optional(tools, self.parallel)
         return None
 

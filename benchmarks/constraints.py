@@ -1,7 +1,7 @@
 """What answers with a shape cost: a decoding step of 8 rows with constraints beside one without, and compiling.
 
     python benchmarks/constraints.py TOKENIZER [--layers 16] [--dim 2048] [--rounds 7]
-    python benchmarks/constraints.py --answers [MODEL]
+    python benchmarks/constraints.py --answers [MODEL] [--suite DIR]
 
 TOKENIZER is a vocabulary of Llama 3's (128,256 ids); the model has Llama 3.2 1B's shape, or as many layers as given,
 and random bfloat16 weights (2.5 GB). Every row of the constrained side writes JSON of a schema that never ends. Both
@@ -9,27 +9,39 @@ sides take 16 steps by turns; medians of a step, and their ratio. Then how long 
 properties which was not seen before, and to make llguidance's vocabulary of ours, once a model, with the longest time
 that another thread had to wait for it.
 
-With --answers it is counted instead how many answers of MODEL (left out: the default one) at temperature 1.5 are valid
-for 200 generated schemas; it needs what the tests need. JSON on the last line.
+With --answers it is counted instead how many answers of MODEL (left out: the default one; "tiny": a random one) at
+temperature 1.5 are valid for 200 generated schemas, for regular expressions and for grammars; it needs what the tests
+need. DIR is the JSON-Schema test suite, which jsonschema's source archive has as `json`
+(`pip download --no-deps --no-binary :all: jsonschema`): the schemas of draft 2020-12 that are taken are asked for too,
+those that are refused are counted by the reason, and none of the suite's invalid values may be let through.
+JSON on the last line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import threading
 import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from common.timing import alternate, median, report, seconds
 
 from llama import Llama, SamplingParams
 from llama.answer import Query
-from llama.constraints import Constraints
+from llama.constraints import ConstraintError, Constraints
 from llama.model import ModelArgs, Transformer
 from llama.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    import jsonschema
 
 NUM_ROWS, NUM_STEPS = 8, 16
 PERSON = {
@@ -133,27 +145,90 @@ def measure_costs(given: argparse.Namespace) -> dict[str, object]:
     }
 
 
+def suite_cases(folder: Path) -> Iterator[dict[str, object]]:
+    """The suite's schemas, but true and false, each with values that fit and others that do not."""
+    for path in sorted((folder / "tests" / "draft2020-12").glob("*.json")):
+        yield from (case for case in json.loads(path.read_text()) if isinstance(case["schema"], dict))
+
+
+def measure_suite(folder: Path) -> tuple[list[dict[str, object]], dict[str, object]]:
+    """The schemas that are taken, and what becomes of all of them and of the suite's values."""
+    from support.tiny import ByteTokenizer
+
+    tokenizer = ByteTokenizer()
+    constraints = Constraints(tokenizer, tokenizer.n_words, tokenizer.stop_ids)
+    taken: list[dict[str, object]] = []
+    refused: Counter[str] = Counter()
+    values: Counter[str] = Counter()
+    for case in suite_cases(folder):
+        params = SamplingParams(json_schema=case["schema"])
+        try:
+            constraints.validate(params)
+        except ConstraintError as error:
+            refused[str(error).removeprefix("json_schema: ")[:40]] += 1
+            continue
+        taken.append(case["schema"])
+        for test in case["tests"]:
+            fits = takes(constraints, tokenizer, params, json.dumps(test["data"], ensure_ascii=False))
+            values[f"{'valid' if test['valid'] else 'invalid'} {'taken' if fits else 'refused'}"] += 1
+    print(f"the suite: {len(taken)} schemas taken, {sum(refused.values())} refused; of its values {dict(values)}")
+    print(f"refused: {dict(refused.most_common())}")
+    return taken, {"suite_taken": len(taken), "suite_refused": sum(refused.values()), **values}
+
+
+def takes(constraints: Constraints, tokenizer: Tokenizer, params: SamplingParams, text: str) -> bool:
+    """Whether an answer can be this text, a byte a token, and end there."""
+    matcher = constraints.matcher(params, tokenizer.stop_ids)
+    for token in (*text.encode(), tokenizer.eos_id):
+        if not matcher.allowed()[token >> 3] >> (token & 7) & 1:
+            return False
+        if token != tokenizer.eos_id:
+            matcher.take(token)
+    return True
+
+
 def measure_answers(given: argparse.Namespace) -> dict[str, object]:
     sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
     import jsonschema
     from support.schemas import SCHEMAS, drawn
+    from support.tiny import ByteTokenizer, tiny_args, tiny_model
+    from test_constraints import GRAMMARS, REGEXES
 
-    llm = Llama.build(given.tokenizer, max_seq_len=512, max_batch_size=32)
     schemas = drawn(SCHEMAS, given.schemas)
-    params = [
-        SamplingParams(temperature=1.5, top_p=1.0, seed=seed, max_tokens=200, json_schema=schema)
-        for seed, schema in enumerate(schemas)
+    suite, told = measure_suite(given.suite) if given.suite else ([], {})
+    checks: list[tuple[str, dict[str, object], Callable[[str], object]]] = [
+        (kind, {"json_schema": schema}, partial(is_valid, jsonschema.Draft202012Validator(schema)))
+        for kind, found in (("generated", schemas), ("suite", suite))
+        for schema in found
     ]
-    dialogs = [[{"role": "user", "content": f"Give an example for {json.dumps(schema)}"[:600]}] for schema in schemas]
-    ends: dict[str, int] = {}
-    for completion, schema in zip(llm.chat(dialogs, params), schemas, strict=True):
-        end = completion.finish_reason
-        if end == "stop":
-            is_valid = jsonschema.Draft202012Validator(schema).is_valid(json.loads(completion.text))
-            end = "valid" if is_valid else "invalid"
-        ends[end] = ends.get(end, 0) + 1
-    print(f"{given.schemas} schemas: {ends}")
-    return {"schemas": given.schemas, **ends}
+    checks += [("regex", {"regex": regex}, partial(re.fullmatch, regex)) for regex in REGEXES for _ in range(4)]
+    checks += [
+        ("grammar", {"grammar": grammar}, partial(re.fullmatch, same))
+        for grammar, same in GRAMMARS.items()
+        for _ in range(4)
+    ]
+    if given.tokenizer == "tiny":
+        llm = Llama(tiny_model(tiny_args(max_batch_size=32, max_seq_len=2048)), ByteTokenizer(), chat_format="llama2")
+    else:
+        llm = Llama.build(given.tokenizer, max_seq_len=1024, max_batch_size=32)
+    params = [
+        SamplingParams(temperature=1.5, top_p=1.0, seed=seed, max_tokens=200, **shape)
+        for seed, (_, shape, _) in enumerate(checks)
+    ]
+    dialogs = [
+        [{"role": "user", "content": f"Give an example for {json.dumps(shape)}"[:600]}] for _, shape, _ in checks
+    ]
+    ends: dict[str, Counter[str]] = defaultdict(Counter)
+    for completion, (kind, _, check) in zip(llm.chat(dialogs, params), checks, strict=True):
+        is_whole = completion.finish_reason == "stop"
+        ends[kind][("valid" if check(completion.text) else "INVALID") if is_whole else completion.finish_reason] += 1
+    for kind, counts in ends.items():
+        print(f"{kind}: {dict(counts)}")
+    return {**told, **ends}
+
+
+def is_valid(validator: jsonschema.protocols.Validator, text: str) -> bool:
+    return validator.is_valid(json.loads(text))
 
 
 def main() -> None:
@@ -165,6 +240,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--answers", action="store_true")
     parser.add_argument("--schemas", type=int, default=200)
+    parser.add_argument("--suite", type=Path, metavar="DIR")
     given = parser.parse_args()
     if not given.answers and given.tokenizer is None:
         parser.error("give the TOKENIZER, or --answers")

@@ -1,7 +1,7 @@
 """What an answer has to look like: a JSON schema, a regular expression or a grammar, and where an answer stands in it.
 
-llguidance does the work. A constraint is compiled once for a vocabulary, in the thread of whoever asks, and copied for
-each answer. Whatever somebody asks for takes a bounded time and memory, or is refused.
+llguidance does the work. A constraint is compiled once for a vocabulary, while whoever asks waits, and copied for each
+answer. Whatever somebody asks for takes a bounded time and memory, or is refused.
 Source: llguidance's documentation, docs/json_schema.md and docs/syntax.md.
 """
 
@@ -12,8 +12,9 @@ import re
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from functools import lru_cache
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from typing import Any, TypeVar
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
@@ -33,8 +34,11 @@ LIMITS = LLParserLimits(
 LONGEST_CONSTRAINT = 64 * 1024
 DEEPEST_SCHEMA = 64  # of a schema's brackets
 NUM_KEPT = 64  # compiled constraints
+STACK_BYTES = 64 << 20  # three times what the longest constraints take; what is not used is not there
 SLOW = 0.005  # seconds; a token takes some 0.1 ms
 MOST_SECONDS = 2.0  # that the slow tokens of one answer may take, of the processor's time
+_T = TypeVar("_T")
+_stack_lock = threading.Lock()  # a stack's size is set for all threads that start
 UNKNOWN = " ⁇ ".encode()  # what sentencepiece shows for what its vocabulary lacks
 WHITE_SPACE = r"\n?[ ]{0,16}"  # between JSON's tokens: room to indent, and none to go on for ever
 
@@ -100,6 +104,22 @@ class Matcher:
             self._slow_seconds += seconds
 
 
+def in_deep_stack(function: Callable[..., _T], *args: Any) -> _T:
+    """What a function returns that may recurse deeply outside of Python.
+
+    llguidance descends a grammar rule by rule, a schema reference by reference: some thousand ended the process where a
+    thread has the usual 8 MB.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        with _stack_lock:
+            before = threading.stack_size(STACK_BYTES)
+            try:
+                future = pool.submit(function, *args)
+            finally:
+                threading.stack_size(before)
+        return future.result()
+
+
 class Constraints:
     """The constraints of one vocabulary. Several threads may use them.
 
@@ -111,7 +131,7 @@ class Constraints:
         self._words = _Words(tokenizer, vocab_size, stop_ids)
         self._tokenizer: LLTokenizer | None = None
         self._lock = threading.Lock()
-        self._compiled = lru_cache(NUM_KEPT)(self._compile)
+        self._compiled = lru_cache(NUM_KEPT)(partial(in_deep_stack, self._compile))
 
     def prepare(self) -> None:
         """Makes llguidance's vocabulary, which holds all threads for up to a second: else the first constraint does."""

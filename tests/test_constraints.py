@@ -211,6 +211,43 @@ def test_a_deeply_nested_schema_is_refused(constraints):
         constraints.validate(wild(json_schema=schema))
 
 
+def chained(num: int, rule: str, last: str) -> str:
+    """Rules in Lark, each of which needs the next."""
+    rules = [f"{rule[0]}{i}: {rule.replace('NEXT', f'{rule[0]}{i + 1}')[1:]}" for i in range(num)]
+    return "\n".join([f"start: {rule[0]}0", *rules, f"{rule[0]}{num}: {last}"])
+
+
+def referring(num: int) -> dict:
+    """A schema whose references lead to one another."""
+    links = {f"{i}": {"items": {"$ref": f"#/$defs/{i + 1}"}} for i in range(num)}
+    return {"$ref": "#/$defs/0", "$defs": {**links, f"{num}": {}}}
+
+
+def test_long_chains_of_rules_and_references_do_not_end_the_process(constraints):
+    """They did: llguidance descends them by recursion, and its stack was full at some thousand."""
+    assert takes(constraints, "a", grammar=chained(3800, "rNEXT", '"a"'))
+    assert takes(constraints, "a", grammar=chained(3800, "TNEXT", '"a"'))
+    assert not takes(constraints, "a", grammar=chained(2900, 'rNEXT "b"', '"a"'))
+    assert takes(constraints, "[[]]", json_schema=referring(1300))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        *(dict(regex=start * 20_000 + "a" + end * 20_000) for start, end in ("()", "[]")),
+        *(dict(grammar="start: " + s * 20_000 + '"a"' + e * 20_000) for s, e in ("()", "[]", ("~", ""))),
+        dict(grammar="start: A\nA: " + "(" * 20_000 + '"a"' + ")" * 20_000),
+        dict(grammar="root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000),
+        dict(grammar="start: %json " + '{"items":' * 5000 + "{}" + "}" * 5000),
+        dict(json_schema={"pattern": "(" * 20_000 + "a" + ")" * 20_000, "type": "string"}),
+    ],
+)
+def test_brackets_without_end_are_refused(constraints, shape):
+    with pytest.raises(ConstraintError) as refused:
+        constraints.validate(wild(**shape))
+    assert len(str(refused.value)) < 300
+
+
 def test_one_constraint_at_most_is_given():
     with pytest.raises(SamplingError, match="regex must be left out beside json_schema"):
         SamplingParams(json_schema={}, regex="a")
@@ -325,13 +362,15 @@ def test_a_constraint_that_explodes_ends_its_own_answer_and_no_other(monkeypatch
     assert answers(llm, ("x", wild(regex="(yes|no)")))[0].finish_reason == "stop"
 
 
-def test_an_answer_without_a_constraint_has_the_same_bits_beside_one_with():
+def test_an_answer_without_a_constraint_has_the_same_bits_beside_one_with(monkeypatch):
+    monkeypatch.setattr(module, "LIMITS", LLParserLimits(max_lexer_states=60, verbose_errors=False))
     model = tiny_model(tiny_args(max_batch_size=32))
     model.prepare(BLOCK_SIZE)
     llm = Llama(model, ByteTokenizer(), chat_format="llama2")
     plain = [(f"prompt {i}", SamplingParams(**{**WILD, "seed": i, "max_tokens": 40}, logprobs=3)) for i in range(4)]
     alone = answers(llm, *plain)
     shaped = [("x", wild(json_schema=PERSON, seed=i)) for i in range(4)]
+    shaped[1:3] = ("x", wild(grammar=DEAD)), ("x", wild(regex="((a|b)*a(a|b){300}){50}"))
     assert answers(llm, *[one for pair in zip(plain, shaped, strict=True) for one in pair])[::2] == alone
 
 

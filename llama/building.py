@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -27,7 +27,7 @@ from llama.checkpoint import (
 )
 from llama.compiled import choose_program, open_export
 from llama.device import choose_device, choose_dtype, choose_kv_dtype, return_memory
-from llama.drafters import DraftModel, Lookup
+from llama.drafters import DRAFTERS, DraftModel
 from llama.engine import Engine
 from llama.model import ModelArgs, Transformer
 from llama.progress import progress_bar
@@ -39,8 +39,8 @@ from llama.streams import tell
 from llama.tokenizer import Tokenizer
 from llama.vocabulary import TokenType
 
-LOOKUP, NO_DRAFT = "lookup", "none"  # what `Llama.build(draft=)` takes besides a checkpoint
-Draft = Transformer | Literal["lookup"] | None  # what guesses an engine's next tokens, on rank 0
+NO_DRAFT = "none"  # what `Llama.build(draft=)` takes besides a checkpoint and the names in DRAFTERS
+Draft = Transformer | str | None  # what guesses an engine's next tokens, on rank 0: a model, or a name
 
 
 @dataclass(frozen=True)
@@ -203,8 +203,8 @@ def make_engine(
     if isinstance(draft, Transformer):
         runner = Runner(draft, num_blocks, BLOCK_SIZE, draft_dtype)
         drafter = DraftModel(runner, model.vocab_size, draft.params.max_seq_len)
-    elif draft == LOOKUP:
-        drafter = Lookup()
+    elif draft is not None:
+        drafter = DRAFTERS[draft]()
     return Engine(
         Runner(model, num_blocks, BLOCK_SIZE, dtype, adapters_of(model), program),
         Scheduler(num_blocks, BLOCK_SIZE, max_running=max_running or MAX_RUNNING),
@@ -224,11 +224,11 @@ def load_draft(draft: str | Path | None, large: Loaded, **options: Any) -> Draft
     FileNotFoundError or ValueError for a model that cannot guess for this one.
     """
     if draft is None:
-        return LOOKUP if rows_stand_alone(large.model) else None
+        return "lookup" if rows_stand_alone(large.model) else None
     if draft == NO_DRAFT:
         return None
-    if draft == LOOKUP:
-        return LOOKUP
+    if draft in DRAFTERS:
+        return draft
     parallel, found, error = large.model.parallel, None, None
     if parallel.rank == 0:
         try:
@@ -253,7 +253,7 @@ def validate_draft(small: Loaded, large: Loaded) -> None:
     if other is not None:
         raise ValueError(
             f"{path} cannot draft for {large.checkpoint.path}: its vocabulary is another one, as token {other} shows; "
-            f"give a small model of the same family, or draft='{LOOKUP}'"
+            "give a small model of the same family, or draft='lookup'"
         )
 
 

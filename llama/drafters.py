@@ -7,7 +7,7 @@ wastes time and changes nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Protocol
@@ -87,6 +87,10 @@ class Lookup:
             ngrams = self._ngrams.setdefault(choice, NGrams())
             found[choice] = ngrams.following(choice.request.tokens, room)
         return found
+
+
+DRAFTERS: dict[str, Callable[[], Drafter]] = {"lookup": Lookup}
+"""Those that need no model, by the name that `Llama.build(draft=)` and `--draft` take."""
 
 
 @dataclass

@@ -4,12 +4,12 @@
         [--works copy prose] [--tokens 60] [--rounds 5]
 
 One stream, plain decoding and guessing in turns, on the same engine. Seconds are the processor's, of one thread, from
-the first token of an answer to its last: a machine that is busy with others does not count, though what the engine
-finds out about its own steps is wall time, and suffers. "copy" are texts that stand there twice and
-have begun a third time, continued with the likeliest tokens; "prose" goes on from its beginning at temperature 1, and
-repeats no more than that does. Each text's figure is the median over the rounds of plain time over guessing time, and
-the last figures are those of all texts together; answers are compared token by token. Wanted for copies: 2.5 where the
-low-bit kernels make a few rows nearly as cheap as one, 1.5 unpacked; for prose 0.98. The last line is JSON.
+the first token of an answer to its last, so that a machine that is busy with others hardly counts. "copy" are texts
+that stand there twice and have begun a third time, continued with the likeliest tokens; "prose" goes on from its
+beginning at temperature 1, and repeats no more than that does. Each text's figure is the median over the rounds of
+plain time over guessing time, and the last figures are those of all texts together; answers are compared token by
+token. Wanted for copies: 2.5 where the low-bit kernels make a few rows nearly as cheap as one, 1.5 unpacked; for
+prose 0.98. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def main() -> None:
         llm = Llama.build(options.model, quantization=quantization, max_seq_len=2048, draft=options.draft)
         for work in options.works:
             prompts, params = works[work]
-            plain, guessing = Side(llm, Speculation(None)), Side(llm, Speculation(llm.engine.speculation.drafter))
+            plain, guessing = Side(llm, Speculation(None)), Side(llm, llm.engine.speculation)
             rows = [measure(plain, guessing, prompt, params, options.rounds) for prompt in prompts]
             together = geometric_mean([row["ratio"] for row in rows])
             for row in rows:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -26,7 +25,7 @@ from llama.request import Request, Slice, Step
 from llama.runner import Output, Pack, Runner, pick
 from llama.sampling import Sampled, sample
 from llama.scheduler import Scheduler
-from llama.speculation import Speculation
+from llama.speculation import Speculation, step_clock
 from llama.tokenizer import StreamDecoder, Tokenizer
 
 if TYPE_CHECKING:
@@ -61,7 +60,7 @@ class Engine:
         self.seed = int(seed)
         self.stop_ids = stop_ids
         self.can_generate = can_generate
-        self.speculation = Speculation(drafter)
+        self.speculation = Speculation(drafter, step_clock(runner.device.type))
         self._request_ids = count()
         self._sequence_ids = count()
         self._choices: dict[Request, list[Choice]] = {}  # several only until their common prompt is computed
@@ -145,14 +144,14 @@ class Engine:
             try:
                 if step.slices:
                     step = self.speculation.widen(self.scheduler, step, self._choices)
-                    started = time.perf_counter()
+                    started = self.speculation.clock()
                     num_logits = [self._num_logits(part) for part in step.slices]
                     output = self.runner.run(Pack.of(step, num_logits, self.scheduler.block_size))
                     turns = self._turns(step, output, num_logits)
                     rows = [row for turn in turns for row in turn.rows]
                     samples = [row for turn in turns for row in turn.samples()]
                     sampled = sample(pick(output.logits, rows), samples)
-                    self.speculation.learn(turns, sampled, time.perf_counter() - started)
+                    self.speculation.learn(turns, sampled, self.speculation.clock() - started)
                     wrong = {t.choice.request: len(t.guesses) - t.num_right(sampled) for t in turns}
                     counts = [part.count - wrong.get(part.request, 0) for part in step.slices]
                     self.scheduler.advance(step, counts)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from weakref import WeakKeyDictionary
@@ -30,6 +30,12 @@ MOST_REQUESTS = 32  # in a step that guesses: with more, rows cost what they are
 WORTHWHILE = 1.05  # how much faster tokens must seem to come: less is lost where an estimate errs
 LEARNING = 0.15  # the weight of a guess's outcome in the odds
 FORGETTING = 0.01  # how far the odds go back, in a step without a guess, to what they were at first
+
+
+def step_clock(device_type: str) -> Callable[[], float]:
+    """What to time steps with: this thread's own time where it computes, so that a busy machine does not count."""
+    is_fine = time.get_clock_info("thread_time").resolution <= 1e-4
+    return time.thread_time if device_type == "cpu" and is_fine else time.perf_counter
 
 
 class StepCosts:
@@ -123,23 +129,25 @@ class Speculation:
     taken back, those with processors of the caller's own, and those that share a request until their prompt is done.
     """
 
-    def __init__(self, drafter: Drafter | None):
-        """With no drafter steps stay as they are."""
+    def __init__(self, drafter: Drafter | None, clock: Callable[[], float] = time.perf_counter):
+        """With no drafter steps stay as they are. `clock`: seconds, by which steps are compared."""
         self.drafter = drafter
+        self.clock = clock
         self.costs = StepCosts()
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
         self._outlooks: WeakKeyDictionary[Choice, Outlook] = WeakKeyDictionary()
         self._rounds: deque[float] = deque(maxlen=StepCosts.NUM_KEPT)  # what a guess took, of a row's step
-        self._is_decoding = False  # the step, all of it
+        self._num_rows = 0  # of a step in which everybody decodes, without its guesses; else 0
+        self._num_guesses = 0
 
     def widen(self, scheduler: Scheduler, step: Step, choices: Mapping[Request, Sequence[Choice]]) -> Step:
         """The scheduler's step, with guesses behind the requests' own tokens."""
         if self.drafter is None:
             return step
-        slices = step.slices
-        self._is_decoding = all(part.count == part.num_sampled == 1 for part in slices)
-        single = self.costs.single
-        if not self._is_decoding or len(slices) > MOST_REQUESTS or single is None:
+        slices, single = step.slices, self.costs.single
+        self._num_rows = len(slices) if all(part.count == part.num_sampled == 1 for part in slices) else 0
+        self._num_guesses = 0
+        if not 0 < self._num_rows <= MOST_REQUESTS or single is None:
             return step
         rooms = {choice: room for part in slices for choice, room in self._rooms(part, choices[part.request])}
         if not self.drafter.is_free:
@@ -150,17 +158,17 @@ class Speculation:
         tried = self._fit(len(slices), {choice: len(own) for choice, own in guesses.items()})
         if not tried:
             return step
+        self._num_guesses = sum(tried.values())
         self.num_drafts += len(tried)
-        self.num_draft_tokens += sum(tried.values())
+        self.num_draft_tokens += self._num_guesses
         return scheduler.widen({choice.request: guesses[choice][:count] for choice, count in tried.items()})
 
     def learn(self, turns: Sequence[Turn], sampled: Sampled, seconds: float) -> None:
         """What the step brought, and how long it took the model and the sampler."""
         if self.drafter is None:
             return
-        if self._is_decoding:
-            num_rows = sum(len(turn.rows) for turn in turns)
-            self.costs.record(num_rows, seconds, guessed=num_rows > len(turns))
+        if self._num_rows:
+            self.costs.record(self._num_rows + self._num_guesses, seconds, guessed=self._num_guesses > 0)
         for turn in turns:
             num_right = turn.num_right(sampled)
             self.num_accepted_tokens += num_right
@@ -177,11 +185,11 @@ class Speculation:
         return self._outlooks.setdefault(choice, Outlook(self.drafter.odds, self.drafter.odds))
 
     def _propose(self, rooms: Mapping[Choice, int], single: float) -> dict[Choice, list[int]]:
-        started = time.perf_counter()
+        started = self.clock()
         guesses = self.drafter.propose(rooms)
         num_rounds = max(map(len, guesses.values()), default=0)
         if num_rounds:
-            self._rounds.append((time.perf_counter() - started) / num_rounds / single)
+            self._rounds.append((self.clock() - started) / num_rounds / single)
         for choice, own in guesses.items():
             self._outlook(choice).guesses = own
         return guesses

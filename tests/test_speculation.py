@@ -311,6 +311,17 @@ def test_nothing_is_guessed_in_a_step_that_reads_a_prompt():
     assert max(sizes) == 8
 
 
+def test_prompts_of_one_token_may_ask_for_a_vector_or_several_answers():
+    engine = make_engine(Lookup())
+    engine.speculation.costs = StepCosts()
+    several = params(temperature=1.0, seed=3, n=3, max_tokens=5)
+    for _ in range(4):
+        engine.add(Query([7], params(max_tokens=1), pooling="mean"))
+        events = engine.step()
+        assert events[-1].completion.embedding
+    assert answers(engine, ([7], several)) == answers(make_engine(), ([7], several))
+
+
 # ---- what pays
 
 

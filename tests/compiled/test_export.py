@@ -14,6 +14,7 @@ from llama.compiled import MANIFEST, PACKAGE
 from llama.compiled.program import CompiledStep
 from llama.export import export_model
 
+pytestmark = pytest.mark.timeout(1800)  # one of them waits for g++, which may have to share the processor
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
 
 

@@ -18,6 +18,7 @@ from llama.linear import Linear
 from llama.model import Transformer
 from llama.rotary import DynamicScaling
 
+pytestmark = pytest.mark.timeout(1800)  # one of them waits for g++, which may have to share the processor
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True)
 CLOSE = dict(rtol=0, atol=1e-4)
 SHAPE = dict(dim=64, n_heads=4, n_kv_heads=2, max_seq_len=1024)  # heads of 16, which the kernels serve

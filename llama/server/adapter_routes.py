@@ -98,11 +98,14 @@ def add_adapter_routes(admin: AdminRoutes) -> None:
         folder = server.settings.lora_dir
         return {"lora_names": list(adapters_in(folder)) if folder else []}
 
-    admin.get("/v1/internal/lora/list", list_adapters)
+    admin.get("/v1/internal/lora/list", list_adapters, needs_key=True)
 
     @admin.post("/v1/internal/lora/load", LoadAdaptersRequest)
     async def load_adapters(body: LoadAdaptersRequest) -> str:
-        """Have all requests that choose no adapter answered with these of the server's folder, as that page does."""
+        """Have all requests that choose no adapter answered with these of the server's folder, as that page does.
+
+        Those that were on before stay beside the model, for requests that name them.
+        """
         adapters = served_adapters(server)
         paths = {name: path_of_adapter(server, name) for name in body.lora_names if adapters.find(name) is None}
         for name, path in paths.items():

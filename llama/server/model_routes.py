@@ -75,16 +75,16 @@ def add_model_routes(admin: AdminRoutes) -> None:
         return {"model_names": switch.names()}
 
     def info() -> dict[str, Any]:
-        """The model that is served, as text-generation-webui has it; null where there is none."""
+        """The model that is served, and the adapters that are on for all; null where there is none."""
         model = server.model if server.has_model else None
         return {
             "model_name": model and model.name,
-            "lora_names": model.adapters.names if model else [],
+            "lora_names": [one.name for one in model.adapters if one.scale] if model else [],
             "loader": "llama",
             "loading": server.loading,
         }
 
-    admin.get("/v1/internal/model/list", list_models)
+    admin.get("/v1/internal/model/list", list_models, needs_key=True)
     admin.get("/v1/internal/model/info", info)
 
     @admin.post(LOAD, LoadModelRequest)

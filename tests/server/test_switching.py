@@ -1,7 +1,9 @@
 """Another model in the place of the one that is served, while clients ask."""
 
+import gc
 import json
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -73,7 +75,7 @@ def info(running: Running) -> dict[str, Any]:
 
 
 def test_another_model_answers_and_then_the_first_one_again(running, expected):
-    assert running.get("/v1/internal/model/list")[1] == {"model_names": ["one", "broken", "two", "untold"]}
+    assert running.get("/v1/internal/model/list", **ADMIN)[1] == {"model_names": ["one", "broken", "two", "untold"]}
     assert info(running) == {"model_name": "one", "lora_names": [], "loader": "llama", "loading": None}
     assert tokens(running) == expected["one"]
     for name in ("two", "one", "two"):
@@ -83,6 +85,15 @@ def test_another_model_answers_and_then_the_first_one_again(running, expected):
         assert [one["id"] for one in running.get("/v1/models")[1]["data"] if "parent" in one] == [name]
         assert f'model_name="{name}"' in running.get("/metrics")[1]
     assert running.get("/health")[0] == 200
+
+
+def test_nothing_is_left_of_a_model_that_another_has_replaced(running):
+    running.post("/v1/internal/lora/load", {"lora_names": ["a"]}, **ADMIN)
+    tokens(running, lora=[{"id": 0, "scale": 0.5}])
+    model = weakref.ref(running.call(lambda: running.server.llm.model))
+    assert load(running, "two")[0] == 200
+    gc.collect()
+    assert model() is None
 
 
 def test_without_a_model_everything_says_so_until_one_is_loaded(running, expected):
@@ -99,7 +110,7 @@ def test_without_a_model_everything_says_so_until_one_is_loaded(running, expecte
         assert refused["error"]["message"].startswith(f"no model is loaded: POST {LOAD} loads one")
     assert running.open("POST", "/v1/completions", BODY).headers["retry-after"] == "1"
     assert running.get("/metrics")[0] == 200
-    assert "one" in running.get("/v1/internal/model/list")[1]["model_names"]
+    assert "one" in running.get("/v1/internal/model/list", **ADMIN)[1]["model_names"]
     assert running.post(UNLOAD, {}, **ADMIN) == (200, "OK")
     assert load(running, "two")[0] == 200
     assert tokens(running) == expected["two"]
@@ -173,8 +184,8 @@ def test_a_model_is_loaded_as_args_say(running):
 
 def test_only_the_admin_switches(running):
     model = running.call(lambda: running.server.model)
-    for path in (LOAD, UNLOAD):
-        status, refused = running.post(path, {"model_name": "two"})
+    answers = [running.post(path, {"model_name": "two"}) for path in (LOAD, UNLOAD)]
+    for status, refused in (*answers, running.get("/v1/internal/model/list")):
         assert (status, refused["error"]["code"]) == (403, "admin_key_needed")
     assert running.call(lambda: running.server.model) is model
 

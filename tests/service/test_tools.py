@@ -1,9 +1,12 @@
 """Tools over OpenAI's chat completions: what is asked for is called, streamed or not."""
 
 import json
+from itertools import pairwise
 
 import jsonschema
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.tiny import ByteTokenizer, tiny_args, tiny_model
 
 from llama import Llama, SamplingParams
@@ -288,3 +291,34 @@ def test_what_is_held_back_at_the_end_of_a_stream_is_said_after_all(llm, text):
     assert streamed.content == whole.text
     assert [(c.name, c.arguments) for c in streamed.calls] == [(c.name, c.arguments) for c in whole.tool_calls]
     assert text.strip() == "" or streamed.content or streamed.calls
+
+
+CALLS = [ToolCall("weather", '{"city": "Oslo", "day": 3}'), ToolCall("now", "{}")]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(sorted(TOOL_FORMATS)),
+    st.sampled_from(["", "Let me see. ", "ä <tool"]),
+    st.integers(0, 2),
+    st.sampled_from(["stop", "length"]),
+    st.lists(st.integers(0, 150), max_size=9),
+)
+def test_it_makes_no_difference_in_which_rounds_calls_come(llm, format, text, num_calls, reason, cuts):
+    kind = TOOL_FORMATS[format]()
+    text += kind.write(CALLS[:num_calls]) if num_calls else ""
+    stream, tokens = ByteTokenizer.codec.stream(), [*text.encode()]
+    happened = [Event(0, 0, token, stream.push(token)) for token in tokens]
+    happened.append(Event(0, 0, completion=Completion(text, tokens, reason)))
+    call = Call.open(llm, CHAT, {"messages": USER, "tools": TOOLS, "stream": True}, can_stream=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(llm.chat_format, "tool_format", kind, raising=False)
+        frames = call.frames(llm)
+        places = sorted({0, *(min(cut, len(happened)) for cut in cuts), len(happened)})
+        sent = "".join(frames.push(happened[a:b]) for a, b in pairwise(places)) + frames.end()
+        [choice] = call.respond(llm, [happened[-1].completion])["choices"]
+    chunks = [json.loads(line.removeprefix("data: "))["choices"][0] for line in sent.split("\n\n")[:-2]]
+    calls = [(c["function"]["name"], c["function"]["arguments"]) for c in choice["message"].get("tool_calls", ())]
+    assert joined(chunks) == {"content": choice["message"]["content"] or None, "calls": calls}
+    assert [chunk["finish_reason"] for chunk in chunks if chunk["finish_reason"]] == [choice["finish_reason"]]
+    assert choice["finish_reason"] == ("length" if reason == "length" else "tool_calls" if calls else "stop")

@@ -41,7 +41,7 @@ def rendered(person: ChatPage, payloads: list[str], step: int) -> None:
     asked = len(person.asked)
     found = person.page.evaluate(RENDER, [payloads, step])
     assert found == {"bad": [], "hit": 0, "violations": []}
-    assert all("/vendor/" in url or url.endswith("/health") for url in person.asked[asked:])
+    assert all("/vendor/" in url or url.endswith("/v1/models") for url in person.asked[asked:])
 
 
 def test_nothing_that_attacks_pages_runs(person: ChatPage):

@@ -39,6 +39,12 @@ def llm() -> Llama:
 
 
 @pytest.fixture(scope="module")
+def packed() -> Llama:
+    """As everybody runs it, with the file's blocks."""
+    return Llama.build(max_seq_len=256, device="cpu", dtype="fp32")
+
+
+@pytest.fixture(scope="module")
 def oracle():
     """transformers' model with the file's weights, read, renamed and put into its rotary order here."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -116,18 +122,19 @@ def test_three_ranks_answer_as_one(llm):
     assert f"tokens {alone.tokens}" in done.stdout
 
 
-def test_blocks_that_stay_packed_give_the_logits_of_the_unpacked_weights(llm):
-    packed = Llama.build(max_seq_len=256, device="cpu", dtype="fp32")
+def test_blocks_that_stay_packed_give_the_logits_of_the_unpacked_weights(llm, packed):
     tokens = packed.tokenizer.encode(" ".join(PROMPTS), bos=False, eos=False)
     found, expected = packed.model(torch.tensor([tokens]), 0)[0], llm.model(torch.tensor([tokens]), 0)[0]
     scores = found.log_softmax(-1)
     divergence = (expected.log_softmax(-1).exp() * (expected.log_softmax(-1) - scores)).sum(-1).mean()
-    assert divergence < 0.02  # activations are rounded to 8 bits
-    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.9
+    assert divergence < 0.002  # activations are rounded to 8 bits, and where they stand out to 16
+    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.95
 
 
-def test_the_default_model_answers_a_question(llm):
-    [answer] = llm.chat_completion([[{"role": "user", "content": "What is the capital of France?"}]], temperature=0.0)
+@pytest.mark.parametrize("name", ["llm", "packed"])
+def test_the_default_model_answers_a_question(request, name):
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    [answer] = request.getfixturevalue(name).chat_completion([question], temperature=0.0)
     assert "Paris" in answer["generation"]["content"]
 
 

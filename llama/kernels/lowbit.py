@@ -19,6 +19,7 @@ from llama.kernels.bits import pack_bits, unpack_bits
 from llama.kernels.formats import FORMATS, Field, LowBitFormat
 
 TILE = 16  # rows that lie side by side in the kernel layout: the 32-bit lanes of a 512-bit register
+STANDS_OUT = 2  # times the row's mean: so large is the peak of a block that is rounded twice
 TILES_AT_ONCE = 64  # rows are put back 1024 at a time, so that temporaries stay small
 
 _lowbit_linear, _to_tiles = (library.operator(name) for name in ("lowbit_linear", "to_tiles"))
@@ -27,8 +28,8 @@ _lowbit_linear, _to_tiles = (library.operator(name) for name in ("lowbit_linear"
 def variants() -> list[str]:
     """The ways of computing that this machine can run, best first; empty where nothing was compiled.
 
-    "avx512_vnni", "avx2" and "scalar" round the activations to int8, one scale for each `rounded` columns of the
-    layout. "tiles" rounds nothing: it turns some hundred weight rows at a time into x's dtype for a matrix product.
+    "avx512_vnni", "avx2" and "scalar" round the activations to int8, as `round_activations` says. "tiles" rounds
+    nothing: it turns some hundred weight rows at a time into x's dtype for a matrix product.
     """
     return [*library.instruction_sets(), "tiles"] if library.AVAILABLE else []
 
@@ -58,16 +59,27 @@ def lowbit_linear_twin(
     """What `lowbit_linear` means, in PyTorch operators and float32; slow."""
     form = FORMATS[format]
     weight = form.dequantize(from_tiles(packed, form, outputs, x.shape[1]))
-    rounded = x.float() if variant == "tiles" else round_activations(x.float(), form.rounded)
+    rounded = x.float() if variant == "tiles" else round_activations(x.float(), form)
     return F.linear(rounded, weight, bias).to(x.dtype)
 
 
-def round_activations(x: Tensor, group: int) -> Tensor:
-    """float32 (rows, columns) rounded to 255 even steps within each group of columns, the largest magnitude kept."""
-    groups = x.unflatten(-1, (-1, group))
+def round_activations(x: Tensor, form: LowBitFormat) -> Tensor:
+    """float32 (rows, columns) as the integer kernels see it: rounded to 255 even steps within each group of columns,
+    the largest magnitude kept. Of a block that stands out, whose groups' peaks sum to more than `STANDS_OUT` times the
+    mean of the row's blocks, what that leaves is rounded in the same way and added."""
+    groups = x.unflatten(-1, (-1, form.rounded))
+    whole = rounded(groups)
+    blocks = groups.abs().amax(dim=-1).unflatten(-1, (-1, form.block // form.rounded)).sum(dim=-1)
+    stands_out = blocks > STANDS_OUT * blocks.mean(dim=-1, keepdim=True)
+    rest = stands_out.repeat_interleave(form.block // form.rounded, dim=-1).unsqueeze(-1)
+    return (whole + torch.where(rest, rounded(groups - whole), 0)).flatten(-2)
+
+
+def rounded(groups: Tensor) -> Tensor:
+    """The last dimension to 255 even steps; what is too small to divide by, to 0."""
     peak = groups.abs().amax(dim=-1, keepdim=True)
     codes = (groups * torch.where(peak > 1e-30, 127 / peak, 0)).round()
-    return (codes * torch.where(peak <= 1e-30, 0, peak / 127)).flatten(-2)
+    return codes * torch.where(peak <= 1e-30, 0, peak / 127)
 
 
 def to_tiles(parts: Sequence[Tensor], form: LowBitFormat) -> Tensor:

@@ -1,5 +1,6 @@
 """Compiled low-bit products against their PyTorch twin and against the product with dequantized weights."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -33,11 +34,15 @@ def needs(variant: str) -> None:
 
 
 def problem(name: str, rows: int, outputs: int = 37, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
-    """x (rows, columns), the plain and the kernel layout, a bias; one block more than many rows share a decoding of."""
+    """x (rows, columns), the plain and the kernel layout, a bias; more blocks than many rows share a decoding of.
+
+    In two rows of three a block stands out, not the same in all of them."""
     form = FORMATS[name]
-    columns = 256 + form.block
+    columns = 256 + 3 * form.block
     generator = torch.Generator().manual_seed(rows)
-    x = torch.randn(rows, columns, generator=generator).to(dtype)
+    x = torch.randn(rows, columns, generator=generator) * 0.4
+    x[::3, form.block + 5], x[1::3, -4:] = 15, -12
+    x = x.to(dtype)
     packed = form.quantize(torch.randn(outputs, columns, generator=generator))
     return x, packed, lowbit.to_tiles([packed], form), torch.randn(outputs, generator=generator)
 
@@ -102,6 +107,25 @@ def test_every_kernel_computes_what_its_twin_defines(name, variant):
     twin = lowbit.lowbit_linear_twin(x, interleaved, bias, name, 37, variant)
     # nf4's levels are integers of 15 bits in the kernels
     torch.testing.assert_close(y, twin, rtol=1e-5, atol=2e-3 if name == "nf4" else 1e-4)
+
+
+@compiled
+@pytest.mark.parametrize("rows", [1, 6, 150])
+@pytest.mark.parametrize("variant", INTEGER_VARIANTS)
+@pytest.mark.parametrize("name", SERVED)
+def test_a_block_that_stands_out_adds_hardly_any_error(name, variant, rows):
+    needs(variant)
+    _, packed, interleaved, _ = problem(name, rows)
+    form, weight = FORMATS[name], FORMATS[name].dequantize(packed)
+    x = torch.randn(rows, weight.shape[1], generator=torch.Generator().manual_seed(rows))
+    x[:, : form.block] *= 1000
+    y = lowbit.lowbit_linear(x, interleaved, None, name, 37, variant)
+    large, ordinary = (
+        rounding_bound(x[:, part], weight[:, part], form.rounded)
+        for part in (slice(form.block), slice(form.block, None))
+    )
+    assert ((y - F.linear(x, weight)).abs() <= ordinary + large / 200 + 0.1).all()
+    assert (ordinary + large / 200 + 0.1 < large / 5).all()
 
 
 @compiled
@@ -259,5 +283,15 @@ def test_a_library_that_does_not_load_is_named_and_done_without(monkeypatch, tmp
 
 
 def test_the_twin_rounds_activations_to_255_steps():
+    form = replace(FORMATS["q4_0"], block=4)
     x = torch.tensor([[127.0, 63.4, -63.6, 0.2], [0.0, 0.0, 0.0, 0.0]])
-    assert torch.equal(lowbit.round_activations(x, 4), torch.tensor([[127.0, 63, -64, 0], [0, 0, 0, 0]]))
+    assert torch.equal(lowbit.round_activations(x, form), torch.tensor([[127.0, 63, -64, 0], [0, 0, 0, 0]]))
+
+
+def test_the_twin_rounds_a_block_twice_where_its_peak_is_above_twice_the_mean():
+    form = replace(FORMATS["q4_0"], block=2)
+    rounded = lowbit.round_activations(torch.tensor([[127.0, 0.3, 12.7, 0.02, 0.0, 12.7]]), form)
+    assert torch.equal(rounded[0, [0, 2, 3, 4, 5]], torch.tensor([127.0, 12.7, 0, 0, 12.7]))
+    assert rounded[0, 1] == pytest.approx(0.3, rel=1e-6)
+    even = lowbit.round_activations(torch.tensor([[127.0, 0.3, 63.5, 0.2, 63.5, 0.0]]), form)
+    assert even[0, 1] == 0

@@ -1,8 +1,9 @@
 // torch.ops.llama.lowbit_linear: y = x @ weight.T + bias with a packed weight, on CPU.
 //
-// Two ways. The integer kernels round the activations to int8 per group of columns and read the packed weight once: a
-// few rows run at the speed of memory. "tiles" writes some hundred weight rows at a time as numbers into a small buffer
-// and leaves the product to the matrix library (oneDNN: AMX where the processor has it); it rounds no activations.
+// Two ways. The integer kernels round the activations to int8 per group of columns, the largest of them twice, and read
+// the packed weight once: a few rows run at the speed of memory. "tiles" writes some hundred weight rows at a time as
+// numbers into a small buffer and leaves the product to the matrix library (oneDNN: AMX where the processor has it); it
+// rounds no activations.
 //
 // Built on torch's stable C interface: one binary serves every torch from 2.10 on, and parallel_for runs on torch's own
 // threads (an OpenMP runtime of our own would fight with them).
@@ -75,14 +76,91 @@ struct Shape {
 template <class T>
 std::unique_ptr<T[]> uninitialized(int64_t count) { return std::unique_ptr<T[]>(new T[count]); }
 
-// Rounds x to int8. `memory` will own what the result points to.
+// Hands out parts of one piece of memory.
+struct Memory {
+  char* free;
+
+  template <class T>
+  void take(T*& part, int64_t count) {
+    part = (T*)free;
+    free += count * sizeof(T);
+  }
+};
+
+void take(const Kernel& kernel, Memory& memory, Rounded& part, int64_t numbers) {
+  memory.take(part.scale, numbers / kernel.group);
+  memory.take(part.start, numbers / kernel.step);
+  memory.take(part.sum, numbers / kernel.step);
+  char* codes;
+  memory.take(codes, numbers * kernel.code_bytes);
+  part.codes = codes;
+}
+
+// One block of one row, from a bundle of that row alone, to its place in a bundle of max_rows.
+void gather(const Kernel& kernel, const Rounded& from, int64_t piece, const Rounded& to, int64_t bundle, int64_t m) {
+  const int64_t groups = kernel.block / kernel.group, steps = kernel.block / kernel.step, rows = kernel.max_rows;
+  const int64_t code_bytes = kernel.group * kernel.code_bytes;
+  for (int64_t g = 0; g < groups; ++g) {
+    const int64_t source = piece * groups + g, target = (bundle * groups + g) * rows + m;
+    to.scale[target] = from.scale[source];
+    std::memcpy((char*)to.codes + target * code_bytes, (const char*)from.codes + source * code_bytes, code_bytes);
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    to.start[(bundle * steps + s) * rows + m] = from.start[piece * steps + s];
+    to.sum[(bundle * steps + s) * rows + m] = from.sum[piece * steps + s];
+  }
+}
+
+// What rounding left of the rows, by blocks. `memory` will own it.
+Gathered gather(const Kernel& kernel, const Activations& a, std::unique_ptr<char[]>& memory) {
+  const int64_t blocks = a.columns / kernel.block, runs = (a.rows + kMaxRows - 1) / kMaxRows * blocks;
+  auto firsts = uninitialized<int32_t>(runs + 1);
+  std::fill_n(firsts.get(), runs + 1, 0);
+  for (int64_t row = 0; row < a.rows; ++row)
+    for (const int32_t* block = a.rest_blocks + row * (blocks + 1); *block < blocks; ++block)
+      ++firsts[row / kMaxRows * blocks + *block];
+  int32_t bundles = 0;
+  for (int64_t run = 0; run <= runs; ++run) {
+    const int32_t more = (firsts[run] + kernel.max_rows - 1) / kernel.max_rows;
+    firsts[run] = bundles;
+    bundles += more;
+  }
+  const int64_t rows = bundles * kernel.max_rows, numbers = rows * kernel.block;
+  const int64_t bytes = numbers * kernel.code_bytes + 4 * (numbers / kernel.group + 2 * numbers / kernel.step);
+  memory = uninitialized<char>(bytes + 4 * (rows + 2 * runs + 1));
+  std::memset(memory.get(), 0, bytes);
+  Memory free{memory.get()};
+  Gathered out;
+  take(kernel, free, out, numbers);
+  free.take(out.rows, rows);
+  free.take(out.first, runs + 1);
+  int32_t* found;  // of each run
+  free.take(found, runs);
+  std::fill_n(out.rows, rows, (int32_t)kMaxRows);
+  std::copy_n(firsts.get(), runs + 1, out.first);
+  std::fill_n(found, runs, 0);
+  for (int64_t row = 0; row < a.rows; ++row) {
+    int64_t piece = row * blocks;
+    for (const int32_t* block = a.rest_blocks + row * (blocks + 1); *block < blocks; ++block, ++piece) {
+      const int64_t run = row / kMaxRows * blocks + *block, place = out.first[run] * kernel.max_rows + found[run]++;
+      out.rows[place] = row % kMaxRows;
+      gather(kernel, a.rest, piece, out, place / kernel.max_rows, place % kernel.max_rows);
+    }
+  }
+  return out;
+}
+
+// Rounds x to int8, in places twice. `memory` will own what the result points to.
 Activations quantize(const Kernel& kernel, const Shape& s, const void* x, bool bfloat16,
                      std::unique_ptr<char[]>& memory) {
-  const int64_t groups = s.rows * s.columns / kernel.group, steps = s.rows * s.columns / kernel.step;
-  memory = uninitialized<char>(s.rows * s.columns * kernel.code_bytes + 4 * groups + 8 * steps);
-  auto* scale = (float*)memory.get();
-  auto* sum = scale + groups;
-  Activations a{s.rows, s.columns, sum + 2 * steps, scale, (int32_t*)(sum + steps), sum};
+  const int64_t numbers = s.rows * s.columns, rest_blocks = numbers / kernel.block + s.rows;
+  const int64_t bytes = numbers * kernel.code_bytes + 4 * (numbers / kernel.group + 2 * numbers / kernel.step);
+  memory = uninitialized<char>(2 * bytes + 4 * rest_blocks);
+  Memory free{memory.get()};
+  Activations a{s.rows, s.columns};
+  take(kernel, free, a.whole, numbers);
+  take(kernel, free, a.rest, numbers);
+  free.take(a.rest_blocks, rest_blocks);
   auto bundles = [&](int64_t begin, int64_t end) {
     const int64_t last = std::min(end * kernel.max_rows, s.rows);
     auto floats = uninitialized<float>(bfloat16 ? std::min(kernel.max_rows, s.rows) * s.columns : 0);
@@ -126,8 +204,9 @@ void write_results(const Shape& s, const float* results, int64_t tile, int64_t f
 
 void integer_product(const Kernel& kernel, const Shape& s, const uint8_t* packed, int64_t packed_bytes, const void* x,
                      const float* bias, bool bfloat16, void* out) {
-  std::unique_ptr<char[]> memory;
-  const Activations a = quantize(kernel, s, x, bfloat16, memory);
+  std::unique_ptr<char[]> memory, gathered;
+  Activations a = quantize(kernel, s, x, bfloat16, memory);
+  if (s.rows > 1 || kernel.max_rows == 1) a.gathered = gather(kernel, a, gathered);
   const int64_t together = s.rows == 1 ? 1 : kTilesTogether, parts = (s.tiles + together - 1) / together;
   const int64_t grain = std::max<int64_t>(1, kBytesPerThread * parts / packed_bytes);
   torch::stable::parallel_for(0, parts, grain, [&](int64_t begin, int64_t end) {

@@ -226,6 +226,7 @@ struct Simd {
   }
 };
 
+#include "rounding_kernels.h"
 #include "lowbit_kernels.h"
 #include "attention_kernels.h"
 #include "elementwise_kernels.h"

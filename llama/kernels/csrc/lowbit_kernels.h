@@ -135,8 +135,8 @@ struct Walk {  // the blocks of one tile, in order from `block` on
       packed += tiles * blocks * kTile * Format::sizes[i];
     }
   }
-  void next() {
-    for (int i = 0; i < 4; ++i) now.field[i] += kTile * Format::sizes[i];
+  void next(int64_t count = 1) {
+    for (int i = 0; i < 4; ++i) now.field[i] += count * kTile * Format::sizes[i];
   }
 };
 
@@ -212,37 +212,18 @@ struct Unpacked {
   inline LLAMA_INLINE const auto& lowest(int s) const { return lowest_of[s]; }
 };
 
-template <class Format, int rows>
-struct Bundle {  // the activations that one block of weights meets
-  const typename Format::Sum::Code* x;
-  const float *scale, *sum;
-  const int32_t* start;
-
-  Bundle(const Activations& a, int64_t first, int64_t block) {
-    const int64_t before = first * a.columns + block * rows * Format::block;
-    x = (const typename Format::Sum::Code*)a.codes + before;
-    scale = a.scale + before / Format::group_size;
-    start = a.start + before / Format::step_size, sum = a.sum + before / Format::step_size;
-  }
-  void next() {
-    x += rows * Format::block, scale += rows * (Format::block / Format::group_size);
-    start += rows * (Format::block / Format::step_size), sum += rows * (Format::block / Format::step_size);
-  }
-};
-
 // total[row] += one block's products.
-template <int rows, class Source>
-inline LLAMA_INLINE void multiply(const Source& block, const Bundle<typename Source::Of, rows>& a,
-                                  Simd::Floats* total) {
+template <class Source, class Rows>
+inline LLAMA_INLINE void multiply(const Source& block, const Rows& a, Simd::Floats* total) {
   using Format = typename Source::Of;
+  constexpr int rows = Rows::rows;
   block.groups([&](int g) LLAMA_INLINE {
     typename Format::Sum acc[rows];
     for (int m = 0; m < rows; ++m) acc[m].clear();
     block.steps(g, [&](int s, int of_group) LLAMA_INLINE {
-      const auto* x = a.x + g * rows * Format::group_size + of_group * Format::step_size;
-      for (int m = 0; m < rows; ++m) acc[m].open(a.start[s * rows + m]);
+      for (int m = 0; m < rows; ++m) acc[m].open(a.start(m, s));
       auto add = [&](int column, const auto& weights) LLAMA_INLINE {
-        for (int m = 0; m < rows; ++m) acc[m].add(weights, x + m * Format::group_size + column);
+        for (int m = 0; m < rows; ++m) acc[m].add(weights, a.codes(m, g) + of_group * Format::step_size + column);
       };
       block.visit(s, add, [&]() LLAMA_INLINE {
         if constexpr (Format::steps) {
@@ -255,13 +236,13 @@ inline LLAMA_INLINE void multiply(const Source& block, const Bundle<typename Sou
     });
     const auto& d = block.scale(g);
     for (int m = 0; m < rows; ++m) {
-      const auto factor = Simd::multiply(d, Simd::all(a.scale[g * rows + m]));
+      const auto factor = Simd::multiply(d, Simd::all(a.scale(m, g)));
       total[m] = Simd::fma(Simd::to_float(acc[m].value), factor, total[m]);
     }
     if constexpr (Format::minimum) {
       block.steps(g, [&](int s, int) LLAMA_INLINE {
         const auto& lowest = block.lowest(s);
-        for (int m = 0; m < rows; ++m) total[m] = Simd::fma(lowest, Simd::all(a.sum[s * rows + m]), total[m]);
+        for (int m = 0; m < rows; ++m) total[m] = Simd::fma(lowest, Simd::all(a.sum(m, s)), total[m]);
       });
     }
   });
@@ -275,7 +256,8 @@ inline LLAMA_INLINE void with_rows(int64_t count, F&& f) {  // f(Index<count>())
   });
 }
 
-// Neither is inlined: each has the registers for itself.
+// None of these is inlined: each has the registers for itself. A row's products with what its rounding left are summed
+// by themselves, block by block, and added in the end: so the same numbers come out whatever rows there are.
 template <class Format, int rows>
 __attribute__((noinline)) void product_rows(const uint8_t* packed, int64_t tiles, int64_t tile, const Activations& a,
                                             int64_t first, float* out) {
@@ -283,10 +265,46 @@ __attribute__((noinline)) void product_rows(const uint8_t* packed, int64_t tiles
   Simd::Floats total[rows];
   for (int m = 0; m < rows; ++m) total[m] = Simd::all(0.0f);
   Walk<Format> walk(packed, tiles, tile, blocks);
-  Bundle<Format, rows> bundle(a, first, 0);
+  Bundle<Format, rows> bundle(a.whole, first * a.columns);
   for (int64_t b = 0; b < blocks; ++b, walk.next(), bundle.next())
-    multiply<rows>(Packed<Format>{walk.now}, bundle, total);
+    multiply(Packed<Format>{walk.now}, bundle, total);
   for (int m = 0; m < rows; ++m) Simd::store(out + m * kTile, total[m]);
+}
+
+// One row, with what its rounding left.
+template <class Format>
+__attribute__((noinline)) void product_row(const uint8_t* packed, int64_t tiles, int64_t tile, const Activations& a,
+                                           int64_t row, float* out) {
+  const int64_t blocks = a.columns / Format::block;
+  Simd::Floats total[2] = {Simd::all(0.0f), Simd::all(0.0f)};
+  Walk<Format> walk(packed, tiles, tile, blocks);
+  Bundle<Format, 1> both[2] = {{a.whole, row * a.columns}, {a.rest, row * a.columns}};
+  const int32_t* next = a.rest_blocks + row * (blocks + 1);
+  for (int64_t b = 0; b < blocks; ++b, walk.next(), both[0].next()) {
+    if (b != *next) {
+      multiply(Packed<Format>{walk.now}, both[0], total);
+    } else {
+      multiply(Packed<Format>{walk.now}, WithRest<Format>{both[0], both[1]}, total);
+      both[1].next(), ++next;
+    }
+  }
+  Simd::store(out, Simd::add(total[0], total[1]));
+}
+
+// out += the products with what a row's rounding left.
+template <class Format>
+__attribute__((noinline)) void add_rest(const uint8_t* packed, int64_t tiles, int64_t tile, const Activations& a,
+                                        int64_t row, float* out) {
+  const int64_t blocks = a.columns / Format::block;
+  Simd::Floats total = Simd::all(0.0f);
+  Walk<Format> walk(packed, tiles, tile, blocks);
+  Bundle<Format, 1> rest(a.rest, row * a.columns);
+  const int32_t* next = a.rest_blocks + row * (blocks + 1);
+  for (int64_t b = 0; *next < blocks; b = *next++, rest.next()) {
+    walk.next(*next - b);
+    multiply(Packed<Format>{walk.now}, rest, &total);
+  }
+  Simd::store(out, Simd::add(Simd::numbers(out), total));
 }
 
 template <class Format, int rows>
@@ -294,12 +312,27 @@ __attribute__((noinline)) void panel_rows(const Unpacked<Format>* panel, int64_t
                                           const Activations& a, int64_t first, float* out) {
   if (block == 0)
     for (int m = 0; m < rows; ++m) Simd::store(out + m * kTile, Simd::all(0.0f));
-  Bundle<Format, rows> bundle(a, first, block);
+  Bundle<Format, rows> bundle(a.whole, first * a.columns + block * rows * Format::block);
   for (int64_t b = 0; b < count; ++b, bundle.next()) {
     Simd::Floats total[rows];  // between blocks in memory: the registers are needed
     for (int m = 0; m < rows; ++m) total[m] = Simd::numbers(out + m * kTile);
-    multiply<rows>(panel[b], bundle, total);
+    multiply(panel[b], bundle, total);
     for (int m = 0; m < rows; ++m) Simd::store(out + m * kTile, total[m]);
+  }
+}
+
+// out[row] += the products of some bundles' rows with one block: of what their rounding left, gathered.
+template <class Format>
+__attribute__((noinline)) void panel_rest(const Unpacked<Format>& block, const Gathered& rest, int64_t begin,
+                                          int64_t end, float* out) {
+  constexpr int rows = Simd::max_rows;
+  Bundle<Format, rows> bundle(rest, begin * rows * Format::block);
+  for (int64_t i = begin; i < end; ++i, bundle.next()) {
+    Simd::Floats total[rows];
+    const int32_t* row = rest.rows + i * rows;
+    for (int m = 0; m < rows; ++m) total[m] = Simd::numbers(out + row[m] * kTile);
+    multiply(block, bundle, total);
+    for (int m = 0; m < rows; ++m) Simd::store(out + row[m] * kTile, total[m]);
   }
 }
 
@@ -312,9 +345,15 @@ void product(const uint8_t* packed, int64_t tiles, int64_t tile, const Activatio
     if (count < 2 * most_decoding) {
       for (int64_t row = 0, some; row < count; row += some) {
         some = bundle_rows(most_decoding, count - row);
+        if (some == 1) {
+          product_row<Format>(packed, tiles, tile, a, first + row, out + row * kTile);
+          continue;
+        }
         with_rows<most_decoding>(some, [&](auto rows) {
-          product_rows<Format, rows>(packed, tiles, tile, a, first + row, out + row * kTile);
+          if constexpr (rows > 1) product_rows<Format, rows>(packed, tiles, tile, a, first + row, out + row * kTile);
         });
+        for (int64_t m = row; m < row + some; ++m)
+          add_rest<Format>(packed, tiles, tile, a, first + m, out + m * kTile);
       }
       return;
     }
@@ -324,6 +363,7 @@ void product(const uint8_t* packed, int64_t tiles, int64_t tile, const Activatio
   const int64_t blocks = a.columns / Format::block;
   Unpacked<Format> panel[most];
   Walk<Format> walk(packed, tiles, tile, blocks);
+  float rest[(kMaxRows + 1) * kTile] = {};  // and a row for what fills bundles up
   for (int64_t block = 0; block < blocks; block += most) {
     const int64_t width = std::min(most, blocks - block);
     for (int64_t b = 0; b < width; ++b, walk.next()) panel[b].fill({walk.now});
@@ -333,41 +373,12 @@ void product(const uint8_t* packed, int64_t tiles, int64_t tile, const Activatio
         panel_rows<Format, rows>(panel, block, width, a, first + row, out + row * kTile);
       });
     }
-  }
-}
-
-// x * (127 / largest magnitude), rounded to even; a group of zeros, or too small to divide by, gets scale 0.
-template <class Format>
-void quantize(const float* x, int64_t first, int64_t count, const Activations& a) {
-  using Code = typename Format::Sum::Code;
-  constexpr int group = Format::group_size, step = Format::step_size, steps = group / step;
-  constexpr float round_to_even = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
-  const int32_t offset = Format::bytes ? Simd::byte_offset : Format::offset;
-  const int64_t groups = a.columns / group;
-  for (int64_t m = 0; m < count; ++m) {
-    for (int64_t g = 0; g < groups; ++g) {
-      const float* from = x + m * a.columns + g * group;
-      const int64_t at = first * groups + g * count + m;
-      int32_t bits[group], largest = 0;
-      std::memcpy(bits, from, sizeof bits);
-      for (int i = 0; i < group; ++i) largest = std::max(largest, bits[i] & 0x7fffffff);
-      float peak;
-      std::memcpy(&peak, &largest, 4);
-      const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
-      for (int i = 0; i < group; ++i) bits[i] = (int32_t)((from[i] * inverse + round_to_even) - round_to_even);
-      a.scale[at] = peak <= 1e-30f ? 0.0f : peak / 127.0f;  // not a number stays so
-      for (int s = 0; s < steps; ++s) {
-        int32_t sums[4] = {};  // of every fourth column
-        for (int i = 0; i < step; ++i) sums[i % 4] += bits[s * step + i];
-        const int64_t place = first * groups * steps + (g * steps + s) * count + m;
-        a.start[place] = Format::Sum::start(-offset * (sums[0] + sums[1]), -offset * (sums[2] + sums[3]));
-        a.sum[place] = a.scale[at] * (sums[0] + sums[1] + sums[2] + sums[3]);
-      }
-      Code* codes = (Code*)a.codes + at * group;
-      for (int i = 0; i < group; i += 4)
-        for (int c = 0; c < 4; ++c) codes[i + c] = (Code)bits[i + Format::Sum::order[c]];
+    for (int64_t b = 0; b < width; ++b) {
+      const int32_t* at = a.gathered.first + first / kMaxRows * blocks + block + b;
+      if (at[0] < at[1]) panel_rest<Format>(panel[b], a.gathered, at[0], at[1], rest);
     }
   }
+  for (int64_t i = 0; i < count * kTile; ++i) out[i] += rest[i];
 }
 
 // Four columns of 16 rows: out[column * stride + lane] = value * scale + lowest. Not inlined: it is large, and enough.

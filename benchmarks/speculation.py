@@ -5,7 +5,7 @@
 
 One stream, plain decoding and guessing in turns, on the same engine. Seconds are the processor's, of one thread, from
 the first token of an answer to its last, so that a machine that is busy with others hardly counts. "copy" are texts
-that stand there twice and have begun a third time, continued with the likeliest tokens; "prose" goes on from its
+that stand there four times and have begun a fifth time, continued with the likeliest tokens; "prose" goes on from its
 beginning at temperature 1, and repeats no more than that does. Each text's figure is the median over the rounds of
 plain time over guessing time, and the last figures are those of all texts together; answers are compared token by
 token. Wanted for copies: 2.5 where the low-bit kernels make a few rows nearly as cheap as one, 1.5 unpacked; for
@@ -42,7 +42,7 @@ def largest(values):
         if value > found:
             found = value
     return found"""
-COPIES = [f"{text}\n\n{text}\n\n{text[:40]}" for text in (NOTICE, CODE)]
+COPIES = [f"{text}\n\n" * 4 + text[:60] for text in (NOTICE, CODE)]  # a small model goes astray with fewer
 PROSE = [
     "The keeper of the lighthouse had not slept for two nights, and when the storm came",
     "A rainbow is seen when the sun stands low behind us and",

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from llama.building import load
-from llama.checkpoint import Checkpoint, CheckpointError, files_of, open_checkpoint, save_low_bit
+from llama.checkpoint import Checkpoint, CheckpointError, default_model, files_of, open_checkpoint, save_low_bit
 from llama.compiled import MANIFEST, PACKAGE, ExportLimits, Manifest
 from llama.files.staging import clean_leftovers, staged
 from llama.quantization import resolve_format
@@ -43,24 +43,7 @@ def export_model(
         raise CheckpointError(f"{destination}: is the model itself; name another directory")
     validate_destination(destination)
     quantization = resolve_format(quantization)
-    loaded = load(
-        ckpt_dir,
-        tokenizer_path,
-        max_seq_len=sequence_length,
-        device="cpu",
-        dtype=dtype,
-        quantization=quantization,
-        kv_dtype=kv_dtype,
-        compile=True,
-    )
-    checkpoint = loaded.checkpoint
-    limits = ExportLimits(
-        batch_size,
-        loaded.model.params.max_seq_len,
-        num_cores or torch.get_num_threads(),
-        str(loaded.model.norm.weight.dtype).removeprefix("torch."),
-        kv_dtype,
-    )
+    checkpoint = open_checkpoint(default_model() if ckpt_dir is None else ckpt_dir)
     clean_leftovers(destination)
     needed = ROOM_BESIDE + sum(file.stat().st_size for file in files_of(checkpoint.path))
     with staged(destination, needed, is_directory=True) as staging:
@@ -68,10 +51,19 @@ def export_model(
             copy_files(checkpoint, tokenizer_path, staging)
         else:
             save_low_bit(checkpoint, staging, quantization)
+        # what lies there may be held in other layouts than the source, so that is what is compiled
+        loaded = load(staging, max_seq_len=sequence_length, device="cpu", dtype=dtype, kv_dtype=kv_dtype, compile=True)
+        limits = ExportLimits(
+            batch_size,
+            loaded.model.params.max_seq_len,
+            num_cores or torch.get_num_threads(),
+            str(loaded.model.norm.weight.dtype).removeprefix("torch."),
+            kv_dtype,
+        )
         package = loaded.program.package
         shutil.copyfile(package, staging / PACKAGE)
         made = Manifest.read(package.parent)
-        replace(made, limits=limits, checkpoint=open_checkpoint(staging).digest).write(staging)
+        replace(made, limits=limits, checkpoint=loaded.checkpoint.digest).write(staging)
     return limits
 
 

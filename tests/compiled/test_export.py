@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.checkpoints import state
+from support.checkpoints import sample, state, write_hf, write_sentencepiece
 
 from llama import Llama, SamplingParams
 from llama.checkpoint import CheckpointError, open_checkpoint
 from llama.compiled import MANIFEST, PACKAGE
+from llama.compiled.cache import cache_folder
 from llama.compiled.program import CompiledStep
 from llama.export import export_model
 
@@ -121,8 +122,6 @@ def test_a_package_that_was_exchanged_does_not_run(exported, monkeypatch, tmp_pa
 
 
 def test_other_weights_beside_a_package_are_refused(exported, tmp_path):
-    from support.checkpoints import sample, write_hf
-
     args, weights = sample(n_layers=1)
     write_hf(exported, args, weights)
     with pytest.raises(CheckpointError, match="its weights are others than those that were exported"):
@@ -166,3 +165,14 @@ def test_the_command_exports_and_others_run_it(made, tmp_path, llama, monkeypatc
     assert status == 1
     assert "--trust-compiled" in told
     assert llama(*complete, "--trust-compiled")[:2] == (0, text)
+
+
+@pytest.mark.slow
+def test_an_export_in_a_low_bit_format_runs_from_the_cache_of_who_exported_it(elsewhere, tmp_path):
+    args, weights = sample(dim=64, n_heads=4, n_kv_heads=2, hidden_dim=192)
+    checkpoint = write_hf(tmp_path / "model", args, weights)
+    write_sentencepiece(checkpoint / "tokenizer.model")
+    export_model(checkpoint, tmp_path / "exported", quantization="sym_int4", dtype="fp32", sequence_length=64)
+    llm = build(tmp_path / "exported")
+    assert isinstance(llm.engine.runner.program, CompiledStep)
+    assert llm.engine.runner.program.package.parent.parent == cache_folder()

@@ -74,7 +74,7 @@ def open_base(options: argparse.Namespace) -> Llama:
     """The model without adapters."""
     sizes = {"max_seq_len": 512, "max_batch_size": 24}
     if options.shape is None:
-        return Llama.build(options.model, quantization=options.quantization, device="cpu", **sizes)
+        return Llama.build(options.model, quantization=options.quantization, device="cpu", draft="none", **sizes)
     tokenizer = open_checkpoint(default_model()).open_tokenizer()
     return Llama(random_model(replace(TINYLLAMA, **sizes), options.quantization), tokenizer)
 

@@ -18,7 +18,7 @@ import typer
 from llama.options import CONFIG, MODEL, SAMPLER, SHAPE, takes
 from llama.program import fail, running
 from llama.server.settings import SERVER, ServerSettings
-from llama.server.tutorial import TUTORIAL_PORT, TutorialOptions, chosen_adapters, tutorial_load
+from llama.server.tutorial import TUTORIAL_PORT, TutorialOptions, chosen_adapters, folders_here, tutorial_load
 from llama.streams import note, tell
 
 if TYPE_CHECKING:  # a command imports what it needs when it runs
@@ -158,6 +158,8 @@ def serve(
     gpus: Annotated[str | None, typer.Option("--gpus", hidden=True)] = None,
     infer_dtype: Annotated[str | None, typer.Option("--infer_dtype", hidden=True)] = None,
     model_source: Annotated[str | None, typer.Option("--model_source", hidden=True)] = None,
+    model_here: Annotated[str | None, typer.Option("--model", hidden=True)] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", hidden=True)] = False,
     *,
     context: typer.Context,
     listen: dict[str, Any],
@@ -166,8 +168,9 @@ def serve(
     """Serve a model to OpenAI's clients, over HTTP.
 
     Every option may also stand in the environment, as LLAMA_PORT for --port, or in the file that --config names. The
-    tutorials' --model_path, --gpus, --infer_dtype and --model_source work too; the port is then 8001. --lora DIR merges
-    an adapter into the model, --lora NAME=DIR puts it beside the model, for requests that name it as theirs.
+    tutorials' --model_path, --gpus, --infer_dtype and --model_source work too; the port is then 8001. So do --model
+    NAME, of the folder models/ if there is one, with --lora NAME, of loras/, and --cpu. --lora DIR merges an adapter
+    into the model, --lora NAME=DIR puts it beside the model, for requests that name it as theirs.
     """
     try:
         from llama.server.run import run_server
@@ -179,6 +182,13 @@ def serve(
         model = model or model_path
         if not is_given(context, "port"):
             listen["port"] = TUTORIAL_PORT
+    if model_here is not None:
+        if model is not None:
+            raise WrongCall(f"MODEL is {model} and --model {model_here}: give one of them")
+        model = model_here
+        listen |= folders_here(listen)
+    if cpu:
+        load["device"] = "cpu"
     load["adapter"], load["adapters"] = chosen_adapters(load.get("adapter", ()), listen.get("lora_dir"))
     from llama.checkpoint import DEFAULT_SETTINGS, model_in
 

@@ -20,6 +20,7 @@ from llama.kernels.lowrank import Factors, Group, LowRankRows, add_low_rank_twin
 from llama.linear import in_tiles
 
 MOST_ROWS = 64  # of one adapter in a step that the kernel takes: a matrix library does more of them faster
+MOST_PLANS = 64  # that a place keeps: of steps that differ in whose rows they have
 
 Run = tuple[int, int]  # (an adapter's number, 0 for none; how many rows)
 
@@ -103,25 +104,29 @@ class LowRankEmbedding:
         y.add_((F.embedding(x, self.table).unsqueeze(1) @ self.a).squeeze(1))
 
 
-class Site:
-    """One place of a model where adapters change a result: `changes` by their numbers, `runs` says whose rows they are.
+class StepRows:
+    """Whose the rows of a step are: what all places look at, and the owner sets."""
 
-    `runs` is one list for all places, which the owner fills for a step. One step of an answer has the same runs as the
-    next, so what is to be done is planned when they change. Of an adapter's changes those of low rank are the last.
+    def __init__(self) -> None:
+        self.runs: tuple[Run, ...] = ()
+
+
+class Site:
+    """One place of a model where adapters change a result: `changes` by their numbers, `rows` says whose rows they are.
+
+    Steps are alike, so plans of what is to be done are kept. Of an adapter's changes those of low rank are the last.
     """
 
     def __init__(self) -> None:
-        self.runs: list[Run] = []
+        self.rows = StepRows()
         self.always: list[Change] = []  # to every row, before what their own adapters change
         self.changes: dict[int, Sequence[Change]] = {}
-        self._planned: tuple[int, list[Run]] = (0, [])
-        self._plan: list[tuple[slice | None, Change]] = []
+        self._plans: dict[tuple[int, tuple[Run, ...]], list[tuple[slice | None, Change]]] = {}
 
     def __call__(self, y: Tensor, x: Tensor) -> Tensor:
         """y (num_tokens, out), changed in place."""
-        if self._planned != (len(y), self.runs):
-            self._planned, self._plan = (len(y), list(self.runs)), self._planned_changes(len(y))
-        for rows, change in self._plan:
+        plan = self._plans.get((y.shape[0], self.rows.runs))
+        for rows, change in self._planned(y.shape[0]) if plan is None else plan:
             if rows is None:
                 change.apply(y, x)
             else:
@@ -131,16 +136,20 @@ class Site:
     def remove(self, number: int) -> None:
         """Lets go of an adapter's changes."""
         self.changes.pop(number, None)
-        self._planned, self._plan = (0, []), []
+        self._plans.clear()
 
-    def _planned_changes(self, num_rows: int) -> list[tuple[slice | None, Change]]:
+    def _planned(self, num_rows: int) -> list[tuple[slice | None, Change]]:
         """What to apply, and to which rows; None for all."""
-        ends = accumulate(number for _, number in self.runs)
-        parts = [
-            (end - number, number, self.changes.get(adapter, ()))
-            for end, (adapter, number) in zip(ends, self.runs, strict=True)
-        ]
-        return [*in_one_call([(0, num_rows, self.always)]), *in_one_call(parts)]
+        parts, first = [], 0
+        for adapter, number in self.rows.runs:
+            if number and adapter in self.changes:
+                parts.append((first, number, self.changes[adapter]))
+            first += number
+        plan = [*in_one_call([(0, num_rows, self.always)]), *in_one_call(parts)]
+        if len(self._plans) >= MOST_PLANS:
+            self._plans.clear()
+        self._plans[num_rows, self.rows.runs] = plan
+        return plan
 
 
 def in_one_call(parts: Iterable[tuple[int, int, Sequence[Change]]]) -> Iterator[tuple[slice | None, Change]]:
@@ -148,7 +157,7 @@ def in_one_call(parts: Iterable[tuple[int, int, Sequence[Change]]]) -> Iterator[
     calls: list[list[Group]] = []  # no row twice in one: threads share its work
     for first, num_rows, changes in parts:
         num_calls = 0
-        for change in changes if num_rows else ():
+        for change in changes:
             if isinstance(change, LowRankChange) and change.is_for_kernel(num_rows):
                 calls += [] if num_calls < len(calls) else [[]]
                 calls[num_calls].append(Group(first, num_rows, change.factors))
@@ -186,8 +195,8 @@ class Adapters:
         self._numbers = count(1)
         self._by_name: dict[str, LoadedAdapter] = {}
         self._held: set[int] = set()  # numbers whose tensors are there
-        self._runs: list[Run] = []
-        self._wanted_runs: list[Run] = []
+        self._rows = StepRows()
+        self._wanted_rows = StepRows()
 
     @property
     def names(self) -> list[str]:
@@ -212,7 +221,7 @@ class Adapters:
         for place, some in changes.items():
             owner, attribute = self.places[place]
             site = getattr(owner, attribute) or Site()
-            site.runs = self._wanted_runs if place == self.OUTPUT else self._runs
+            site.rows = self._wanted_rows if place == self.OUTPUT else self._rows
             site.changes[loaded.number] = some
             setattr(owner, attribute, site)
         self._by_name[name] = loaded
@@ -264,10 +273,9 @@ class Adapters:
         """A step of these runs, of which the rows `wanted` (in order) get logits."""
         ends = list(accumulate(num_rows for _, num_rows in runs))
         marks = [0, *(bisect_left(wanted, end) for end in ends)]
-        self._runs[:] = runs
-        self._wanted_runs[:] = [(n, marks[i + 1] - marks[i]) for i, (n, _) in enumerate(runs)]
+        self._rows.runs = tuple(runs)
+        self._wanted_rows.runs = tuple((n, marks[i + 1] - marks[i]) for i, (n, _) in enumerate(runs))
         try:
             yield
         finally:
-            self._runs.clear()
-            self._wanted_runs.clear()
+            self._rows.runs = self._wanted_rows.runs = ()

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from support.ranks import forked
 
 from llama import Llama, SamplingParams
 from llama.checkpoint import open_checkpoint, save_low_bit
+from llama.kernels.lowrank import Factors
+from llama.lora import LowRankChange, in_one_call
 from llama.perplexity import perplexity
 
 TOKENS = [1, 50, 7, 200, 33, 90, 12, 5]
@@ -85,6 +88,14 @@ def test_two_adapters_and_base_rows_share_a_step(made, deterministic):
         assert alone_tokens == tokens
         if deterministic:
             assert alone == logprobs
+
+
+def test_what_several_adapters_add_to_the_same_rows_is_never_one_call_whose_threads_would_race():
+    factors = Factors.of([(torch.randn(2, 32), torch.randn(16, 2))], [0])
+    one = LowRankChange(replace(factors, width=16))
+    found = list(in_one_call([(0, 3, [one, one]), (3, 2, [one]), (5, 99, [one])]))
+    assert [rows for rows, _ in found] == [slice(5, 104), None, None]
+    assert [len(change.factors) for _, change in found[1:]] == [2, 1]
 
 
 def test_base_rows_have_the_same_bits_beside_adapters(made):

@@ -14,7 +14,7 @@ from llama.server.settings import SERVER
 MODEL_FLAGS = ["tokenizer", "chat-format", "tool-format", "max-seq-len", "device", "dtype", "quantization"]
 MODEL_FLAGS += ["kv-cache-memory", "kv-dtype", "lora", "draft", "compile", "trust-compiled"]
 SAMPLER_FLAGS = ["temperature", "top-p", "top-k", "repetition-penalty", "max-tokens", "stop", "seed"]
-TUTORIAL_FLAGS = ["model_path", "gpus", "infer_dtype", "model_source"]
+TUTORIAL_FLAGS = ["model_path", "gpus", "infer_dtype", "model_source", "model", "cpu"]
 FLAGS = {
     "chat": ["system", "history", "url", "api-key", *MODEL_FLAGS, *SAMPLER_FLAGS],
     "complete": ["prompt", "stream", "echo", "json-schema", "regex", "grammar", *MODEL_FLAGS, *SAMPLER_FLAGS],

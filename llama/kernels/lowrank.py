@@ -6,8 +6,10 @@ reads all of it from front to back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -52,6 +54,11 @@ class Factors:
         parts = (Part(b.shape[1], column, b.shape[0]) for (_, b), column in zip(pairs, columns, strict=True))
         return cls(numbers, tuple(parts), UNIT if is_served else None)
 
+    @cached_property
+    def layout(self) -> tuple[int, ...]:
+        """The parts as the operator wants to know them."""
+        return len(self.parts), *chain.from_iterable(self.parts)
+
     @property
     def ranks(self) -> int:
         return sum(part.ranks for part in self.parts)
@@ -72,11 +79,9 @@ class Group:
     num_rows: int
     factors: Factors
 
-    def layout(self) -> Iterator[int]:
+    def layout(self) -> tuple[int, ...]:
         """What the operator wants to know of it."""
-        yield from (self.first_row, self.num_rows, len(self.factors.parts))
-        for part in self.factors.parts:
-            yield from part
+        return self.first_row, self.num_rows, *self.factors.layout
 
 
 class LowRankRows:

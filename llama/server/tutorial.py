@@ -1,8 +1,10 @@
 """The tutorials' way to start a server, in our own options.
 
     llama serve --model_path DIR --gpus 0,1 --infer_dtype int8 --model_source llama2_chinese
+    llama serve --model llama-7b-hf --lora Llama2-7b --cpu
 
-Source: the flags of scripts/api/accelerate_server.py of Llama2-Chinese.
+Sources: the flags of scripts/api/accelerate_server.py of Llama2-Chinese; those of text-generation-webui's server.py,
+which looks for models in models/ and for adapters in loras/.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from typing import Any
 from llama.streams import tell
 
 TUTORIAL_PORT = 8001  # where its client looks for the server
+FOLDERS_HERE = {"model_dir": Path("models"), "lora_dir": Path("loras")}
 QUANTIZATIONS = {"int4": "sym_int4", "int8": "sym_int8", "float16": None}
 SOURCE_FORMATS = {"llama2_chinese": "atom", "llama2_meta": "llama2", "llama3_meta": "llama3"}
 
@@ -77,6 +80,11 @@ class TutorialOptions:
             f"--gpus {self.gpus}: {num_ranks} of {num_gpus} will be used; "
             f"torchrun --nproc_per_node {num_gpus} -m llama serve ... shares the model among them"
         ]
+
+
+def folders_here(given: dict[str, Any]) -> dict[str, Any]:
+    """The folders of models and adapters that stand here, as text-generation-webui has them, where none are given."""
+    return {name: path for name, path in FOLDERS_HERE.items() if name not in given and path.is_dir()}
 
 
 def chosen_adapters(given: Sequence[str], folder: Path | None) -> tuple[list[str], dict[str, str]]:

@@ -64,6 +64,17 @@ def test_every_option_that_the_documentation_names_is_there():
     from llama.server.settings import SERVER
 
     known = {"--" + option.name.replace("_", "-") for option in (*SERVER, *MODEL)}
-    others = {"--url", "--lora", "--config", "--help", "--model_path", "--gpus", "--infer_dtype", "--model_source"}
+    others = {
+        "--url",
+        "--lora",
+        "--model",
+        "--cpu",
+        "--config",
+        "--help",
+        "--model_path",
+        "--gpus",
+        "--infer_dtype",
+        "--model_source",
+    }
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", DOCUMENT)) - {"--nproc_per_node"}
     assert named <= known | others

@@ -13,8 +13,8 @@ from support.tiny import tiny_args
 RANK = 4
 
 
-def save_adapter(path: Path, seed: int, **changes: int) -> Path:
-    """A directory with an adapter on wq and wo, large enough that other tokens are chosen."""
+def save_adapter(path: Path, seed: int, whole: dict[str, torch.Tensor] | None = None, **changes: int) -> Path:
+    """A directory with an adapter on wq and wo, large enough that other tokens are chosen; and with whole weights."""
     args = tiny_args(**changes)
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -23,6 +23,7 @@ def save_adapter(path: Path, seed: int, **changes: int) -> Path:
             name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
             tensors[f"{name}.lora_A.weight"] = 0.3 * torch.randn(RANK, args.dim, generator=generator)
             tensors[f"{name}.lora_B.weight"] = 0.3 * torch.randn(args.dim, RANK, generator=generator)
+    tensors |= whole or {}
     path.mkdir(parents=True)
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": ["q_proj", "o_proj"]}
     (path / "adapter_config.json").write_text(json.dumps(config))

@@ -362,7 +362,7 @@ def perplexity(
 
 
 @app.command()
-@takes(load=MODEL.only("device", "kv_dtype"))
+@takes(load=MODEL.only("device", "kv_dtype", "compile", "draft"))
 def bench(
     model: Model = None,
     shape: Annotated[

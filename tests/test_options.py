@@ -26,7 +26,20 @@ FLAGS = {
     "inspect": ["estimate", "max-seq-len", "max-batch-size", "ranks", "kv-dtype"],
     "serve": ["config", *TUTORIAL_FLAGS, *MODEL_FLAGS, *(option.name.replace("_", "-") for option in SERVER)],
     "verify": [],
-    "bench": ["shape", "precision", "vs", "works", "rounds", "threads", "json", "plot", "device", "kv-dtype"],
+    "bench": [
+        "shape",
+        "precision",
+        "vs",
+        "works",
+        "rounds",
+        "threads",
+        "json",
+        "plot",
+        "device",
+        "kv-dtype",
+        "compile",
+        "draft",
+    ],
     "perplexity": ["file", "encoding", "window", "stride", *MODEL_FLAGS],
 }
 for flag in ("chat-format", "tool-format"):

@@ -16,10 +16,13 @@ import torch  # isort: skip
 LLM: list[Llama] = []  # the one that is loaded
 
 
-def load(path: str, threads: int, precision: str | None, **options: object) -> dict:
-    """`precision` is a low-bit format, "none", or None: as stored; `options` are those of `Llama.build`."""
+def load(path: str, threads: int, precision: str | None, draft: str = "none", **options: object) -> dict:
+    """`precision` is a low-bit format, "none", or None: as stored; `options` are those of `Llama.build`.
+
+    Without a drafter, unless one is named: what a random model repeats is easier to guess than what people ask for.
+    """
     torch.set_num_threads(threads)
-    LLM[:] = [Llama.build(path, quantization=precision, **options)]
+    LLM[:] = [Llama.build(path, quantization=precision, draft=draft, **options)]
     model = LLM[0].model
     linears = [module for module in model.modules() if isinstance(module, Linear | LowBitLinear)]
     inner = sum(one.in_features * one.out_features for one in linears if one is not model.output)

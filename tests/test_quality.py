@@ -14,6 +14,7 @@ from llama import Llama
 from llama.perplexity import perplexity
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+UNCOUNTED = 64 * mmap.PAGESIZE  # that Linux counts for a thread by itself, until it adds them up: proc(5), RssAnon
 ARGS = tiny_args()
 TEXT = "How far is a packed model from its baseline, at every position of a text new to both of them?"  # 3 x 31
 
@@ -79,7 +80,7 @@ def test_memory_sees_what_is_held_and_what_was(quality):
             pages.write(bytes(size))
         time.sleep(0.1)
         dropped.close()
-    assert size <= memory.held < 1.5 * size
+    assert size - UNCOUNTED <= memory.held < 1.5 * size
     assert memory.peak >= 2 * size
     kept.close()
 

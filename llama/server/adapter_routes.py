@@ -98,7 +98,7 @@ def add_adapter_routes(admin: AdminRoutes) -> None:
         folder = server.settings.lora_dir
         return {"lora_names": list(adapters_in(folder)) if folder else []}
 
-    admin.get("/v1/internal/lora/list", list_adapters, needs_key=True)
+    admin.get("/v1/internal/lora/list", list_adapters)
 
     @admin.post("/v1/internal/lora/load", LoadAdaptersRequest)
     async def load_adapters(body: LoadAdaptersRequest) -> str:

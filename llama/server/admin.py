@@ -79,12 +79,10 @@ class AdminRoutes:
 
         return decorate
 
-    def get(self, path: str, told: Callable[[], Any], needs_key: bool = False) -> None:
-        """What is asked by GET, with the admin key or without."""
+    def get(self, path: str, told: Callable[[], Any]) -> None:
+        """What is asked by GET, without the admin key."""
 
         async def answer(request: Request) -> Response:
-            if needs_key:
-                check_admin(request, self.server)
             return JSONResponse(told())
 
         self._app.add_api_route(

@@ -84,7 +84,7 @@ def add_model_routes(admin: AdminRoutes) -> None:
             "loading": server.loading,
         }
 
-    admin.get("/v1/internal/model/list", list_models, needs_key=True)
+    admin.get("/v1/internal/model/list", list_models)
     admin.get("/v1/internal/model/info", info)
 
     @admin.post(LOAD, LoadModelRequest)

@@ -144,18 +144,13 @@ CHANGES = [
     ("/lora-adapters", []),
     ("/v1/internal/lora/load", {"lora_names": ["a"]}),
     ("/v1/internal/lora/unload", {}),
-    ("/v1/internal/lora/list", None),
 ]
-
-
-def changed(running: Running, path: str, body: object, **headers: str) -> tuple[int, dict]:
-    return running.get(path, **headers) if body is None else running.post(path, body, **headers)
 
 
 @pytest.mark.parametrize(("path", "body"), CHANGES)
 def test_changes_take_the_admin_key(running, path, body):
     for headers in ({}, {"authorization": "Bearer other"}):
-        status, refused = changed(running, path, body, **headers)
+        status, refused = running.post(path, body, **headers)
         assert (status, refused["error"]["code"]) == (403, "admin_key_needed")
         assert "this takes the admin key" in refused["error"]["message"]
     assert names(running) == ["base"]
@@ -164,13 +159,13 @@ def test_changes_take_the_admin_key(running, path, body):
 def test_without_an_admin_key_or_a_folder_nobody_changes_anything(folder):
     with serving(lora_dir=folder) as running:
         for path, body in CHANGES:
-            status, refused = changed(running, path, body, **ADMIN)
+            status, refused = running.post(path, body, **ADMIN)
             assert (status, refused["error"]["code"]) == (403, "admin_off")
             assert "--admin-key KEY (or LLAMA_ADMIN_KEY)" in refused["error"]["message"]
     with serving(admin_key="boss") as running:
         status, refused = load(running, "x", "a")
         assert (status, "start the server with --lora-dir DIR" in refused["error"]["message"]) == (403, True)
-        assert running.get("/v1/internal/lora/list", **ADMIN) == (200, {"lora_names": []})
+        assert running.get("/v1/internal/lora/list") == (200, {"lora_names": []})
 
 
 def test_the_admin_key_opens_what_other_keys_open_and_they_change_nothing(folder):
@@ -244,7 +239,7 @@ def test_an_adapter_in_place_of_another_keeps_its_number_and_strength(running, e
 
 
 def test_adapters_of_the_folder_are_put_on_for_all(running, expected):
-    assert running.get("/v1/internal/lora/list", **ADMIN) == (200, {"lora_names": ["a", "b", "wrong"]})
+    assert running.get("/v1/internal/lora/list") == (200, {"lora_names": ["a", "b", "wrong"]})
     assert running.post("/v1/internal/lora/load", {"lora_names": ["a"]}, **ADMIN) == (200, "OK")
     assert tokens(running) == expected("a")
     assert running.post("/v1/internal/lora/load", {"lora_names": ["b", "a"]}, **ADMIN) == (200, "OK")

@@ -115,7 +115,7 @@ function templates() {
   const select = el("select", {}, [["", t("modelsOwn")], ...serverModel.formats.map((name) => [name, name]), [PASTED, t("templatePasted")]].map(([value, label]) => new Option(label, value)));
   const area = el("textarea", { rows: 6, spellcheck: "false", class: "mono", placeholder: "{% for message in messages %}…" });
   const pasted = field("templateText", area, t("hint_templateText"));
-  const shown = el("pre", { class: "mono", tabindex: "0", "aria-label": t("templateSample") });
+  const shown = el("pre", { class: "mono", role: "region", tabindex: "0", "aria-label": t("templateSample") });
   const show = async () => {
     select.value = isPasted() ? PASTED : settings.template;
     area.value = isPasted() ? settings.template : "";

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import random
 import re
 import signal
@@ -23,8 +22,8 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from urllib.parse import urlsplit
 
+from common.http import Client
 from common.timing import report
 
 WORDS = ("ship", "sailed", "past", "old", "grey", "tower", "rain", "fell", "on", "its", "many", "quiet", "windows")
@@ -41,33 +40,10 @@ def body(prompt: str, **fields: object) -> dict[str, object]:
 
 
 @dataclass
-class Server:
+class Server(Client):
     """A server in a process of its own."""
 
     process: asyncio.subprocess.Process
-    url: str
-
-    async def send(
-        self, method: str, path: str, data: object = None
-    ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """A connection on which a request was sent, and nothing read yet."""
-        parts = urlsplit(self.url)
-        reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1 << 24)
-        content = b"" if data is None else json.dumps(data).encode()
-        head = f"{method} {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
-        writer.write(f"{head}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content)
-        return reader, writer
-
-    async def ask(self, method: str, path: str, data: object = None) -> tuple[int, bytes]:
-        """Status and body; status 0 where the connection ended without an answer."""
-        try:
-            reader, writer = await self.send(method, path, data)
-            answer = await reader.read()
-        except OSError:
-            return 0, b""
-        writer.close()
-        head, _, content = answer.partition(b"\r\n\r\n")
-        return (int(head.split()[1]) if head else 0), content
 
     async def metrics(self) -> dict[str, float]:
         """By name, and for histograms by name and bound."""
@@ -93,7 +69,7 @@ async def serving(model: str | None, *options: str) -> AsyncIterator[Server]:
         match = re.search(rb"at (http://[^ ]+)", line)
         url = match and match[1].decode()
     try:
-        yield Server(process, url)
+        yield Server(url, process)
     finally:
         if process.returncode is None:
             process.terminate()

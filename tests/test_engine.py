@@ -7,6 +7,7 @@ from weakref import WeakSet
 import pytest
 import torch
 from support import slow
+from support.engines import checked
 from support.tiny import ByteTokenizer, tiny_args, tiny_model, tiny_weights
 
 from llama.answer import Event, Query
@@ -40,18 +41,7 @@ def make_engine(
         seed=seed,
         stop_ids=ByteTokenizer.stop_ids,
     )
-    step, chance = engine.step, random.Random(seed)
-
-    def checked_step():
-        running = engine.scheduler.running
-        if shaken and running and chance.random() < 0.5:
-            engine.scheduler.preempt(chance.choice(running))
-        events = step()
-        engine.scheduler.check()
-        return events
-
-    engine.step = checked_step
-    return engine
+    return checked(engine, random.Random(seed), 0.5 * shaken)
 
 
 def params(**fields) -> SamplingParams:

@@ -9,10 +9,11 @@ from itertools import chain
 
 import pytest
 import torch
+from support.engines import checked
 from support.tiny import ByteTokenizer, tiny_args, tiny_model
 
 from llama import SamplingParams
-from llama.answer import Completion, Event, Logprob, Query
+from llama.answer import Completion, Logprob, Query
 from llama.drafters import Drafter, DraftModel, Lookup
 from llama.engine import Engine
 from llama.runner import BLOCK_SIZE, Runner
@@ -76,18 +77,7 @@ def make_engine(
         drafter=drafter,
     )
     engine.speculation.costs = SameCosts()
-    step, chance = engine.step, random.Random(1)
-
-    def checked_step() -> list[Event]:
-        running = engine.scheduler.running
-        if shaken and running and chance.random() < 0.3:
-            engine.scheduler.preempt(chance.choice(running))
-        events = step()
-        engine.scheduler.check()
-        return events
-
-    engine.step = checked_step
-    return engine
+    return checked(engine, random.Random(1), 0.3 * shaken)
 
 
 def draft_model(seed: int, num_blocks: int = 64) -> DraftModel:

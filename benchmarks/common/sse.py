@@ -1,12 +1,12 @@
-"""A lean client of streamed answers: what it takes of the processor the server lacks."""
+"""Streamed answers, and when their pieces come."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 from dataclasses import dataclass, field
-from urllib.parse import urlsplit
+
+from .http import Client
 
 
 @dataclass
@@ -24,12 +24,8 @@ class Answer:
 
 async def ask(url: str, path: str, body: dict) -> Answer:
     """POSTs a body and reads the server-sent events of the answer; pieces without text are not counted."""
-    parts = urlsplit(url)
-    reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1 << 24)
-    data = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n"
+    reader, writer = await Client(url).send("POST", path, body)
     answer, started = Answer(), time.perf_counter()
-    writer.write(f"{head}Content-Length: {len(data)}\r\nConnection: close\r\n\r\n".encode() + data)
     answer.status = int((await reader.readline()).split()[1])
     async for line in reader:
         if not line.startswith(b"data: {"):

@@ -1,4 +1,7 @@
 import threading
+from collections.abc import Callable
+
+import pytest
 
 from llama.server.ranks import Watchdog, silence
 
@@ -12,44 +15,44 @@ def test_a_watchdog_that_nobody_pets_barks_once():
     assert not watchdog._thread.is_alive()
 
 
+class Clock:
+    """The time that a watchdog sees and waits by; `then` is called at each wait, with its number, as time goes on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, then: Callable[[int], None]) -> None:
+        self.now, self.waits, self.barked, self.then = 100.0, [], [], then
+        monkeypatch.setattr("time.monotonic", lambda: self.now)
+        self.watchdog = Watchdog(10, lambda: self.barked.append(self.now))
+        self.watchdog._is_stopped = self
+
+    def wait(self, seconds: float) -> bool:
+        self.waits.append(seconds)
+        self.now += seconds
+        self.then(len(self.waits))
+        return False
+
+
 def test_one_that_is_petted_looks_again_later(monkeypatch):
-    barked, waits, clock = [], [], [100.0]
-    monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    watchdog = Watchdog(10, lambda: barked.append(clock[0]))
+    def pet(number: int) -> None:
+        if number == 1:
+            clock.now -= 4
+            clock.watchdog.pet()
+            clock.now += 4
 
-    class Stopped:
-        def wait(self, seconds):
-            waits.append(seconds)
-            clock[0] += seconds
-            if len(waits) == 1:
-                clock[0] -= 4
-                watchdog.pet()
-                clock[0] += 4
-            return False
-
-    watchdog._is_stopped = Stopped()
-    watchdog._watch()
-    assert (waits, barked) == ([10, 6], [116.0])
+    clock = Clock(monkeypatch, pet)
+    clock.watchdog._watch()
+    assert (clock.waits, clock.barked) == ([10, 6], [116.0])
 
 
 def test_one_that_is_held_is_silent_for_as_long_as_it_takes(monkeypatch):
-    barked, waits, clock = [], [], [100.0]
-    monkeypatch.setattr("time.monotonic", lambda: clock[0])
-    watchdog = Watchdog(10, lambda: barked.append(clock[0]))
+    def let_go(number: int) -> None:
+        if number == 3:
+            held.__exit__(None, None, None)
 
-    class Stopped:
-        def wait(self, seconds):
-            waits.append(seconds)
-            clock[0] += seconds
-            if len(waits) == 3:
-                held.__exit__(None, None, None)
-            return False
-
-    watchdog._is_stopped = Stopped()
-    held = watchdog.held()
+    clock = Clock(monkeypatch, let_go)
+    held = clock.watchdog.held()
     held.__enter__()
-    watchdog._watch()
-    assert (waits, barked) == ([10, 10, 10, 10], [140.0])
+    clock.watchdog._watch()
+    assert (clock.waits, clock.barked) == ([10, 10, 10, 10], [140.0])
 
 
 def test_a_stopped_one_is_silent():

@@ -1,9 +1,9 @@
 """Anthropic's messages: what a body means, and that the stream says what the answer in one piece does."""
 
-import json
 from dataclasses import replace
 
 import pytest
+from support.events import named_events
 from support.tiny import ByteTokenizer, tiny_args, tiny_model
 
 from llama import Llama
@@ -34,18 +34,6 @@ def prompt(llm: Llama, **fields: object) -> str:
     return llm.tokenizer.decode(query.tokens)
 
 
-def events(text: str) -> list[dict]:
-    """The data of each event, which is named by its type."""
-    *frames, rest = text.split("\n\n")
-    assert rest == ""
-    found = []
-    for frame in frames:
-        name, data = frame.split("\n")
-        found.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {found[-1]['type']}"
-    return found
-
-
 def streamed(llm: Llama, **fields: object) -> tuple[list[dict], dict]:
     """The events of a stream, and the response made of the same completion."""
     call = opened(llm, stream=True, **fields)
@@ -53,7 +41,7 @@ def streamed(llm: Llama, **fields: object) -> tuple[list[dict], dict]:
     for step in llm.engine.run(call.queries):
         text += frames.push(step)
         completions += [event.completion for event in step if event.completion]
-    return events(text + frames.end()), call.respond(llm, completions)
+    return named_events(text + frames.end()), call.respond(llm, completions)
 
 
 def test_a_message_has_the_parts_that_clients_read(llm):
@@ -146,9 +134,9 @@ def test_the_stream_says_what_the_message_says(llm, stop):
 
 
 def test_an_error_in_the_midst_is_an_event_and_nothing_follows(llm):
-    [event] = events(opened(llm, stream=True).frames(llm).fail(failure("out of luck")))
+    [event] = named_events(opened(llm, stream=True).frames(llm).fail(failure("out of luck")))
     assert event == {"type": "error", "error": {"type": "api_error", "message": "out of luck"}}
-    assert events(opened(llm, stream=True).frames(llm).ping) == [{"type": "ping"}]
+    assert named_events(opened(llm, stream=True).frames(llm).ping) == [{"type": "ping"}]
 
 
 def test_tokens_are_counted_without_an_answer(llm):

@@ -8,6 +8,7 @@ import jsonschema
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.events import named_events
 from support.tiny import ByteTokenizer, tiny_args, tiny_model
 
 from llama import Llama
@@ -46,14 +47,8 @@ def prompt(llm: Llama, **fields: object) -> str:
 
 
 def events(text: str) -> list[dict]:
-    """The data of each event, which is named by its type."""
-    *frames, rest = text.split("\n\n")
-    assert rest == ""
-    found = []
-    for frame in frames:
-        name, data = frame.split("\n")
-        found.append(json.loads(data.removeprefix("data: ")))
-        assert name == f"event: {found[-1]['type']}"
+    """The data of each event, numbered as they come."""
+    found = named_events(text)
     assert [event["sequence_number"] for event in found] == list(range(len(found)))
     return found
 

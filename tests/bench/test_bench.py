@@ -152,6 +152,16 @@ def test_what_a_script_cannot_do_is_its_own_words_in_one_line(tmp_path):
     peer.close()
 
 
+def test_a_sides_memory_is_its_own_and_not_that_of_whoever_started_it(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys; sys.path.append({str(sides.CHILDREN)!r}); import lines; lines.answer_lines()")
+    held = bytearray(b"x" * (300 << 20))
+    peer = Peer(sys.executable, script)
+    found = peer.ask(do="memory")["bytes"]
+    peer.close()
+    assert 1 << 20 < found < len(held) // 2
+
+
 def test_the_fastest_of_a_peers_settings_is_measured(monkeypatch):
     side = sides.Side("script.py", "gguf", "a package", settings=({"flash": True}, {"flash": False}))
     monkeypatch.setitem(SIDES, "llamacpp", side)

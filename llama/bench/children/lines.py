@@ -35,6 +35,10 @@ def answer_lines(**handlers: Callable[..., dict]) -> None:
 
 
 def memory() -> dict:
+    if sys.platform == "linux":  # where getrusage begins with what the process had that started this one
+        with open("/proc/self/status") as lines:
+            fields = dict(line.split(":", 1) for line in lines)
+        return {"bytes": int(fields["VmHWM"].split()[0]) * 1024}
     try:
         import resource
     except ImportError:  # not a POSIX system

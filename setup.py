@@ -44,6 +44,7 @@ setup(
         "hub": ["huggingface-hub>=1.0"],
         "bench": ["matplotlib>=3.9"],
         "server": ["fastapi>=0.115", "uvicorn>=0.34", "httptools>=0.6.3", "prometheus-client>=0.21"],
+        "ray": ["ray[serve,data]>=2.60"],  # replicas; where they serve, with [server]
         "examples": ["openai>=1.92", "langchain-openai>=0.3"],
     },
     entry_points={"console_scripts": ["llama=llama.__main__:main"]},

@@ -40,6 +40,11 @@ NAME = re.compile(r"[\w.-]+(/[\w.-]+)+(:[\w.-]+)?", re.ASCII)  # org/name, org/n
 Model = Annotated[str | None, typer.Argument(metavar="[MODEL]", help=MODEL_HELP)]
 Lora = Annotated[list[str] | None, typer.Option("--lora", help="A LoRA adapter to merge in; DIR=0.7 weighs it.")]
 
+Replicas = Annotated[int | None, typer.Option(min=1, help="So many processes with the model, on Ray.")]
+RayAddress = Annotated[
+    str | None, typer.Option(help="A Ray cluster's head, as 10.0.0.1:6379, or auto; one of this machine if left out.")
+]
+
 OF_ONE_MODEL = ("tokenizer_path", "chat_format", "tool_format", "adapter", "adapters")  # options that no other has
 
 USAGE_ERROR = typer.BadParameter.__base__  # click's, or that of the click inside typer, as the version has it
@@ -132,6 +137,8 @@ def batch(
     source: Annotated[Path, typer.Argument(metavar="IN.jsonl", help="One request a line; - is standard input.")],
     target: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="One answer a line; a stopped job goes on.")],
     model: Annotated[str | None, typer.Option(help=MODEL_HELP)] = None,
+    replicas: Replicas = None,
+    ray_address: RayAddress = None,
     *,
     load: dict[str, Any],
 ) -> None:
@@ -141,9 +148,17 @@ def batch(
 
     if str(source) != "-" and (source.is_dir() or not source.exists()):
         raise FileNotFoundError(f"{source}: no such file; give a file with one request a line")
-    llm = build(model, load)
-    counts = report.run_batch(Batch(llm, source, target))
-    if llm.rank == 0 and counts.failed:
+    if validate_replicas(replicas, ray_address):
+        path_of(model)  # before a cluster is begun in vain
+        from llama.cluster import planned
+        from llama.replicated_batch import ReplicatedBatch
+
+        with planned(model, load, replicas, ray_address) as plan:
+            counts = report.run_batch(ReplicatedBatch(plan, source, target))
+    else:
+        llm = build(model, load)
+        counts = report.run_batch(Batch(llm, source, target), llm)
+    if counts.failed:
         sys.exit(1)
 
 
@@ -160,6 +175,8 @@ def serve(
     model_source: Annotated[str | None, typer.Option("--model_source", hidden=True)] = None,
     model_here: Annotated[str | None, typer.Option("--model", hidden=True)] = None,
     cpu: Annotated[bool, typer.Option("--cpu", hidden=True)] = False,
+    replicas: Replicas = None,
+    ray_address: RayAddress = None,
     *,
     context: typer.Context,
     listen: dict[str, Any],
@@ -173,7 +190,7 @@ def serve(
     into the model, --lora NAME=DIR puts it beside the model, for requests that name it as theirs.
     """
     try:
-        from llama.server.run import run_server
+        from llama.server.run import run_replicas, run_server
     except ModuleNotFoundError as error:
         raise RuntimeError(f"{error.name} is missing: pip install 'llama-native[server]'") from error
     tutorial = TutorialOptions(model_path, gpus, infer_dtype, model_source)
@@ -194,6 +211,13 @@ def serve(
 
     if "model_dir" in listen and not (model and os.path.exists(model)):
         model = str(model_in(listen["model_dir"], model))
+
+    if validate_replicas(replicas, ray_address):
+        if "admin_key" in listen:
+            raise WrongCall("--admin-key changes a model or its adapters at one replica alone: leave --replicas out")
+        path_of(model)  # before a cluster is begun in vain
+        run_replicas(model, load, ServerSettings(**listen), replicas, ray_address)
+        return
 
     def built(other: str | None = None, options: dict[str, Any] | None = None) -> Llama:
         drawn = {"seed": None}  # each start draws its own
@@ -438,6 +462,15 @@ def validate_remote(context: typer.Context, model: str | None) -> None:
     if model is not None or given:
         what = "a model" if model is not None else "--" + given[0].lstrip("-").replace("_", "-")
         raise WrongCall(f"{what} is given with --url: the server has its model, so give one or the other")
+
+
+def validate_replicas(replicas: int | None, ray_address: str | None) -> bool:
+    """Whether there are to be replicas. Raises WrongCall for what goes with none, or not with ranks."""
+    if replicas is None and ray_address is not None:
+        raise WrongCall(f"--ray-address is {ray_address}, but nothing is to run there: give --replicas N too")
+    if replicas is not None and "RANK" in os.environ:
+        raise WrongCall("--replicas begins processes of its own: run it without torchrun")
+    return replicas is not None
 
 
 def is_given(context: typer.Context, name: str) -> bool:

@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ class Line:
 
     number: int  # counted from 1
     custom_id: str | None = None
+    entry: dict[str, Any] = field(default_factory=dict)  # what stands there
     call: Call | None = None
     places: range = range(0)  # of its queries among all
     completions: list[Completion] = field(default_factory=list)
@@ -75,65 +77,114 @@ class Fingerprints:
         return int.from_bytes(blake2b(repr(name).encode(), digest_size=8).digest())
 
 
-class Batch:
-    """A model answering one file into another. The source "-" is standard input."""
+@dataclass(frozen=True)
+class LineAnswer:
+    """What comes of a line: a response's body, or why there is none."""
 
-    def __init__(self, llm: Llama, source: str | Path, target: str | Path):
+    number: int
+    custom_id: str | None
+    body: dict[str, Any] | None = None
+    error: str | None = None
+    num_tokens: int = 0  # generated
+
+
+Take = Callable[[LineAnswer], None]
+
+
+class Answerer:
+    """A model answering lines; `take` gets each answer as soon as it is there."""
+
+    def __init__(self, llm: Llama, take: Take):
         self.llm = llm
+        self.take = take
+        self._waiting: dict[int, Line] = {}  # by the place of each of its queries
+
+    def run(self, lines: Iterable[Line]) -> None:
+        """Takes lines as the model has room for them. Returns when all are answered."""
+        for completion in self.llm.run(self._queries(lines)):
+            self._complete(completion)
+
+    def _queries(self, lines: Iterable[Line]) -> Iterator[Query]:
+        """What the model has to answer; lines that cannot be are refused on the spot."""
+        num_queries = 0
+        for line in lines:
+            try:
+                endpoint = find_endpoint(MODEL_ENDPOINTS, line.entry.get("url"))
+                line.call = Call.open(self.llm, endpoint, line.entry.get("body"))
+            except ValueError as error:
+                self.take(LineAnswer(line.number, line.custom_id, error=str(error)))
+                continue
+            line.entry = {}
+            line.places = range(num_queries, num_queries + len(line.call.queries))
+            num_queries = line.places.stop
+            self._waiting |= dict.fromkeys(line.places, line)
+            yield from line.call.queries
+
+    def _complete(self, completion: Completion) -> None:
+        """One more completion of a line; the last one has it answered."""
+        line = self._waiting[completion.place]
+        line.completions.append(replace(completion, place=completion.place - line.places.start))
+        if len(line.completions) < line.call.num_completions:
+            return
+        for place in line.places:
+            del self._waiting[place]
+        num_tokens = sum(len(one.tokens) for one in line.completions)
+        try:
+            body, error = line.call.respond(self.llm, line.completions), None
+        except RuntimeError as failed:
+            body, error = None, str(failed)
+        self.take(LineAnswer(line.number, line.custom_id, body, error, num_tokens))
+
+
+class BatchJob(ABC):
+    """Requests of one file answered into another. The source "-" is standard input."""
+
+    def __init__(self, source: str | Path, target: str | Path):
         self.source = Path(source)
         self.target = Path(target)
         self.counts = Counts()
-        self._waiting: dict[int, Line] = {}  # by the place of each of its queries
+
+    @abstractmethod
+    def answer(self, lines: Iterable[Line], take: Take) -> None:
+        """Has the lines answered; `take` gets the answers, in any order."""
 
     def run(self, progress: Callable[[Counts], None] | None = None) -> Counts:
-        """Answers every line that is not answered yet. Under torchrun rank 0 reads and writes.
+        """Answers every line that is not answered yet; `progress` is told after each.
 
         Raises ValueError where the target holds the answers to another file, or another run is writing to it.
         """
-        if self.llm.rank != 0:
-            for _ in self.llm.run(()):
-                pass
-            return self.counts
         with locked(self.target), opened(self.source) as lines:
             done = finished_lines(self.target)
             # half a surrogate pair, which UTF-8 cannot hold, is written as JSON's escape
             with open(self.target, "a", encoding="utf-8", errors="backslashreplace") as out:
-                for completion in self.llm.run(self._queries(lines, done, out)):
-                    self._take(completion, out)
+
+                def take(answer: LineAnswer) -> None:
+                    self._write(out, answer)
                     if progress:
                         progress(self.counts)
+
+                self.answer(self._lines(lines, done, take), take)
         return self.counts
 
-    def _queries(self, lines: Iterable[str], done: Fingerprints, out: TextIO) -> Iterator[Query]:
-        """What the model has to answer; lines that cannot be are written on the spot."""
+    def _lines(self, lines: Iterable[str], done: Fingerprints, take: Take) -> Iterator[Line]:
+        """Those that are to be answered; `take` is told of those that are no requests."""
         seen = Fingerprints()
-        num_queries = 0
         for number, text in enumerate(lines, 1):
             if not text.strip():
                 continue
             line = Line(number)
             refusal = None
             try:
-                entry = self._parse(line, text, seen)
+                line.entry = self._parse(line, text, seen)
             except ValueError as error:
                 refusal = str(error)
             if done.has(number):
                 self._check_answered(line, done)
                 self.counts.skipped += 1
-                continue
-            if refusal is None:
-                try:
-                    endpoint = find_endpoint(MODEL_ENDPOINTS, entry.get("url"))
-                    line.call = Call.open(self.llm, endpoint, entry.get("body"))
-                except ValueError as error:
-                    refusal = str(error)
-            if refusal is not None:
-                self._write(out, line, error=refusal)
-                continue
-            line.places = range(num_queries, num_queries + len(line.call.queries))
-            num_queries = line.places.stop
-            self._waiting |= dict.fromkeys(line.places, line)
-            yield from line.call.queries
+            elif refusal is not None:
+                take(LineAnswer(number, line.custom_id, error=refusal))
+            else:
+                yield line
 
     def _parse(self, line: Line, text: str, seen: Fingerprints) -> dict[str, Any]:
         """The line's object; fills the line's custom_id. Raises ValueError."""
@@ -163,39 +214,42 @@ class Batch:
             f"not {line.custom_id!r}; give another file"
         )
 
-    def _take(self, completion: Completion, out: TextIO) -> None:
-        """One more completion of a line; the last one has it answered."""
-        line = self._waiting[completion.place]
-        line.completions.append(replace(completion, place=completion.place - line.places.start))
-        self.counts.tokens += len(completion.tokens)
-        if len(line.completions) < line.call.num_completions:
-            return
-        for place in line.places:
-            del self._waiting[place]
-        try:
-            body = line.call.respond(self.llm, line.completions)
-        except RuntimeError as error:
-            self._write(out, line, error=str(error))
-        else:
-            self._write(out, line, body)
-
-    def _write(self, out: TextIO, line: Line, body: dict[str, Any] | None = None, error: str | None = None) -> None:
+    def _write(self, out: TextIO, answer: LineAnswer) -> None:
         """One line at once, so that a job that is stopped leaves whole lines."""
         request_id = uuid.uuid4().hex
         entry = {
             "id": f"batch_req_{request_id}",
-            "line": line.number,
-            "custom_id": line.custom_id,
-            "response": body and {"status_code": 200, "request_id": request_id, "body": body},
-            "error": error and {"code": "invalid_request", "message": error},
+            "line": answer.number,
+            "custom_id": answer.custom_id,
+            "response": answer.body and {"status_code": 200, "request_id": request_id, "body": answer.body},
+            "error": answer.error and {"code": "invalid_request", "message": answer.error},
         }
         text = json.dumps(entry, ensure_ascii=False, allow_nan=False)
         out.write(text.translate(LINE_ENDS) + "\n")
         out.flush()
-        if error is None:
+        self.counts.tokens += answer.num_tokens
+        if answer.error is None:
             self.counts.answered += 1
         else:
             self.counts.failed += 1
+
+
+class Batch(BatchJob):
+    """A job of one model. Under torchrun rank 0 reads and writes."""
+
+    def __init__(self, llm: Llama, source: str | Path, target: str | Path):
+        super().__init__(source, target)
+        self.llm = llm
+
+    def run(self, progress: Callable[[Counts], None] | None = None) -> Counts:
+        if self.llm.rank == 0:
+            return super().run(progress)
+        for _ in self.llm.run(()):
+            pass
+        return self.counts
+
+    def answer(self, lines: Iterable[Line], take: Take) -> None:
+        Answerer(self.llm, take).run(lines)
 
 
 def finished_lines(target: Path) -> Fingerprints:

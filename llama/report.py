@@ -18,7 +18,7 @@ from llama.streams import printable
 
 if TYPE_CHECKING:
     from llama.answer import EngineStats
-    from llama.batch import Batch, Counts
+    from llama.batch import BatchJob, Counts
     from llama.bench.run import Bench, Figure, Limits, Start
     from llama.checkpoint import Adapter, Estimate, Finding, Inspection, Stored
     from llama.generation import Llama
@@ -134,23 +134,24 @@ def guesses_text(stats: EngineStats) -> str:
     return f", {stats.num_accepted_tokens} of {stats.num_draft_tokens} guesses right"
 
 
-def run_batch(batch: Batch) -> Counts:
-    """Runs it under a line that counts, and sums up."""
+def run_batch(batch: BatchJob, llm: Llama | None = None) -> Counts:
+    """Runs it under a line that counts, and sums up, with what is known of the model's guesses."""
     console = Console(stderr=True)
     started = time.perf_counter()
+    is_first = llm is None or llm.rank == 0
 
     def summary(counts: Counts) -> str:
         rate = counts.tokens / (time.perf_counter() - started)
         skipped = f", {counts.skipped} answered before" if counts.skipped else ""
-        guessed = guesses_text(batch.llm.engine.stats())
+        guessed = guesses_text(llm.engine.stats()) if llm else ""
         return f"{counts.answered} answered, {counts.failed} failed{skipped}; {rate:.1f} tokens per second{guessed}"
 
-    show = console.is_terminal and batch.llm.rank == 0
+    show = console.is_terminal and is_first
     columns = (SpinnerColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console, transient=True, disable=not show) as progress:
         task = progress.add_task("")
         counts = batch.run(lambda counts: progress.update(task, description=summary(counts)))
-    if batch.llm.rank == 0:
+    if is_first:
         console.print(summary(counts), highlight=False)
     return counts
 

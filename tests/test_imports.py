@@ -33,9 +33,9 @@ speculation
 engine
 building
 generation  export
-service  perplexity  terminal
+service  perplexity  terminal  cluster
 batch  server  protocol  bench
-report
+report  replicated_batch
 __init__  __main__
 """
 ROW = {name: number for number, line in enumerate(ROWS.strip().splitlines()) for name in line.split()}

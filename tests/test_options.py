@@ -14,17 +14,25 @@ from llama.server.settings import SERVER
 MODEL_FLAGS = ["tokenizer", "chat-format", "tool-format", "max-seq-len", "device", "dtype", "quantization"]
 MODEL_FLAGS += ["kv-cache-memory", "kv-dtype", "lora", "draft", "compile", "trust-compiled"]
 SAMPLER_FLAGS = ["temperature", "top-p", "top-k", "repetition-penalty", "max-tokens", "stop", "seed"]
+REPLICA_FLAGS = ["replicas", "ray-address"]
+SERVER_FLAGS = [option.name.replace("_", "-") for option in SERVER]
 TUTORIAL_FLAGS = ["model_path", "gpus", "infer_dtype", "model_source", "model", "cpu"]
 FLAGS = {
     "chat": ["system", "history", "url", "api-key", *MODEL_FLAGS, *SAMPLER_FLAGS],
     "complete": ["prompt", "stream", "echo", "json-schema", "regex", "grammar", *MODEL_FLAGS, *SAMPLER_FLAGS],
-    "batch": ["model", *MODEL_FLAGS],
+    "batch": ["model", *REPLICA_FLAGS, *MODEL_FLAGS],
     "convert": ["to", "shards", "max-shard-size", "dtype", "lora", "input_dir", "output_dir", "model_size"],
     "push": ["private", "overwrite"],
     "quantize": ["type", "lora"],
     "export": ["batch-size", "sequence-length", "num-cores", "tokenizer", "dtype", "quantization", "kv-dtype"],
     "inspect": ["estimate", "max-seq-len", "max-batch-size", "ranks", "kv-dtype"],
-    "serve": ["config", *TUTORIAL_FLAGS, *MODEL_FLAGS, *(option.name.replace("_", "-") for option in SERVER)],
+    "serve": [
+        "config",
+        *REPLICA_FLAGS,
+        *TUTORIAL_FLAGS,
+        *MODEL_FLAGS,
+        *(option.name.replace("_", "-") for option in SERVER),
+    ],
     "verify": [],
     "bench": [
         "shape",

@@ -10,6 +10,7 @@ from starlette.types import Scope, Send
 from llama.service import Refusal, error_form
 
 Header = tuple[bytes, bytes]
+RETRY_AFTER = 1  # seconds
 
 
 def refusal_response(path: str, refusal: Refusal) -> Response:
@@ -26,3 +27,8 @@ async def refuse(
     start = {"type": "http.response.start", "status": refusal.status, "headers": [*response.raw_headers, *headers]}
     await send(start)
     await send({"type": "http.response.body", "body": response.body, "more_body": not is_last})
+
+
+def unavailable(message: str) -> Refusal:
+    """For a request that may be tried again in a moment."""
+    return Refusal(message, status=503, kind="unavailable_error", code="unavailable", retry_after=RETRY_AFTER)

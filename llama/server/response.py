@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from starlette.responses import JSONResponse, Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from llama.answer import Completion
 from llama.server.connection import ABORT
@@ -34,7 +34,9 @@ class CallResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         stream = self.server.engine.open(self.call)
         answer = self._stream if self.call.body.is_streamed else self._whole
-        answering = asyncio.create_task(answer(stream, scope, receive, self._limited(scope, send)))
+        answering = asyncio.create_task(
+            answer(stream, scope, receive, limited(scope, send, self.server.settings.send_timeout))
+        )
         leaving = asyncio.create_task(left(receive))
         try:
             await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -95,20 +97,21 @@ class CallResponse(Response):
             return self.server.unavailable()
         return failure(str(error))
 
-    def _limited(self, scope: Scope, send: Send) -> Send:
-        """`send`, which gives a client only so long to read; then its connection is cut off."""
-        abort = scope.get("extensions", {}).get(ABORT)
 
-        async def limited(message: dict[str, object]) -> None:
-            try:
-                async with asyncio.timeout(self.server.settings.send_timeout):
-                    await send(message)
-            except TimeoutError:
-                if abort is not None:
-                    abort["call"]()
-                raise ConnectionAbortedError("the client does not read") from None
+def limited(scope: Scope, send: Send, timeout: float) -> Send:
+    """`send`, which gives a client only so many seconds to read; then its connection is cut off."""
+    abort = scope.get("extensions", {}).get(ABORT)
 
-        return limited
+    async def limited_send(message: Message) -> None:
+        try:
+            async with asyncio.timeout(timeout):
+                await send(message)
+        except TimeoutError:
+            if abort is not None:
+                abort["call"]()
+            raise ConnectionAbortedError("the client does not read") from None
+
+    return limited_send
 
 
 async def left(receive: Receive) -> None:

@@ -15,11 +15,11 @@ from llama.checkpoint import models_in
 from llama.generation import Llama
 from llama.server.engine_thread import EngineThread
 from llama.server.models import ServedModel
+from llama.server.refusing import RETRY_AFTER, unavailable
 from llama.server.settings import ServerSettings
 from llama.service import Call, Endpoint, Refusal
 
 LOAD, UNLOAD = "/v1/internal/model/load", "/v1/internal/model/unload"  # which are open while there is no model
-RETRY_AFTER = 1  # seconds
 LAST_STEP = 0.5  # seconds that the engine's thread has to end its step
 
 HALF = re.compile(rb"\\u[dD][89a-fA-F]")  # what may become half of a character outside the basic plane
@@ -54,6 +54,16 @@ class Server:
         return self._model
 
     @property
+    def name(self) -> str:
+        """The model's. Raises Refusal where there is none."""
+        return self.model.name
+
+    @property
+    def ended(self) -> asyncio.Future[None]:
+        """When the engine's thread has nothing more to do, with the error that ended it, if one did."""
+        return self.engine.ended
+
+    @property
     def has_model(self) -> bool:
         return self._model is not None
 
@@ -80,6 +90,10 @@ class Server:
         self._model = None
         self.metrics.watch(None, "")
 
+    def fail(self, error: str) -> None:
+        """Tells everybody who waits that nothing more will come."""
+        self.engine.fail(error)
+
     async def close(self) -> None:
         """Ends the engine's thread, if it is at work: a step that has begun may take some time."""
         ready = self.engine.ready
@@ -103,7 +117,7 @@ class Server:
             message = f"no model is loaded: POST {LOAD} loads one, GET /v1/internal/model/list names them"
         else:
             message = f"Loading model {self.loading}".rstrip()
-        return Refusal(message, status=503, kind="unavailable_error", code="unavailable", retry_after=RETRY_AFTER)
+        return unavailable(message)
 
     def check_available(self) -> None:
         """Raises Refusal while a model is loading or none is there, and once a stop was asked for."""

@@ -5,13 +5,44 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Awaitable
+from typing import Protocol
 
 import uvicorn
 
-from llama.server.server import Server
+from llama.server.metrics import Metrics
+from llama.server.settings import ServerSettings
 
 LOOK = 0.05  # seconds between two looks at what is still open
 FAREWELL = 0.5  # seconds for the last words of streams that are cut off
+
+
+class Service(Protocol):
+    """What a process serves: a model of its own, or replicas of one elsewhere.
+
+    `name`: that of the model. `ended` is set when nothing more can be answered, with the error that ended it, if any.
+    """
+
+    settings: ServerSettings
+    metrics: Metrics
+    is_draining: bool
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def ended(self) -> asyncio.Future[None]: ...
+
+    async def start(self) -> None:
+        """Returns when requests are answered. Raises what keeps them from it."""
+
+    def check_body(self, path: str) -> None:
+        """Raises Refusal where a request's body need not be read."""
+
+    def fail(self, error: str) -> None:
+        """Tells everybody who waits that nothing more will come."""
+
+    async def close(self) -> None:
+        """Lets go of everything."""
 
 
 class Shutdown:
@@ -20,8 +51,8 @@ class Shutdown:
     It listens on meanwhile, so that /health can say 503 and new requests are sent elsewhere.
     """
 
-    def __init__(self, server: Server, listener: uvicorn.Server):
-        self.server = server
+    def __init__(self, service: Service, listener: uvicorn.Server):
+        self.service = service
         self.listener = listener
         self._asked = asyncio.Event()
         self._hurried = asyncio.Event()
@@ -30,7 +61,7 @@ class Shutdown:
         if self._asked.is_set():
             self._hurried.set()
         self._asked.set()
-        self.server.is_draining = True
+        self.service.is_draining = True
 
     async def ask_when_orphaned(self) -> None:
         """Asks when this process' parent has ended, as torchrun does where it is killed: nobody else would."""
@@ -54,8 +85,8 @@ class Shutdown:
 
     async def drain(self) -> None:
         """Waits for open requests, and then no longer: what is left of them is told that it ends."""
-        await self._wait(self.server.settings.shutdown_timeout)
-        self.server.engine.fail("the server is stopping")
+        await self._wait(self.service.settings.shutdown_timeout)
+        self.service.fail("the server is stopping")
         self._hurried.clear()
         await self._wait(FAREWELL)
         if self.listener.server_state.tasks:  # whoever does not read, or sends a body without end

@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPResponse
 from typing import Any
 
+from starlette.types import ASGIApp
+
 from llama import Llama
 from llama.answer import Event
+from llama.server.app import make_app
 from llama.server.run import bound, serve_on
 from llama.server.server import Server
 from llama.server.settings import ServerSettings
@@ -92,9 +95,13 @@ def serving(build: Callable[[], Llama] = tiny_llm, **settings: Any) -> Iterator[
         started.append(Running(server, host, port, asyncio.get_running_loop(), stop))
         is_up.set()
 
+    def make() -> tuple[Server, ASGIApp]:
+        server = Server(build, given)
+        return server, make_app(server)
+
     def run() -> None:
         try:
-            asyncio.run(serve_on(listening, build, given, started_as))
+            asyncio.run(serve_on(listening, make, started_as))
         except BaseException as error:
             failed.append(error)
         finally:

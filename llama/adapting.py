@@ -38,7 +38,7 @@ def adapters_of(model: Transformer) -> Adapters:
 
 def joints(model: Transformer) -> Iterator[tuple[str, Joint]]:
     """By the name of their first part."""
-    for number, layer in enumerate(model.layers):
+    for number, layer in model.held_layers.items():
         for path, owner in (("attention", layer.attention), ("feed_forward", layer.feed_forward)):
             for joint in vars(owner).values():
                 if isinstance(joint, Joint):
@@ -104,7 +104,7 @@ class _Adapting:
     def __init__(self, adapter: Adapter, model: Transformer):
         self.adapter = adapter
         self.model = model
-        self.parallel = model.parallel
+        self.tensor = model.tensor
         self.like = model.norm.weight
 
     def changes(self) -> dict[str, list[Change]]:
@@ -113,9 +113,9 @@ class _Adapting:
             path = place.rpartition(".")[0]
             if changes := list(self._joint(joint, [f"{path}.{name}" for name in joint.names])):
                 found[place] = changes
-        if embedding := list(self._embedding()):
+        if self.model.stage.is_first and (embedding := list(self._embedding())):
             found["tok_embeddings"] = embedding
-        if output := list(self._output()):
+        if self.model.stage.is_last and (output := list(self._output())):
             found[Adapters.OUTPUT] = output
         return found
 
@@ -131,7 +131,7 @@ class _Adapting:
             bias = torch.zeros(linear.out_features) if linear.bias is None else linear.bias.float().cpu()
             new_bias = bias
             whole = self.adapter.whole.get(f"{name}.bias")
-            if whole is not None and is_held(f"{name}.bias", self.parallel.rank):
+            if whole is not None and is_held(f"{name}.bias", self.tensor.rank):
                 new_bias = self._part(whole.read(0, 0, whole.shape[0]).float(), f"{name}.bias")
             if low_rank is not None:
                 a, b = self._parts(low_rank, f"{name}.weight")
@@ -139,7 +139,7 @@ class _Adapting:
                     self._validate_alone(joint.added, name)
                     gain[place] = self._gain(low_rank, f"{name}.weight", linear.dequantize().cpu(), a, b)
                     b = b * gain[place].unsqueeze(1)
-                if low_rank.bias is not None and is_held(f"{name}.bias", self.parallel.rank):
+                if low_rank.bias is not None and is_held(f"{name}.bias", self.tensor.rank):
                     new_bias = new_bias + self._part(low_rank.bias, f"{name}.bias")
                 pairs.append((self._own(a), self._own(b)))
                 columns.append(place.start)
@@ -185,7 +185,7 @@ class _Adapting:
             rows = torch.arange(table.num_rows)[part]
             own = table.rows(rows.to(self.like.device)).float().cpu()
             squares += torch.addmm(own, b[table.first + rows], a).square_().sum(0)
-        return self.parallel.all_reduce(squares).sqrt()
+        return self.tensor.all_reduce(squares).sqrt()
 
     def _is_stored(self, name: str) -> bool:
         """Whether a whole weight has the model's own values, as adapters often bring them along."""
@@ -198,7 +198,7 @@ class _Adapting:
 
     def _agree(self, value: bool) -> bool:
         """Whether it is so on every rank."""
-        return bool(self.parallel.all_reduce(torch.tensor([float(value)])) == self.parallel.size)
+        return bool(self.tensor.all_reduce(torch.tensor([float(value)])) == self.tensor.size)
 
     def _head(self) -> Tensor:
         """This rank's part of the output layer, float32, on the CPU."""
@@ -215,9 +215,9 @@ class _Adapting:
     def _part(self, tensor: Tensor, name: str) -> Tensor:
         """This rank's part of a tensor that is cut as the weight or bias `name`."""
         dim = split_dim(name)
-        if dim is None or self.parallel.size == 1:
+        if dim is None or self.tensor.size == 1:
             return tensor
-        start, stop = share(tensor.shape[dim], self.parallel.rank, self.parallel.size)
+        start, stop = share(tensor.shape[dim], self.tensor.rank, self.tensor.size)
         return tensor.narrow(dim, start, stop - start)
 
     def _validate_alone(self, site: Site | None, name: str) -> None:
@@ -232,7 +232,7 @@ class _Adapting:
         squares = torch.addmm(weight.float(), b, a).square_().sum(1)
         magnitude = low_rank.magnitude.float()
         if split_dim(name) == 1:
-            return magnitude / self.parallel.all_reduce(squares).sqrt()
+            return magnitude / self.tensor.all_reduce(squares).sqrt()
         return self._part(magnitude, name) / squares.sqrt()
 
     def _own(self, tensor: Tensor) -> Tensor:

@@ -64,6 +64,7 @@ def load(
     max_seq_len: int | None = None,
     max_batch_size: int | None = None,
     model_parallel_size: int | None = None,
+    pipeline_parallel_size: int | None = None,
     device: str = "auto",
     dtype: str | torch.dtype = "auto",
     quantization: str | None = None,
@@ -79,46 +80,48 @@ def load(
 
     `quantization` is a format's name, "none" or None. Raises FileNotFoundError, ValueError or RuntimeError.
     """
-    exported = open_export(ckpt_dir)
-    if exported is not None:
-        limits = exported.limits
-        max_seq_len = exported.within("max_seq_len", max_seq_len, limits.sequence_length)
-        max_batch_size = exported.within("max_batch_size", max_batch_size, limits.batch_size)
-        dtype = exported.same("dtype", dtype, limits.dtype)
-        kv_dtype = exported.same("kv_dtype", kv_dtype, limits.kv_dtype)
-        torch.set_num_threads(limits.num_cores)
-    checkpoint = open_checkpoint(default_model() if ckpt_dir is None else ckpt_dir)
-    if exported is not None:
-        exported.validate_checkpoint(checkpoint.digest)
     target = choose_device(device)
-    group = parallel.start(model_parallel_size, target.type)
-    checkpoint, beside = with_adapters_beside(
-        checkpoint, adapter, lambda weight: quantization is None and keeps_blocks(weight, group.size, target)
-    )
-    packed = packed_modules(untied(checkpoint), quantization, group.size, target)
-    if "output" in packed:
-        checkpoint = untied(checkpoint)
-    args = replace(checkpoint.args)
-    args.max_seq_len = max_seq_len or args.max_seq_len
-    args.max_batch_size = max_batch_size or args.max_batch_size
-    with torch.device("meta"):
-        model = Transformer(args, group)
-    pack_modules(model, packed)
-    with ThreadPoolExecutor(1) as reader, progress_bar("Loading", show=group.rank == 0) as advance:
-        reading = reader.submit(read_tokenizer, checkpoint, tokenizer_path, chat_format, tool_format)
-        load_weights(
-            model,
-            checkpoint,
-            rank=group.rank,
-            world_size=group.size,
-            device=target,
-            dtype=choose_dtype(dtype, checkpoint.dtype, target),
-            progress=stopping(advance, reading),
+    group = parallel.start(model_parallel_size, target.type, pipeline_parallel_size)
+    with group.failing_together():
+        exported = open_export(ckpt_dir)
+        if exported is not None:
+            limits = exported.limits
+            max_seq_len = exported.within("max_seq_len", max_seq_len, limits.sequence_length)
+            max_batch_size = exported.within("max_batch_size", max_batch_size, limits.batch_size)
+            dtype = exported.same("dtype", dtype, limits.dtype)
+            kv_dtype = exported.same("kv_dtype", kv_dtype, limits.kv_dtype)
+            torch.set_num_threads(limits.num_cores)
+        checkpoint = open_checkpoint(default_model() if ckpt_dir is None else ckpt_dir)
+        if exported is not None:
+            exported.validate_checkpoint(checkpoint.digest)
+        num_parts = group.tensor.size
+        checkpoint, beside = with_adapters_beside(
+            checkpoint, adapter, lambda weight: quantization is None and keeps_blocks(weight, num_parts, target)
         )
-        model.prepare(BLOCK_SIZE if deterministic else None)
-        for one in beside:
-            add_always(one, model)
-        tokenizer, chosen, surplus = reading.result()
+        packed = packed_modules(untied(checkpoint), quantization, num_parts, target)
+        if "output" in packed:
+            checkpoint = untied(checkpoint)
+        args = replace(checkpoint.args)
+        args.max_seq_len = max_seq_len or args.max_seq_len
+        args.max_batch_size = max_batch_size or args.max_batch_size
+        with torch.device("meta"):
+            model = Transformer(args, group)
+        pack_modules(model, packed)
+        with ThreadPoolExecutor(1) as reader, progress_bar("Loading", show=group.rank == 0) as advance:
+            reading = reader.submit(read_tokenizer, checkpoint, tokenizer_path, chat_format, tool_format)
+            load_weights(
+                model,
+                checkpoint,
+                rank=group.tensor.rank,
+                world_size=num_parts,
+                device=target,
+                dtype=choose_dtype(dtype, checkpoint.dtype, target),
+                progress=stopping(advance, reading),
+            )
+            model.prepare(BLOCK_SIZE if deterministic else None)
+            tokenizer, chosen, surplus = reading.result()
+    for one in beside:  # ranks take part together
+        add_always(one, model)
     return_memory()
     if group.rank == 0:
         for warning in (*checkpoint.warnings, *surplus, *beyond_training(checkpoint.args, max_seq_len)):
@@ -197,8 +200,9 @@ def make_engine(
         draft_dtype = choose_kv_dtype(kv_dtype, draft.norm.weight.dtype)
         beside = draft.cache_shape.bytes_per_token(draft_dtype)
     memory = None if kv_cache_memory is None else parse_size(kv_cache_memory)
-    beside = model.parallel.broadcast_json(beside)
-    num_blocks = model.parallel.broadcast_json(count_blocks(model, memory, dtype, beside))
+    with model.parallel.failing_together():
+        own = count_blocks(model, memory, dtype, beside)
+    num_blocks = min(model.parallel.gather_json(own))  # stages differ in layers, machines in memory
     drafter = None
     if isinstance(draft, Transformer):
         runner = Runner(draft, num_blocks, BLOCK_SIZE, draft_dtype)
@@ -224,23 +228,18 @@ def load_draft(draft: str | Path | None, large: Loaded, **options: Any) -> Draft
     FileNotFoundError or ValueError for a model that cannot guess for this one.
     """
     if draft is None:
-        return "lookup" if rows_stand_alone(large.model) else None
+        alone = large.model.parallel.count(rows_stand_alone(large.model))
+        return "lookup" if alone == large.model.parallel.size else None
     if draft == NO_DRAFT:
         return None
     if draft in DRAFTERS:
         return draft
-    parallel, found, error = large.model.parallel, None, None
-    if parallel.rank == 0:
-        try:
-            small = load(draft, model_parallel_size=1, compile=False, **options)
-            validate_draft(small, large)
-            found = small.model
-        except (OSError, ValueError) as raised:
-            error = raised
-    told = parallel.broadcast_json(error and str(error))
-    if told is not None:
-        raise error or ValueError(told)
-    return found
+    with large.model.parallel.failing_together():
+        if large.model.parallel.rank != 0:
+            return None
+        small = load(draft, model_parallel_size=1, compile=False, **options)
+        validate_draft(small, large)
+        return small.model
 
 
 def validate_draft(small: Loaded, large: Loaded) -> None:
@@ -258,7 +257,7 @@ def validate_draft(small: Loaded, large: Loaded) -> None:
 
 
 def rows_stand_alone(model: Transformer) -> bool:
-    """Whether the bits of a row's result do not depend on how many rows a small step has.
+    """Whether the bits of a row's result do not depend on how many rows a small step has, on this rank.
 
     It is so for tiles of fixed size and the compiled low-bit kernels; other products of one row and of several differ
     in the last bits.
@@ -267,7 +266,9 @@ def rows_stand_alone(model: Transformer) -> bool:
         return True
     products = [joint for _, joint in joints(model)]
     linears = [linear for joint in products for linear in ([joint.joint] if joint.joint else joint.linears)]
-    all_low_bit = all(isinstance(linear, LowBitLinear) and linear.prepared for linear in [*linears, model.output])
+    if model.stage.is_last:
+        linears.append(model.output)
+    all_low_bit = all(isinstance(linear, LowBitLinear) and linear.prepared for linear in linears)
     return all_low_bit and all(joint.added is None for joint in products)
 
 

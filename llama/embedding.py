@@ -8,7 +8,7 @@ from torch import nn
 
 from llama.kernels.formats import FORMATS
 from llama.linear import StoredWeight
-from llama.parallel import SINGLE, ModelParallel, share
+from llama.parallel import ALONE, TensorParallel, share
 
 
 class Embedding(nn.Module):
@@ -17,7 +17,7 @@ class Embedding(nn.Module):
     A table that is only looked up may stay `as_stored`, in a smaller type than the model computes in.
     """
 
-    def __init__(self, vocab_size: int, dim: int, parallel: ModelParallel = SINGLE, as_stored: bool = False):
+    def __init__(self, vocab_size: int, dim: int, parallel: TensorParallel = ALONE, as_stored: bool = False):
         super().__init__()
         self.as_stored = as_stored
         self.parallel = parallel
@@ -48,7 +48,7 @@ class LowBitEmbedding(Embedding):
     bit for bit what unpacking all of them first would give.
     """
 
-    def __init__(self, format: str, vocab_size: int, dim: int, parallel: ModelParallel = SINGLE):
+    def __init__(self, format: str, vocab_size: int, dim: int, parallel: TensorParallel = ALONE):
         super().__init__(vocab_size, dim, parallel)
         self.format = FORMATS[format]
         self.dtype = torch.float32

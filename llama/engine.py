@@ -146,7 +146,8 @@ class Engine:
                     step = self.speculation.widen(self.scheduler, step, self._choices)
                     started = self.speculation.clock()
                     num_logits = [self._num_logits(part) for part in step.slices]
-                    output = self.runner.run(Pack.of(step, num_logits, self.scheduler.block_size))
+                    pooled = any(choice.pool is not None for choice in choices)
+                    output = self.runner.run(Pack.of(step, num_logits, self.scheduler.block_size, pooled))
                     turns = self._turns(step, output, num_logits)
                     rows = [row for turn in turns for row in turn.rows]
                     samples = [row for turn in turns for row in turn.samples()]

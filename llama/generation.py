@@ -105,6 +105,7 @@ class Llama:
         model_parallel_size: int | None = None,
         seed: int | None = 1,
         *,
+        pipeline_parallel_size: int | None = None,
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
         quantization: str | None = None,
@@ -130,7 +131,10 @@ class Llama:
             tokenizer_path: None looks in the checkpoint, beside it, and one directory above.
             max_seq_len: the most tokens of a prompt and its answer together; None is the model's context.
             max_batch_size: how many sequences to expect at once. Longer lists are scheduled, not refused.
-            model_parallel_size: over how many of the ranks that torchrun started; None is all of them.
+            model_parallel_size: how many of the ranks that torchrun started cut each layer between them; None is all
+                of a stage.
+            pipeline_parallel_size: into how many stages the layers are cut, each on ranks of its own, for a model
+                that one machine does not hold; None is 1. A step passes the stages one after the other.
             seed: what requests without a seed of their own draw from; None draws one, which is then `llm.seed`.
             device: "auto", "cpu", "cuda", "mps", ...
             dtype: "bf16", "fp16", "fp32", a torch dtype, or "auto": as stored, and on a CPU bf16 only where
@@ -170,6 +174,7 @@ class Llama:
             max_seq_len=max_seq_len,
             max_batch_size=max_batch_size,
             model_parallel_size=model_parallel_size,
+            pipeline_parallel_size=pipeline_parallel_size,
             device=device,
             dtype=dtype,
             quantization=quantization,

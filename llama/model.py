@@ -16,7 +16,7 @@ from llama.device import return_memory
 from llama.embedding import Embedding
 from llama.kernels.elementwise import rms_norm, swiglu
 from llama.linear import Joint, Linear, in_tiles
-from llama.parallel import SINGLE, ModelParallel, share_size
+from llama.parallel import ALONE, SINGLE, ModelParallel, TensorParallel, share, share_size
 from llama.rotary import RopeScaling, Rotary, rope_frequencies
 
 
@@ -72,7 +72,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention of one rank's heads over what the cache holds of each request."""
 
-    def __init__(self, args: ModelArgs, parallel: ModelParallel = SINGLE):
+    def __init__(self, args: ModelArgs, parallel: TensorParallel = ALONE):
         super().__init__()
         self.parallel = parallel
         self.n_local_heads = args.n_heads // parallel.size
@@ -95,7 +95,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """w2(silu(w1 x) * w3 x)"""
 
-    def __init__(self, args: ModelArgs, parallel: ModelParallel = SINGLE):
+    def __init__(self, args: ModelArgs, parallel: TensorParallel = ALONE):
         super().__init__()
         self.parallel = parallel
         hidden_dim = args.hidden_dim // parallel.size
@@ -110,7 +110,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    def __init__(self, args: ModelArgs, parallel: ModelParallel = SINGLE):
+    def __init__(self, args: ModelArgs, parallel: TensorParallel = ALONE):
         super().__init__()
         self.attention = Attention(args, parallel)
         self.feed_forward = FeedForward(args, parallel)
@@ -126,24 +126,33 @@ class TransformerBlock(nn.Module):
 class Transformer(nn.Module):
     """Tokens to logits. `params` is the whole model's shape; the modules hold this rank's part of it.
 
+    Where the model is cut into stages, `layers` has None for those of other stages. The embedding is on the first
+    stage, the output layer on the last; `norm` is on all, and tells in which type and where a rank computes.
+
     Build it under `torch.device("meta")` to give it storage only when its weights arrive.
     """
 
     def __init__(self, params: ModelArgs, parallel: ModelParallel = SINGLE):
         super().__init__()
-        validate_ranks(params, parallel.size)
+        self.tensor, self.stage = parallel.tensor, parallel.stage
+        validate_ranks(params, self.tensor.size)
         self.params = params
         self.parallel = parallel
         self.vocab_size = params.vocab_size
-        self.n_layers = params.n_layers
-        self.tok_embeddings = Embedding(
-            params.vocab_size, params.dim, parallel, as_stored=not params.tie_word_embeddings
+        held = self.stage.layers(params.n_layers)
+        self.n_layers = len(held)
+        is_tied = params.tie_word_embeddings
+        self.tok_embeddings = None
+        if self.stage.is_first or (self.stage.is_last and is_tied):
+            self.tok_embeddings = Embedding(params.vocab_size, params.dim, self.tensor, as_stored=not is_tied)
+        self.layers = nn.ModuleList(
+            TransformerBlock(params, self.tensor) if number in held else None for number in range(params.n_layers)
         )
-        self.layers = nn.ModuleList(TransformerBlock(params, parallel) for _ in range(params.n_layers))
         self.norm = RMSNorm(params.dim, params.norm_eps)
         self.output = None
-        if not params.tie_word_embeddings:
-            self.output = Linear(params.dim, self.tok_embeddings.num_rows)
+        if self.stage.is_last and not is_tied:
+            first, stop = share(params.vocab_size, self.tensor.rank, self.tensor.size)
+            self.output = Linear(params.dim, stop - first)
         self.fixed_rows: int | None = None
         self.added_to_embedding = self.added_to_output = None  # as a `Joint`'s `added`
         self._cache: ContiguousCache | None = None  # what forward() remembers between calls
@@ -151,8 +160,13 @@ class Transformer(nn.Module):
     @property
     def cache_shape(self) -> CacheShape:
         """What this rank's cache stores for a token."""
-        n_kv_heads = self.params.n_kv_heads // self.parallel.size
+        n_kv_heads = self.params.n_kv_heads // self.tensor.size
         return CacheShape(self.n_layers, n_kv_heads, self.params.head_dim, self.params.sliding_window)
+
+    @property
+    def held_layers(self) -> dict[int, TransformerBlock]:
+        """The layers of this rank's stage, by their numbers, in order."""
+        return {number: layer for number, layer in enumerate(self.layers) if layer is not None}
 
     def prepare(self, fixed_rows: int | None = None) -> None:
         """After loading: stores each weight in the layout that its product reads fastest, layer by layer.
@@ -160,7 +174,7 @@ class Transformer(nn.Module):
         With `fixed_rows` every product has that many rows, so that a token's bits do not depend on the others.
         """
         self.fixed_rows = fixed_rows
-        for layer in self.layers:
+        for layer in self.held_layers.values():
             layer.attention.qkv.prepare(fixed_rows)
             layer.attention.out.prepare(fixed_rows)
             layer.feed_forward.gate_up.prepare(fixed_rows)
@@ -178,18 +192,25 @@ class Transformer(nn.Module):
     ) -> torch.Tensor:
         """A packed step: tokens and positions (num_tokens,) int64 -> normalised states (num_tokens, dim).
 
+        A stage takes the states of the one before, and passes its own on; those of the last one are normalised.
         Each layer stores the step's keys and values in its part of the cache. limits (num_tokens,): how many tokens
         each token's request may reach, for rope scaling that depends on it.
         """
         args, scaling = self.params, self.params.rope_scaling
         freqs = rope_frequencies(args.head_dim, args.rope_theta, scaling, positions.device, limits=limits)
         rotary = Rotary.at(positions, freqs, 1.0 if scaling is None else scaling.magnitude)
-        h = self.tok_embeddings(tokens).to(self.norm.weight.dtype)
-        if self.added_to_embedding is not None:
-            h = self.added_to_embedding(h, tokens)
-        for layer, cache in zip(self.layers, caches, strict=True):
+        if self.stage.is_first:
+            h = self.tok_embeddings(tokens).to(self.norm.weight.dtype)
+            if self.added_to_embedding is not None:
+                h = self.added_to_embedding(h, tokens)
+        else:
+            h = self.stage.receive(len(tokens), args.dim, like=self.norm.weight)
+        for layer, cache in zip(self.held_layers.values(), caches, strict=True):
             h = layer(h, rotary, cache)
-        return self.norm(h)
+        if self.stage.is_last:
+            return self.norm(h)
+        self.stage.send(h)
+        return h
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """(rows, dim) -> (rows, vocab_size) float32"""
@@ -201,7 +222,7 @@ class Transformer(nn.Module):
             local = F.linear(states, self.tok_embeddings.weight)
         if self.added_to_output is not None:
             local = self.added_to_output(local, states)
-        return self.parallel.all_gather(local, self.vocab_size).float()
+        return self.tensor.all_gather(local, self.vocab_size).float()
 
     def step(
         self,
@@ -211,8 +232,13 @@ class Transformer(nn.Module):
         wanted: torch.Tensor | None,
         limits: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A packed step: the logits of the rows `wanted` (rows,) int64, None for all, and the states of all."""
+        """A packed step: the logits of the rows `wanted` (rows,) int64, None for all, and the states of all.
+
+        A stage that is not the last has logits of no row.
+        """
         states = self.hidden_states(tokens, positions, caches, limits)
+        if not self.stage.is_last:
+            return states.new_empty((0, self.vocab_size), dtype=torch.float32), states
         return self.logits(states if wanted is None else states[wanted]), states
 
     @torch.inference_mode()
@@ -220,8 +246,11 @@ class Transformer(nn.Module):
         """The reference's call: logits of every position, (bsz, seqlen, vocab_size) float32.
 
         `tokens` (bsz, seqlen) stand at positions start_pos ...; what came before was given by earlier calls
-        and is kept in a contiguous cache that grows as needed. Raises ValueError where a row lacks what comes before.
+        and is kept in a contiguous cache that grows as needed. Raises ValueError where a row lacks what comes before,
+        and for a model in stages, whose steps a `Runner` runs.
         """
+        if self.stage.count > 1:
+            raise ValueError(f"this model is cut into {self.stage.count} stages: call Llama.complete or Llama.score")
         bsz, seqlen = tokens.shape
         weight = self.norm.weight
         cache = self._cache

@@ -78,6 +78,9 @@ MODEL = Options(  # parameters of `Llama.build`
         Option("chat_format", "A chat format's name, or a Jinja template's file."),
         Option("tool_format", "How the model calls tools, where that is not found: hermes, llama3 ..."),
         Option("max_seq_len", "Tokens of prompt and answer together.", int | None, least=1),
+        Option(
+            "pipeline_parallel_size", "Under torchrun: in how many stages of ranks the layers lie.", int | None, least=1
+        ),
         Option("device", "auto, cpu, cuda, mps ...", str, "auto"),
         Option("dtype", "auto, bf16, fp16 or fp32.", str, "auto"),
         Option("quantization", "sym_int4, nf4, q8_0 ...; none unpacks low-bit blocks."),

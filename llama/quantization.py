@@ -244,10 +244,13 @@ def has_kernels(format: str, device: torch.device | str) -> bool:
 def pack_modules(model: nn.Module, formats: Mapping[str, str]) -> None:
     """Puts a low-bit module in the place of each linear, or embedding, of `model` (on the meta device) in `formats`.
 
-    formats: module name ("layers.0.attention.wq") -> format. Raises LowBitError, with the formats that would do, where
-    a rank's columns are not whole blocks.
+    formats: module name ("layers.0.attention.wq") -> format; those of other stages are passed over. Raises LowBitError,
+    with the formats that would do, where a rank's columns are not whole blocks.
     """
+    held = {name for name, _ in model.named_modules()}
     for name, format in formats.items():
+        if name not in held:
+            continue
         path, _, attribute = name.rpartition(".")
         owner = model.get_submodule(path)
         plain = getattr(owner, attribute)

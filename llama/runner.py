@@ -55,9 +55,10 @@ class Pack:
     spans: list[Span]
     runs: list[Run] = field(default_factory=list)  # whose rows are whose, where an adapter is named
     dropped: list[int] = field(default_factory=list)  # adapters that nobody names any more
+    wants_states: bool = True  # whether somebody pools them
 
     @classmethod
-    def of(cls, step: Step, num_logits: Sequence[int], block_size: int) -> Pack:
+    def of(cls, step: Step, num_logits: Sequence[int], block_size: int, wants_states: bool = True) -> Pack:
         """`num_logits[i]`: of how many rows, counted from its end, slice i wants logits."""
         tokens: list[int] = []
         wanted: list[int] = []
@@ -71,7 +72,7 @@ class Pack:
         if any(part.request.group for part in step.slices):
             for group, parts in groupby(step.slices, lambda part: part.request.group):
                 runs.append((group, sum(part.count for part in parts)))
-        return cls(tokens, wanted, list(step.copies), spans, runs)
+        return cls(tokens, wanted, list(step.copies), spans, runs, wants_states=wants_states)
 
     def to_ints(self) -> list[int]:
         spans = (
@@ -80,7 +81,7 @@ class Pack:
         )
         parts = (self.tokens, self.wanted, self.copies, self.spans, self.runs, self.dropped)
         pairs = chain(*self.copies), chain.from_iterable(spans), chain(*self.runs)
-        return [*map(len, parts), *self.tokens, *self.wanted, *chain(*pairs), *self.dropped]
+        return [self.wants_states, *map(len, parts), *self.tokens, *self.wanted, *chain(*pairs), *self.dropped]
 
     @classmethod
     def from_ints(cls, ints: Sequence[int]) -> Pack:
@@ -89,7 +90,7 @@ class Pack:
         def take(count: int) -> list[int]:
             return [next(numbers) for _ in range(count)]
 
-        num_tokens, num_wanted, num_copies, num_spans, num_runs, num_dropped = take(6)
+        wants_states, num_tokens, num_wanted, num_copies, num_spans, num_runs, num_dropped = take(7)
         tokens, wanted = take(num_tokens), take(num_wanted)
         copies = [tuple(take(2)) for _ in range(num_copies)]
         spans, first_row = [], 0
@@ -99,7 +100,7 @@ class Pack:
             spans.append(Span(first_row, num_rows, context, extents, limit))
             first_row += num_rows
         runs = [tuple(take(2)) for _ in range(num_runs)]
-        return cls(tokens, wanted, copies, spans, runs, take(num_dropped))
+        return cls(tokens, wanted, copies, spans, runs, take(num_dropped), bool(wants_states))
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Output:
     """What a step computed."""
 
     logits: torch.Tensor  # (wanted rows, vocab_size) float32
-    states: torch.Tensor  # (num_tokens, dim): the normalised states of all rows
+    states: torch.Tensor  # (num_tokens, dim): the normalised states of all rows; (num_tokens, 0) if they stayed away
 
 
 def pick(x: torch.Tensor, rows: list[int]) -> torch.Tensor:
@@ -147,7 +148,7 @@ class Runner:
     def run(self, pack: Pack) -> Output:
         """The step's states and the logits that are wanted, both in the order of its slices.
 
-        Every rank runs it; rank 0 sends it to the others first.
+        Every rank runs it; rank 0 sends it to the others first. Where there are stages rank 0 alone gets all of it.
         """
         if self.parallel.leads:
             pack = replace(pack, dropped=self.adapters.take_dropped())
@@ -171,8 +172,22 @@ class Runner:
         program: Program = self.model if pack.runs else self.program
         with self.adapters.running(pack.runs, pack.wanted) if pack.runs else nullcontext():
             output = Output(*program.step(tokens, positions, caches, wanted, limits))
+        if self.model.stage.count > 1:
+            output = self._brought_back(output, pack)
         if len(pack.tokens) >= LONG_STEP and self.device.type == "cpu":
             return_memory()
+        return output
+
+    def _brought_back(self, output: Output, pack: Pack) -> Output:
+        """What the last stage computed, on rank 0, from the rank of that stage that sends to it."""
+        stage, dim = self.model.stage, self.model.params.dim if pack.wants_states else 0
+        if stage.is_last and self.model.tensor.rank == 0:
+            stage.send(output.logits)
+            stage.send(output.states[:, :dim])
+        elif self.parallel.rank == 0:
+            logits = stage.receive(len(pack.wanted), self.vocab_size, like=output.logits)
+            states = stage.receive(len(pack.tokens), dim, like=output.states)
+            return Output(logits, states)
         return output
 
 

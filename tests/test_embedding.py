@@ -12,7 +12,7 @@ from llama.embedding import Embedding, LowBitEmbedding
 from llama.kernels import library
 from llama.kernels.formats import FORMATS
 from llama.model import Transformer
-from llama.parallel import SINGLE, ModelParallel
+from llama.parallel import ALONE, TensorParallel
 from llama.quantization import pack_modules
 
 TOKENS = torch.tensor([3, 0, 263, 3, 66, 131, 132, 197, 198])  # at both ends of each quarter
@@ -25,7 +25,7 @@ class Stored:
     def __init__(self, format: str, table: torch.Tensor):
         self.format, self.packed = format, FORMATS[format].quantize(table)
 
-    def part(self, parallel: ModelParallel) -> "Stored":
+    def part(self, parallel: TensorParallel) -> "Stored":
         part = object.__new__(Stored)
         part.format, part.packed = self.format, self.packed.chunk(parallel.size)[parallel.rank]
         return part
@@ -41,7 +41,7 @@ def table(rows: int = 264, dim: int = 256) -> torch.Tensor:
     return torch.randn(rows, dim, generator=torch.Generator().manual_seed(0))
 
 
-def low_bit(stored: Stored, dtype: torch.dtype | None = None, parallel: ModelParallel = SINGLE) -> LowBitEmbedding:
+def low_bit(stored: Stored, dtype: torch.dtype | None = None, parallel: TensorParallel = ALONE) -> LowBitEmbedding:
     embedding = LowBitEmbedding(stored.format, 264, 256, parallel)
     embedding.load_weight("weight", stored.part(parallel), torch.device("cpu"), dtype)
     return embedding
@@ -58,10 +58,10 @@ def test_a_row_looked_up_is_the_row_of_the_table_unpacked_first(format, dtype):
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_give_their_own_rows_and_zeros_for_the_others(monkeypatch, size):
-    monkeypatch.setattr(ModelParallel, "all_reduce", lambda self, x: x)
+    monkeypatch.setattr(TensorParallel, "all_reduce", lambda self, x: x)
     stored, whole = Stored("q8_0", table()), Embedding(264, 256)
     whole.weight.copy_(stored.read())
-    found = [low_bit(stored, parallel=ModelParallel(rank, size))(TOKENS) for rank in range(size)]
+    found = [low_bit(stored, parallel=TensorParallel(rank, size))(TOKENS) for rank in range(size)]
     assert torch.equal(sum(found), whole(TOKENS))
     owners = TOKENS // (264 // size)
     for rank, rows in enumerate(found):

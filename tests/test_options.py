@@ -12,6 +12,7 @@ from llama.options import CONFIG, MODEL, SAMPLER, Option, Options, takes
 from llama.server.settings import SERVER
 
 MODEL_FLAGS = ["tokenizer", "chat-format", "tool-format", "max-seq-len", "device", "dtype", "quantization"]
+MODEL_FLAGS += ["pipeline-parallel-size"]
 MODEL_FLAGS += ["kv-cache-memory", "kv-dtype", "lora", "draft", "compile", "trust-compiled"]
 SAMPLER_FLAGS = ["temperature", "top-p", "top-k", "repetition-penalty", "max-tokens", "stop", "seed"]
 REPLICA_FLAGS = ["replicas", "ray-address"]

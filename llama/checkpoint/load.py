@@ -12,7 +12,7 @@ from ..embedding import Embedding
 from ..files.errors import CheckpointError
 from ..linear import LoadsItself
 from ..model import Transformer, validate_ranks
-from .inventory import EMBEDDING, OUTPUT, is_held, split_dim
+from .inventory import expected_shapes, split_dim
 from .opened import Checkpoint
 from .weight import Weight
 
@@ -44,7 +44,7 @@ def load_weights(
     that names every missing, unexpected, duplicate and misshapen weight; ValueError for an uneven world size.
     """
     validate_ranks(checkpoint.args, world_size)
-    weights = match(model, checkpoint, rank, world_size)
+    weights = match(model, checkpoint)
     total, done = sum(weight.nbytes for weight in weights), 0
     target = torch.device(device)
     with ThreadPoolExecutor(NUM_READERS) as readers:  # most of loading is the kernel's work on new pages
@@ -55,16 +55,16 @@ def load_weights(
                 progress(done, total)
 
 
-def match(model: Transformer, checkpoint: Checkpoint, rank: int, world_size: int) -> list[Weight]:
-    """The checkpoint's weights in its own order, if they are exactly those that this rank's model wants."""
-    wanted = {name: _whole(name, shape, world_size, model.vocab_size) for name, shape in _slots(model)}
-    weights = [weight for weight in checkpoint.weights() if is_held(weight.name, rank)]
-    problems = list(_problems(wanted, weights))
+def match(model: Transformer, checkpoint: Checkpoint) -> list[Weight]:
+    """The checkpoint's weights of which this rank has a part, in order, if all are exactly what the model wants."""
+    weights = list(checkpoint.weights())
+    problems = list(_problems(dict(expected_shapes(model.params)), weights))
     if problems:
         named = "; ".join(problems[:MAX_NAMED])
         more = f"; and {len(problems) - MAX_NAMED} more" if len(problems) > MAX_NAMED else ""
         raise CheckpointError(f"{checkpoint.path}: {named}{more}")
-    return weights
+    held = set(_held(model))
+    return [weight for weight in weights if weight.name in held]
 
 
 def split(weights: Iterable[Weight], rank: int, world_size: int) -> Iterator[Weight]:
@@ -88,24 +88,14 @@ def fill(model: nn.Module, part: Weight, device: torch.device, dtype: torch.dtyp
     setattr(module, attribute, nn.Parameter(tensor.to(device), requires_grad=False))
 
 
-def _slots(model: nn.Module) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Name and shape of everything that is to be filled, as this rank holds it."""
+def _held(model: nn.Module) -> Iterator[str]:
+    """The names of everything that is to be filled on this rank."""
     for path, module in model.named_modules():
-        prefix = f"{path}." if path else ""
         if isinstance(module, LoadsItself):
-            shapes = module.weight_shapes()
+            names = module.weight_shapes()
         else:
-            shapes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters(recurse=False)}
-        yield from ((prefix + name, shape) for name, shape in shapes.items())
-
-
-def _whole(name: str, shape: tuple[int, ...], world_size: int, vocab_size: int) -> tuple[int, ...]:
-    dim = split_dim(name)
-    if dim is None:
-        return shape
-    if name in (EMBEDDING, OUTPUT):  # whose parts need not be equal
-        return vocab_size, *shape[1:]
-    return tuple(size * world_size if axis == dim else size for axis, size in enumerate(shape))
+            names = dict(module.named_parameters(recurse=False))
+        yield from (f"{path}.{name}" for name in names)
 
 
 def _problems(wanted: dict[str, tuple[int, ...]], weights: list[Weight]) -> Iterator[str]:

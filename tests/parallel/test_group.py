@@ -83,6 +83,7 @@ def test_ranks_that_cannot_share_the_heads_are_told_which_numbers_can():
 
 def test_collectives_are_the_identity_on_one_rank():
     x = torch.randn(3)
-    assert SINGLE.all_reduce(x) is x
-    assert SINGLE.all_gather(x) is x
+    assert SINGLE.tensor.all_reduce(x) is x
+    assert SINGLE.tensor.all_gather(x) is x
     assert SINGLE.broadcast_json({"a": [1]}) == {"a": [1]}
+    assert SINGLE.gather_json({"a": [1]}) == [{"a": [1]}]

@@ -1,26 +1,25 @@
-"""Model parallelism on fairscale: who takes part, and the collectives.
+"""The ranks that hold one model: rank 0 says what is done, the others do it.
 
-One process is the ordinary case: then there is no process group and every collective is the identity. Under
-`torchrun` the ranks of one model form a group; fairscale is imported only then. NCCL carries CUDA tensors, gloo
-carries everything on the CPU.
+One process is the ordinary case: then there is no process group. Under `torchrun` the ranks of one model form one.
 """
 
 from __future__ import annotations
 
 import enum
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-IDLE_TIMEOUT = timedelta(days=3650)  # waiting for the next request is not a failure
+from .stage import Stage
+from .tensor import TensorParallel
+
 STEP_CAPACITY = 4096  # integers that travel in a step's first broadcast; longer steps need a second one
 
 
@@ -49,39 +48,31 @@ T = TypeVar("T", bound=Item)
 
 @dataclass(frozen=True)
 class ModelParallel:
-    """One rank's place among the `size` ranks that hold a model together."""
+    """One rank's place among the `size` ranks that hold a model together, in `num_stages` stages of as many ranks."""
 
     rank: int = 0
     size: int = 1
     root: int = 0  # rank 0 of this model, counted over all processes
     control: Any = None  # the group that carries steps and results; it never times out
+    num_stages: int = 1
+
+    @property
+    def tensor(self) -> TensorParallel:
+        """Its place among the ranks of its stage."""
+        size = self.size // self.num_stages
+        return TensorParallel(self.rank % size, size)
+
+    @property
+    def stage(self) -> Stage:
+        """Its place among the stages."""
+        size = self.size // self.num_stages
+        before, after = (self.root + (self.rank + step) % self.size for step in (-size, size))
+        return Stage(self.rank // size, self.num_stages, before, after)
 
     @property
     def leads(self) -> bool:
         """Whether there are others, who do what this rank says."""
         return self.rank == 0 and self.size > 1
-
-    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of every rank's `x`; with several ranks `x` itself is overwritten."""
-        if self.size == 1:
-            return x
-        from fairscale.nn.model_parallel.mappings import reduce_from_model_parallel_region
-
-        return reduce_from_model_parallel_region(x)
-
-    def all_gather(self, x: torch.Tensor, length: int | None = None) -> torch.Tensor:
-        """Every rank's `x` (..., n), joined along the last dimension: (..., n * size).
-
-        With `length` these are all ranks' parts of that many, as `share` makes them: (..., length).
-        """
-        if self.size == 1:
-            return x
-        from fairscale.nn.model_parallel.mappings import gather_from_model_parallel_region
-
-        if length is None or length % self.size == 0:
-            return gather_from_model_parallel_region(x.contiguous())
-        filled = F.pad(x, (0, share_size(length, self.size) - x.shape[-1]))
-        return gather_from_model_parallel_region(filled)[..., :length].contiguous()
 
     def broadcast_ints(self, values: list[int] | None = None) -> list[int]:
         """Rank 0's integers, on every rank. One broadcast carries up to `STEP_CAPACITY` of them."""
@@ -130,6 +121,34 @@ class ModelParallel:
         number = torch.tensor([int(is_so)])
         dist.all_reduce(number, group=self.control)
         return int(number)
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Every rank's value, which JSON can hold, on every rank."""
+        if self.size == 1:
+            return [value]
+        body = torch.tensor(to_ints(value), dtype=torch.uint8)
+        lengths = [torch.empty(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(body)]), group=self.control)
+        longest = int(max(lengths))
+        bodies = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(bodies, F.pad(body, (0, longest - len(body))), group=self.control)
+        return [from_ints(one[: int(length)].tolist()) for one, length in zip(bodies, lengths, strict=True)]
+
+    @contextmanager
+    def failing_together(self) -> Iterator[None]:
+        """Around what each rank does by itself: where one fails, the others raise what it said, as ValueError or else
+        RuntimeError. Without it they would wait for that rank in their next collective.
+        """
+        failed: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failed = error
+        told = self.gather_json(failed and [str(failed), isinstance(failed, ValueError | OSError)])
+        if failed is not None:
+            raise failed
+        for rank, (text, is_given_wrong) in ((rank, one) for rank, one in enumerate(told) if one is not None):
+            raise (ValueError if is_given_wrong else RuntimeError)(f"rank {rank}: {text}")
 
     def beat(self) -> None:
         """On rank 0, between steps: waits until every other rank is there. Raises RuntimeError where one is gone."""
@@ -212,61 +231,4 @@ def from_ints(ints: list[int]) -> Any:
     return json.loads(bytes(ints))
 
 
-def share_size(length: int, size: int) -> int:
-    """How many of `length` rows each of `size` ranks has; the last one may have fewer."""
-    return -(-length // size)
-
-
-def share(length: int, rank: int, size: int) -> tuple[int, int]:
-    """Where a rank's part of `length` rows starts and stops."""
-    start = min(rank * share_size(length, size), length)
-    return start, min(start + share_size(length, size), length)
-
-
 SINGLE = ModelParallel()
-_joined: dict[int, tuple[Any, ModelParallel]] = {}  # by size, with the world that it is of: models share its groups
-
-
-def num_launched() -> int:
-    """How many processes `torchrun` started; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def start(model_parallel_size: int | None = None, device: str | None = None) -> ModelParallel:
-    """Joins the ranks that `torchrun` started into models of `model_parallel_size` ranks (all, if None).
-
-    With one process nothing is initialised; a second model shares the first one's groups. A process group or a
-    model-parallel group that the host program made is used as it is. Raises ValueError where the sizes do not fit.
-    """
-    world_size = dist.get_world_size() if dist.is_initialized() else num_launched()
-    size = model_parallel_size or world_size
-    if size > world_size or world_size % size:
-        raise ValueError(
-            f"model_parallel_size is {size}, but {world_size} process(es) run: it must divide their number; "
-            f"start with torchrun --nproc_per_node {size}"
-        )
-    if size == 1:
-        return SINGLE
-    if dist.is_initialized() and size in _joined and _joined[size][0] is dist.group.WORLD:
-        return _joined[size][1]
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
-        dist.init_process_group(backend)
-    from fairscale.nn.model_parallel import initialize
-
-    if not initialize.model_parallel_is_initialized():
-        initialize.initialize_model_parallel(size)
-    if initialize.get_model_parallel_world_size() != size:
-        raise ValueError(
-            f"model_parallel_size is {size}, but this program initialised fairscale with "
-            f"{initialize.get_model_parallel_world_size()}: use that size"
-        )
-    control = None
-    for first in range(0, world_size, size):  # every process takes part in making every group
-        group = dist.new_group(list(range(first, first + size)), timeout=IDLE_TIMEOUT, backend="gloo")
-        if first <= dist.get_rank() < first + size:
-            control = group
-    rank = initialize.get_model_parallel_rank()
-    joined = ModelParallel(rank, size, dist.get_rank() - rank, control)
-    _joined[size] = dist.group.WORLD, joined
-    return joined

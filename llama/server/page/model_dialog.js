@@ -46,17 +46,20 @@ function changer(label, note, path, body, { now = "", done = "" }, again) {
   const button = el("button", {
     type: "button",
     onclick: async () => {
-      button.disabled = true;
+      const form = button.closest(".settings");
+      const said = done(); // of what is chosen now
       setText(note, now());
+      form.disabled = true; // what is chosen meanwhile would be lost: all of it is about to be made anew
       try {
         await postJSON(`v1/internal/${path}`, body());
         await readModel().catch(() => {}); // without a model there is nothing to read
-        toast(done());
-        again();
+        await again();
+        toast(said);
       } catch (error) {
         if (!(error instanceof ServerError)) throw error;
         setText(note, t("failed", { why: error.message }));
-        button.disabled = false;
+      } finally {
+        form.disabled = false;
       }
     },
   }, label);
@@ -96,7 +99,7 @@ async function content(again) {
 }
 
 export async function openModel() {
-  const body = el("div", { class: "settings" });
+  const body = el("fieldset", { class: "settings" });
   const again = async () => body.replaceChildren(...(await content(again)));
   body.append(answerers(again)); // at once; what the server offers follows
   openDialog(t("model"), body);

@@ -46,12 +46,13 @@ def test_an_adapter_answers_the_conversation_that_chose_it(with_adapters: ChatPa
     person.ask("Why is the sky blue?")
     open_dialog(person, choose="poet")
     person.page.keyboard.press("Escape")
-    assert person.find("#model-name").inner_text() == "poet"
+    person.until("document.querySelector('#model-name').textContent === 'poet'")
     with person.page.expect_request("**/v1/chat/completions") as asked:
         person.ask("And why is the sky blue?")
     assert json.loads(asked.value.post_data)["model"] == "poet"
     person.page.keyboard.press("Control+Shift+O")  # the next begins with it, and may have another
     open_dialog(person, choose="the model itself")
+    person.until("document.querySelector('#model-name').textContent === 'model'")
     person.page.keyboard.press("Escape")
     with person.page.expect_request("**/v1/chat/completions") as asked:
         person.ask("What is the formula?")
@@ -63,6 +64,7 @@ def test_an_adapter_answers_the_conversation_that_chose_it(with_adapters: ChatPa
 def test_an_adapter_that_is_gone_leaves_the_model_to_answer(with_adapters: ChatPage):
     person = with_adapters
     open_dialog(person, choose="poet")
+    person.until("document.querySelector('#model-name').textContent === 'poet'")
     person.page.keyboard.press("Escape")
     person.page.unroute_all()
     person.until("document.querySelector('#model-name').textContent === 'model'")
@@ -105,8 +107,15 @@ def test_models_and_adapters_come_and_go_with_the_admin_key(window: Page, folder
         person.find("#load-adapters").click()
         person.find("#answerers label", has_text="poet").click()
         person.until("document.querySelector('#model-name').textContent === 'poet'")
+        held: list[Route] = []
+        window.route("**/v1/internal/lora/list", lambda route: held.append(route))
         person.find("#unload-model").click()
         person.find("#state", has_text="No model is loaded").wait_for()
+        while not held:
+            window.wait_for_timeout(20)  # until the dialog asks what there is now
+        assert person.find("#setting-otherModel").is_disabled(), "what is chosen in a list that is about to go is lost"
+        held[0].continue_()
+        window.unroute("**/v1/internal/lora/list")
         person.find("#setting-otherModel").select_option("one")
         person.find("#load-model").click()
         person.until("document.querySelector('#model-name').textContent === 'one'")

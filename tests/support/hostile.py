@@ -106,7 +106,7 @@ def bit_flips(data: bytes, header: Iterable[int], count: int, generator) -> Iter
 
 def fuzzed(data: bytes, header: Iterable[int], count: int, generator) -> Iterable[bytes]:
     """`count` copies with a few changes to the header: other bytes, large numbers, pieces moved or cut out."""
-    places = list(header)
+    whole = list(header)
     numbers = [
         0,
         1,
@@ -122,7 +122,7 @@ def fuzzed(data: bytes, header: Iterable[int], count: int, generator) -> Iterabl
         2**64 - 1,
     ]
     for _ in range(count):
-        changed = bytearray(data)
+        changed, places = bytearray(data), whole
         for _ in range(generator.choice((1, 1, 1, 2, 4))):
             place = generator.choice(places)
             kind = generator.randrange(6)
@@ -144,4 +144,6 @@ def fuzzed(data: bytes, header: Iterable[int], count: int, generator) -> Iterabl
                 digits = str(generator.choice(numbers)).encode()
                 changed[place : place + generator.randrange(1, 6)] = digits
             places = [place for place in places if place < len(changed)]
+            if not places:
+                break
         yield bytes(changed)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from .heartbeat import Heartbeat
 from .stage import Stage
 from .tensor import TensorParallel
 
@@ -55,6 +56,7 @@ class ModelParallel:
     root: int = 0  # rank 0 of this model, counted over all processes
     control: Any = None  # the group that carries steps and results; it never times out
     num_stages: int = 1
+    heartbeat: Heartbeat | None = None  # by which all ranks know that the others' machines are there
 
     @property
     def tensor(self) -> TensorParallel:

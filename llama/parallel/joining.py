@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
+import secrets
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
 from .group import SINGLE, ModelParallel
+from .heartbeat import Heartbeat
 
 IDLE_TIMEOUT = timedelta(days=3650)  # waiting for the next request is not a failure
 
 _joined: dict[tuple[int, int], tuple[Any, ModelParallel]] = {}
 """By the size and number of stages, with the world that it is of: models share its groups."""
+
+_own_world: Any = None  # the process group that was made here
 
 
 def num_launched() -> int:
@@ -28,8 +33,10 @@ def start(
 
     Each stage has `model_parallel_size` ranks (as many as there are, if None). With one process nothing is
     initialised; a second model shares the first one's groups. A process group or a model-parallel group that the host
-    program made is used as it is. Raises ValueError where the sizes do not fit.
+    program made is used as it is, and what becomes of its ranks is that program's to watch; else a `Heartbeat` ends all
+    ranks where a machine vanishes. Raises ValueError where the sizes do not fit.
     """
+    global _own_world
     world_size = dist.get_world_size() if dist.is_initialized() else num_launched()
     num_stages = pipeline_parallel_size or 1
     if num_stages < 1 or world_size % num_stages:
@@ -53,6 +60,7 @@ def start(
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
         dist.init_process_group(backend)
+        _own_world = dist.group.WORLD
     if stage_size > 1:
         _start_fairscale(stage_size, num_stages)
     control = None
@@ -62,6 +70,9 @@ def start(
             control = group
     rank = dist.get_rank() % size
     joined = ModelParallel(rank, size, dist.get_rank() - rank, control, num_stages)
+    if dist.group.WORLD is _own_world:
+        name = joined.broadcast_json(secrets.token_hex(8))
+        joined = replace(joined, heartbeat=Heartbeat.of_job(rank, size, name))
     _joined[size, num_stages] = dist.group.WORLD, joined
     return joined
 

@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 from llama.answer import Event
 from llama.generation import Llama
-from llama.parallel import Signal
+from llama.parallel import Signal, Watchdog
 from llama.server.holder import ModelHolder, RanksDiffer
 from llama.server.metrics import Metrics
-from llama.server.ranks import BEAT_SECONDS, Watchdog, silence, together
+from llama.server.ranks import BEAT_SECONDS, silence, together
 from llama.server.stream import CallStream
 from llama.service import Call
 
@@ -48,7 +48,7 @@ class EngineThread(Thread):
         self._asked: set[Future[Any]] = set()
         self._asking = Lock()  # around `_asked`, and around the end of the thread
         self._is_over = False
-        self._watchdog = Watchdog(rank_timeout, self._hang)
+        self._watchdog = Watchdog(rank_timeout, lambda: self._lose(silence(rank_timeout)))
 
     # ---- the event loop's
 
@@ -154,6 +154,8 @@ class EngineThread(Thread):
         self._tell(self.ready.set_result, None)
         if self._leads:
             self._watchdog.start()
+            if self.holder.parallel.heartbeat:
+                self.holder.parallel.heartbeat.bark = self._lose
         try:
             with together(self.holder.parallel.size):
                 while self._obey():
@@ -175,9 +177,9 @@ class EngineThread(Thread):
     def _leads(self) -> bool:
         return self.holder.parallel.leads
 
-    def _hang(self) -> None:
+    def _lose(self, silence: str) -> None:
         """The thread waits for ranks that are not there."""
-        self._tell(self._end, RuntimeError(silence(self._watchdog.limit)))
+        self._tell(self._end, RuntimeError(silence))
 
     def _obey(self) -> bool:
         """Does what was asked for since the last time; waits for it where there is nothing else to do."""

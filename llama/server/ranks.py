@@ -7,62 +7,18 @@ has to hear of the others again and again, and ends if it does not.
 from __future__ import annotations
 
 import logging
-import os
 import signal
-import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NoReturn
+from typing import Any
 
+from llama.parallel import Watchdog, end_process
 from llama.runner import Pack
 from llama.server.holder import ModelHolder, RanksDiffer
-from llama.streams import tell
 
 _log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 1.0  # how long rank 0 lets the others wait while there is nothing to do
-
-
-class Watchdog:
-    """Calls `bark` once, from a thread of its own, when `pet` has not been called for `limit` seconds."""
-
-    def __init__(self, limit: float, bark: Callable[[], object]):
-        self.limit = limit
-        self.bark = bark
-        self._last = time.monotonic()
-        self._is_held = False
-        self._is_stopped = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-
-    def start(self) -> None:
-        self.pet()
-        self._thread.start()
-
-    def pet(self) -> None:
-        self._last = time.monotonic()
-
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """It does not bark meanwhile: what is done may take as long as it takes."""
-        self._is_held = True
-        try:
-            yield
-        finally:
-            self.pet()
-            self._is_held = False
-
-    def stop(self) -> None:
-        self._is_stopped.set()
-
-    def _watch(self) -> None:
-        while not self._is_stopped.wait(max(0.0, self._last + self.limit - time.monotonic())):
-            if self._is_held:
-                self.pet()
-            elif time.monotonic() - self._last >= self.limit:
-                self.bark()
-                return
 
 
 def silence(limit: float) -> str:
@@ -110,11 +66,3 @@ def follow(holder: ModelHolder, limit: float) -> None:
     with together(holder.parallel.size):
         holder.parallel.follow(step, call, watchdog.pet)
     watchdog.stop()
-
-
-def end_process(error: Exception | None) -> NoReturn:
-    """Ends at once, whatever other threads wait for and libraries would still tidy up; with the error, if any."""
-    if error is not None:
-        tell(f"llama: {' '.join(str(error).split())}")
-    sys.stdout.flush()
-    os._exit(error is not None)

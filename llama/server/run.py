@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from llama.cluster import planned
 from llama.generation import Llama
-from llama.parallel import num_launched
+from llama.parallel import end_process, num_launched
 from llama.server.app import make_app
 from llama.server.connection import Connection
 from llama.server.engine_thread import EngineThread
@@ -26,7 +26,7 @@ from llama.server.holder import ModelHolder
 from llama.server.limits import BodyLimits
 from llama.server.logs import RequestLog
 from llama.server.page_files import page_files
-from llama.server.ranks import end_process, follow
+from llama.server.ranks import follow
 from llama.server.server import Server
 from llama.server.settings import ServerSettings, listed
 from llama.server.shutdown import Service, Shutdown

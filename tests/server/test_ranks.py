@@ -3,7 +3,8 @@ from collections.abc import Callable
 
 import pytest
 
-from llama.server.ranks import Watchdog, silence
+from llama.parallel import Watchdog
+from llama.server.ranks import silence
 
 
 def test_a_watchdog_that_nobody_pets_barks_once():

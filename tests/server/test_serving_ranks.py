@@ -10,6 +10,7 @@ import pytest
 from support.adapter_files import save_adapter
 from support.meta_files import save_meta, save_tokenizer
 from support.processes import ServerProcesses, server_processes
+from support.switched_ranks import build_unless_second
 from support.tiny import tiny_args, tiny_weights
 
 from llama import Llama, SamplingParams
@@ -102,6 +103,18 @@ def test_a_rank_that_hangs_ends_the_others_with_a_word(build, victim):
         assert sorted(ranks.exit_statuses()) == [-signal.SIGKILL, 1]
 
 
+def test_a_machine_that_vanishes_ends_the_server_with_a_word_to_its_streams(build):
+    with server_processes(build, 2, {"LLAMA_HEARTBEAT_TIMEOUT": "3"}) as ranks:
+        answer = stream(ranks)
+        ranks.send(signal.SIGSTOP, rank=1)
+        *_, error, done, _ = answer.read().decode().split("\n\n")
+        assert json.loads(error.strip().removeprefix("data: "))["error"]["message"] == "the model has failed"
+        assert done == "data: [DONE]"
+        ranks.send(signal.SIGKILL, rank=1)
+        assert ranks.exit_statuses() == [1, -signal.SIGKILL]
+        assert "llama: nothing was heard of rank 1 on " in ranks.told
+
+
 def test_a_rank_that_was_only_held_up_goes_on(build):
     with server_processes(build, 2) as ranks:
         expected, answer = stream(ranks).read(), stream(ranks)
@@ -112,3 +125,17 @@ def test_a_rank_that_was_only_held_up_goes_on(build):
             for text in (expected, answer.read())
         ]
         assert texts[0] == texts[1] != []
+
+
+def test_a_model_that_one_rank_alone_cannot_load_is_refused_with_its_reason_and_the_old_one_answers(tmp_path):
+    folder = tmp_path / "models"
+    args = tiny_args(vocab_size=400)
+    for name in ("old", "new"):
+        save_meta(folder / name, args, tiny_weights(args))
+        save_tokenizer(folder / name / "tokenizer.model")
+    built = partial(build_unless_second, folder / "old")
+    with server_processes(built, 2, model_dir=folder, admin_key="boss") as ranks:
+        expected = answer(ranks, "m")
+        refused = post(ranks, "/v1/internal/model/load", {"model_name": "new"})["error"]["message"]
+        assert "new could not be loaded: rank 1: this machine has no such file; old is there again" in refused
+        assert answer(ranks, "m") == expected

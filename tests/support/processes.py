@@ -68,14 +68,16 @@ def serve(errors: Connection, build: Callable[[], Any], settings: dict[str, Any]
 
 
 @contextmanager
-def server_processes(build: Callable[[], Any], num_ranks: int = 1, **settings: Any) -> Iterator[ServerProcesses]:
+def server_processes(
+    build: Callable[[], Any], num_ranks: int = 1, environment: dict[str, str] | None = None, **settings: Any
+) -> Iterator[ServerProcesses]:
     """A server that answers, on several ranks as under torchrun. What is left of it at the end is killed."""
     reading, writing = FORKS.Pipe(duplex=False)
     servers = ServerProcesses([], reading)
     common = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     try:
         for rank in range(num_ranks):
-            own = common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
+            own = common | (environment or {}) | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if num_ranks > 1 else {}
             process = FORKS.Process(target=serve, args=(writing, build, settings, own), daemon=True)
             process.start()
             servers.ranks.append(process)

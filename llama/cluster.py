@@ -68,7 +68,6 @@ def cluster(address: str | None) -> Iterator[None]:
     This machine must be one of the cluster's. Raises RuntimeError where Ray, or the cluster, is not there.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tells nobody of what is done here
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # what it writes on standard error is not for people
     try:
         import ray
     except ModuleNotFoundError as error:

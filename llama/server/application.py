@@ -24,6 +24,7 @@ from llama.server.run import surrounded
 from llama.server.settings import SERVER, ServerSettings
 
 OWN = ("model", "replicas", "threads", "gpus")
+OF_COMMAND = ("port", "ssl_certfile", "ssl_keyfile", "admin_key", "model_dir", "rank_timeout")  # not for this
 
 
 @serve.deployment(name="front", num_replicas=1, ray_actor_options={"num_cpus": 0})
@@ -45,7 +46,7 @@ def application(args: dict[str, Any]) -> serve.Application:
     Each replica gets `threads` processors and `gpus` GPUs (one and none if left out). Raises ValueError for a name that
     there is not.
     """
-    known = {option.name: option for option in (*MODEL, *SERVER)}
+    known = {option.name: option for option in (*MODEL, *SERVER) if option.name not in OF_COMMAND}
     if unknown := args.keys() - known.keys() - {*OWN}:
         raise ValueError(
             f"{', '.join(sorted(unknown))}: no such argument; there are {', '.join(sorted({*known, *OWN}))}"

@@ -59,26 +59,15 @@ def test_a_job_that_was_killed_goes_on_and_equals_that_of_one_process(tmp_path):
     write_lines(source)
     Batch(Llama.build(model, max_seq_len=512, chat_format="llama2"), source, alone).run()
 
-    arguments = (
-        "batch",
-        source,
-        out,
-        "--model",
-        model,
-        "--max-seq-len",
-        512,
-        "--chat-format",
-        "llama2",
-        "--replicas",
-        2,
-    )
+    flags = ("--max-seq-len", 512, "--chat-format", "llama2", "--replicas", 2)
+    arguments = ("batch", source, out, "--model", model, *flags)
     with command(*arguments) as job:
         while not out.exists() or out.read_text().count('"error": null') == 0:
             assert job.process.poll() is None, job.read_all()
             sleep(0.01)
         family = job.family
         job.process.kill()
-        assert wait_for_end(family, 30) == []
+        assert wait_for_end(family, 120) == []
     num_answered = out.read_text().count('"error": null')
     assert num_answered < NUM_LINES - 30
 

@@ -75,9 +75,8 @@ def test_the_openai_client_is_answered(served):
     messages = [{"role": "user", "content": "hello"}]
     options = {"model": "tiny", "messages": messages, "max_tokens": 8, "temperature": 0}
     whole = served.client.chat.completions.create(**options)
-    pieces = [
-        chunk.choices[0].delta.content or "" for chunk in served.client.chat.completions.create(**options, stream=True)
-    ]
+    chunks = served.client.chat.completions.create(**options, stream=True)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks]
     assert whole.usage.completion_tokens == 8
     assert "".join(pieces) == whole.choices[0].message.content
     assert served.client.completions.create(model="tiny", prompt="a", max_tokens=3).usage.completion_tokens <= 3
@@ -129,9 +128,8 @@ def test_a_stop_lets_streams_end_and_leaves_no_process_behind(served):
         kill(served.command.process.pid, signal.SIGTERM)
         while httpx.get(f"{served.url}/health").status_code == 200:
             sleep(0.01)
-        refused = httpx.post(
-            f"{served.url}/v1/completions", headers={"authorization": "Bearer key"}, json={"prompt": "a"}
-        )
+        headers = {"authorization": "Bearer key"}
+        refused = httpx.post(f"{served.url}/v1/completions", headers=headers, json={"prompt": "a"})
         assert (refused.status_code, json.loads(refused.text)["error"]["message"]) == (503, "the server is stopping")
         wait(streams)
     assert [one.result() for one in streams] == ["length"] * 2

@@ -99,4 +99,4 @@ def command(*arguments: object) -> Iterator[Command]:
         running.process.kill()
         running.process.wait()
         running.process.stderr.close()
-        assert wait_for_end(family, 30) == []
+        assert wait_for_end(family, 120) == []  # Ray's helpers look for their parents now and then

@@ -155,6 +155,17 @@ class BlockAllocator:
         if blocks and not self.references[blocks[-1]]:
             self._turn(blocks[-1] + 1, self.num_blocks, (PROMISED,), FREE)
 
+    def evict_all(self) -> None:
+        """Make every block free that no request holds."""
+        while self.evictable:
+            self._evict()
+
+    def _evict(self) -> None:
+        """Make the least recently used of these blocks free."""
+        block, _ = self.evictable.popitem(last=False)
+        self.prefixes.forget(block)
+        self._states[block] = FREE
+
     def _start_run(self, need: int, room: int) -> int:
         """The first block of a new run, with all its room behind it or what comes nearest to that."""
         goal = min(room, need + GROWTH)
@@ -162,9 +173,7 @@ class BlockAllocator:
         for _ in range(min(goal, len(self.evictable))):
             if size >= goal:
                 break
-            block, _ = self.evictable.popitem(last=False)
-            self.prefixes.forget(block)
-            self._states[block] = FREE
+            self._evict()
             start, size = self._find_free(goal)
         if size < room:  # the far half of the longest promise may be longer
             longest = max(PROMISED_RUN.findall(self._states), key=len, default=b"")

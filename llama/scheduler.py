@@ -233,6 +233,10 @@ class Scheduler:
         if step is self._step:
             self._step = Step(())
 
+    def forget_prefixes(self) -> None:
+        """Nothing is found again of what no request holds."""
+        self.allocator.evict_all()
+
     def stats(self) -> SchedulerStats:
         return SchedulerStats(
             num_running=len(self.running),

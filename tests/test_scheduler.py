@@ -799,6 +799,16 @@ def test_a_repeated_prompt_computes_only_its_last_block():
     assert run_alone(simulation, [*numbers(22)[:13], 5, 6, 7, 8, 9]).num_cached_tokens == 12
 
 
+def test_what_is_forgotten_is_not_found_again_and_what_is_at_work_stays():
+    simulation = start()
+    run_alone(simulation, numbers(22))
+    simulation.scheduler.forget_prefixes()
+    simulation.scheduler.check()
+    assert simulation.scheduler.stats().num_cached_blocks == 0
+    assert run_alone(simulation, numbers(22)).num_cached_tokens == 0
+    assert run_alone(simulation, numbers(22)).num_cached_tokens == 20
+
+
 def test_at_least_the_last_prompt_token_is_computed():
     simulation = start()
     run_alone(simulation, numbers(20), 8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from inspect import isawaitable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -80,10 +81,11 @@ class AdminRoutes:
         return decorate
 
     def get(self, path: str, told: Callable[[], Any]) -> None:
-        """What is asked by GET, without the admin key."""
+        """What is asked by GET, without the admin key; `told` may have to be awaited."""
 
         async def answer(request: Request) -> Response:
-            return JSONResponse(told())
+            said = told()
+            return JSONResponse(await said if isawaitable(said) else said)
 
         self._app.add_api_route(
             path, answer, methods=["GET"], summary=told.__doc__, responses=self._responses, response_class=Response

@@ -22,6 +22,7 @@ from llama.server.models import slots, unloaded
 from llama.server.page_files import add_page
 from llama.server.refusing import refusal_response
 from llama.server.response import CallResponse
+from llama.server.router_routes import add_router_routes
 from llama.server.server import Server
 from llama.service import ENDPOINTS, OLLAMA_ENDPOINTS, Endpoint, Refusal
 from llama.service.ollama_model import OLLAMA_VERSION, ollama_running, ollama_tags
@@ -61,6 +62,7 @@ def make_app(server: Server) -> FastAPI:
     admin = AdminRoutes(app, server, responses)
     add_adapter_routes(admin)
     add_model_routes(admin)
+    add_router_routes(admin)
     add_page(app)
     add_errors(app)
     document_bodies(app, [*(endpoint.body for endpoint in endpoints.values()), *admin.bodies])

@@ -1,6 +1,6 @@
 """What a monitor reads at /metrics: how much runs and waits, how long answers take, how the cache is used.
 
-Everything stands there under our own names, and under vLLM's what routers and dashboards look for.
+Everything stands there under our own names, and under vLLM's and SGLang's what routers and dashboards look for.
 Source: vLLM's documentation, "Metrics"; Prometheus' text format.
 """
 
@@ -153,6 +153,8 @@ class Metrics(Collector):
         for prefix in ("llama_", "vllm:"):
             yield from (self._gauge(prefix + name, help, value) for name, help, value in gauges)
             yield from (self._counter(prefix + name, help, value) for name, help, value in counters)
+        of_sglang = {"num_running_reqs": stats.num_running, "num_queue_reqs": stats.num_waiting, "token_usage": used}
+        yield from (self._gauge(f"sglang:{name}", "As SGLang has it", value) for name, value in of_sglang.items())
         sizes = {"block_size": str(engine.scheduler.block_size), "num_gpu_blocks": str(stats.num_blocks)}
         yield self._info("vllm:cache_config_info", "The cache", sizes, 1)
         yield self._gauge("llama_kv_cache_blocks", "Blocks of the cache", stats.num_blocks)

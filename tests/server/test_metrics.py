@@ -55,6 +55,8 @@ def test_gauges_and_counters_stand_under_our_names_and_vllm_s():
         assert found[f"{prefix}spec_decode_num_drafts_total",] == 2
         assert found[f"{prefix}spec_decode_num_draft_tokens_total",] == 9
         assert found[f"{prefix}spec_decode_num_accepted_tokens_total",] == 5
+    for name in ("num_running_reqs", "num_queue_reqs", "token_usage"):
+        assert found[f"sglang:{name}",] == 0
     assert found["vllm:cache_config_info", "16", str(stats.num_blocks)] == 1
     assert 'vllm:num_requests_running{engine="0",model_name="tiny"} 0.0' in metrics.text().decode()
 

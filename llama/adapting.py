@@ -52,18 +52,20 @@ def read_adapters(
 
     Several adapters, paths or "PATH=0.7", are added up. Raises FileNotFoundError or CheckpointError.
     """
-    opened = [open_weighted(one) for one in ([given] if isinstance(given, str | Path) else given)]
-    if len(opened) == 1:
-        return opened[0].digest, changes_of(opened[0], model)
-    changes: dict[str, list[Change]] = {}
-    for one in opened:
-        if not one.is_sum:
-            raise CheckpointError(
-                f"{one.path.name}: whole weights and DoRA's magnitudes are taken as they are, and cannot be added to "
-                "another adapter's"
-            )
-        for place, some in changes_of(one, model).items():
-            changes.setdefault(place, []).extend(some)
+    with model.parallel.failing_together():  # before they meet
+        opened = [open_weighted(one) for one in ([given] if isinstance(given, str | Path) else given)]
+    with model.parallel.failing_together():  # a stage may have what is wrong
+        if len(opened) == 1:
+            return opened[0].digest, changes_of(opened[0], model)
+        changes: dict[str, list[Change]] = {}
+        for one in opened:
+            if not one.is_sum:
+                raise CheckpointError(
+                    f"{one.path.name}: whole weights and DoRA's magnitudes are taken as they are, and cannot be added "
+                    "to another adapter's"
+                )
+            for place, some in changes_of(one, model).items():
+                changes.setdefault(place, []).extend(some)
     return hashlib.sha256(b"".join(one.digest for one in opened)).digest(), changes
 
 

@@ -120,8 +120,9 @@ def load(
             )
             model.prepare(BLOCK_SIZE if deterministic else None)
             tokenizer, chosen, surplus = reading.result()
-    for one in beside:  # ranks take part together
-        add_always(one, model)
+    with group.failing_together():
+        for one in beside:  # for which ranks meet
+            add_always(one, model)
     return_memory()
     if group.rank == 0:
         for warning in (*checkpoint.warnings, *surplus, *beyond_training(checkpoint.args, max_seq_len)):

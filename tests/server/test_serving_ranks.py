@@ -47,7 +47,8 @@ def post(ranks: ServerProcesses, path: str, body: object) -> dict:
     return json.loads(text) if text.startswith(b"{") else text.decode()
 
 
-def test_ranks_load_adapters_together(build, tmp_path):
+@pytest.mark.parametrize("num_stages", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_ranks_load_adapters_together(build, tmp_path, num_stages):
     save_adapter(tmp_path / "a", 1)
     save_adapter(tmp_path / "wrong", 1, dim=128)
     alone = build()
@@ -55,6 +56,7 @@ def test_ranks_load_adapters_together(build, tmp_path):
     alone.load_adapter("half", f"{tmp_path}/a=0.5")
     params = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
     expected = {name: alone.complete([[1, 2, 3]], params, name)[0].tokens for name in (None, "x", "half")}
+    build = partial(build, pipeline_parallel_size=num_stages)
     with server_processes(build, 2, lora_dir=tmp_path, admin_key="boss") as ranks:
         assert "added successfully" in post(ranks, "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "a"})
         assert answer(ranks, "x") == expected["x"]
@@ -127,15 +129,19 @@ def test_a_rank_that_was_only_held_up_goes_on(build):
         assert texts[0] == texts[1] != []
 
 
-def test_a_model_that_one_rank_alone_cannot_load_is_refused_with_its_reason_and_the_old_one_answers(tmp_path):
+def test_what_one_rank_alone_cannot_load_is_refused_with_its_reason_and_the_old_model_answers(tmp_path):
     folder = tmp_path / "models"
     args = tiny_args(vocab_size=400)
     for name in ("old", "new"):
         save_meta(folder / name, args, tiny_weights(args))
         save_tokenizer(folder / name / "tokenizer.model")
+    save_adapter(tmp_path / "adapters" / "a", 1)
     built = partial(build_unless_second, folder / "old")
-    with server_processes(built, 2, model_dir=folder, admin_key="boss") as ranks:
+    settings = {"model_dir": folder, "lora_dir": tmp_path / "adapters", "admin_key": "boss"}
+    with server_processes(built, 2, **settings) as ranks:
         expected = answer(ranks, "m")
+        refused = post(ranks, "/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "a"})["error"]["message"]
+        assert "rank 1: this machine has no such file" in refused
         refused = post(ranks, "/v1/internal/model/load", {"model_name": "new"})["error"]["message"]
         assert "new could not be loaded: rank 1: this machine has no such file; old is there again" in refused
         assert answer(ranks, "m") == expected

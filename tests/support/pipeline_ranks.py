@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llama import Llama, SamplingParams
+from llama.cache import CacheShape
 from llama.parallel import num_launched
 
 NUM_BLOCKS = 7  # fewer than the requests would take together
@@ -23,7 +25,10 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, logprob
 def build(checkpoint: Path, args: dict[str, int], num_stages: int = 1, **options: Any) -> Llama:
     """With the memory for NUM_BLOCKS blocks on the stages that have most layers."""
     layers, heads = -(-args["n_layers"] // num_stages), args["n_kv_heads"] // (num_launched() // num_stages)
-    memory = NUM_BLOCKS * 16 * 2 * layers * heads * (args["dim"] // args["n_heads"]) * 4
+    head_dim, dtype = args["dim"] // args["n_heads"], torch.int8 if "kv_dtype" in options else torch.float32
+    each = CacheShape(layers, heads, head_dim).bytes_per_token(dtype)
+    if options.get("draft") == str(checkpoint):  # whole, on rank 0
+        each += CacheShape(args["n_layers"], args["n_kv_heads"], head_dim).bytes_per_token(dtype)
     adapter = checkpoint / "adapter"
     return Llama.build(
         checkpoint,
@@ -31,7 +36,7 @@ def build(checkpoint: Path, args: dict[str, int], num_stages: int = 1, **options
         device="cpu",
         dtype="fp32",
         adapters={"x": adapter} if adapter.exists() else {},
-        kv_cache_memory=memory,
+        kv_cache_memory=NUM_BLOCKS * 16 * each,
         pipeline_parallel_size=num_stages,
         **options,
     )

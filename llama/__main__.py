@@ -148,7 +148,7 @@ def batch(
 
     if str(source) != "-" and (source.is_dir() or not source.exists()):
         raise FileNotFoundError(f"{source}: no such file; give a file with one request a line")
-    if validate_replicas(replicas, ray_address):
+    if validate_replicas(replicas, ray_address, load):
         path_of(model)  # before a cluster is begun in vain
         from llama.cluster import planned
         from llama.replicated_batch import ReplicatedBatch
@@ -212,7 +212,7 @@ def serve(
     if "model_dir" in listen and not (model and os.path.exists(model)):
         model = str(model_in(listen["model_dir"], model))
 
-    if validate_replicas(replicas, ray_address):
+    if validate_replicas(replicas, ray_address, load):
         if "admin_key" in listen:
             raise WrongCall("--admin-key changes a model or its adapters at one replica alone: leave --replicas out")
         path_of(model)  # before a cluster is begun in vain
@@ -464,12 +464,14 @@ def validate_remote(context: typer.Context, model: str | None) -> None:
         raise WrongCall(f"{what} is given with --url: the server has its model, so give one or the other")
 
 
-def validate_replicas(replicas: int | None, ray_address: str | None) -> bool:
+def validate_replicas(replicas: int | None, ray_address: str | None, load: dict[str, Any]) -> bool:
     """Whether there are to be replicas. Raises WrongCall for what goes with none, or not with ranks."""
     if replicas is None and ray_address is not None:
         raise WrongCall(f"--ray-address is {ray_address}, but nothing is to run there: give --replicas N too")
     if replicas is not None and "RANK" in os.environ:
         raise WrongCall("--replicas begins processes of its own: run it without torchrun")
+    if replicas is not None and "pipeline_parallel_size" in load:
+        raise WrongCall("--pipeline-parallel-size is for ranks, and each replica is one process: leave one of them out")
     return replicas is not None
 
 

@@ -139,6 +139,9 @@ def test_what_one_of_many_replicas_would_do_alone_is_refused(llama, model):
 
 
 def test_ranks_have_no_replicas(llama, model, lines, monkeypatch):
+    assert llama("batch", lines, lines.with_name("out"), "--replicas", 1, "--pipeline-parallel-size", 2)[2] == (
+        "llama: --pipeline-parallel-size is for ranks, and each replica is one process: leave one of them out\n"
+    )
     monkeypatch.setenv("RANK", "0")
     assert llama("batch", lines, lines.with_name("out"), "--replicas", 1)[2] == (
         "llama: --replicas begins processes of its own: run it without torchrun\n"

@@ -24,17 +24,17 @@ from llama.server.run import surrounded
 from llama.server.settings import SERVER, ServerSettings
 
 OWN = ("model", "replicas", "threads", "gpus")
-OF_COMMAND = ("port", "ssl_certfile", "ssl_keyfile", "admin_key", "model_dir", "rank_timeout")  # not for this
+OF_COMMAND = {"port", "ssl_certfile", "ssl_keyfile", "admin_key", "model_dir"}  # which are not for replicas, or here
+OF_COMMAND |= {"rank_timeout", "pipeline_parallel_size"}
 
 
 @serve.deployment(name="front", num_replicas=1, ray_actor_options={"num_cpus": 0})
 @serve.ingress()
 class FrontDeployment:
-    """A `Front` behind Serve's proxy; Serve has begun the replicas by the time that it is made."""
+    """A `Front` behind Serve's proxy, which begins by the protocol's lifespan."""
 
     async def __init__(self, replicas: DeploymentHandle, settings: ServerSettings):
         self._front = Front(HandleFleet(replicas), settings)
-        await self._front.start()
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         return surrounded(self._front, self._front)

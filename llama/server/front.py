@@ -87,6 +87,9 @@ class Front:
         await self._fleet.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+            return
         send = limited(scope, send, self.settings.send_timeout)
         try:
             if scope["path"] == "/metrics":
@@ -100,6 +103,19 @@ class Front:
         except Refusal as refusal:
             response = refusal_response(scope["path"], refusal)
         await response(scope, receive, send)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        """Starts and closes where whoever runs the application does not, but says when."""
+        await receive()
+        try:
+            await self.start()
+        except Exception as error:
+            await send({"type": "lifespan.startup.failed", "message": str(error)})
+            return
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self.close()
+        await send({"type": "lifespan.shutdown.complete"})
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Has it answered, unless the client leaves before that."""

@@ -15,6 +15,7 @@ from support.server import tiny_llm
 from llama import SamplingParams
 from llama.server.front import MOST_TRIES, Front, ReplicaLost, merge_metrics
 from llama.server.replica import Forwarded, Replica
+from llama.server.run import surrounded
 from llama.server.settings import ServerSettings
 
 PROMPT = {"model": "m", "prompt": "hello", "max_tokens": 6, "temperature": 0}
@@ -204,6 +205,53 @@ def test_who_asks_before_the_replicas_are_there_is_told():
     health, metrics = fronted(use, is_started=False)
     assert (health.status, metrics.status) == (503, 200)
     assert health.error["message"] == "the replicas are starting"
+
+
+def test_an_application_server_may_begin_and_end_it():
+    async def use(front, fleet):
+        told: list[dict[str, Any]] = []
+        ending = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            if told:
+                await ending.wait()
+            return {"type": "lifespan.shutdown" if told else "lifespan.startup"}
+
+        async def send(message: dict[str, Any]) -> None:
+            told.append(message)
+
+        living = asyncio.create_task(surrounded(front, front)({"type": "lifespan"}, receive, send))
+        while not told:
+            await asyncio.sleep(0)
+        health = await ask(front, "/health", method="GET")
+        ending.set()
+        await living
+        for replica in fleet.replicas:
+            await replica.close()
+        return health.status, [message["type"] for message in told], fleet.is_closed
+
+    expected = ["lifespan.startup.complete", "lifespan.shutdown.complete"]
+    assert fronted(use, is_started=False) == (200, expected, True)
+
+
+def test_an_application_server_is_told_what_kept_replicas_from_starting(monkeypatch):
+    async def fail(self: NearFleet) -> str:
+        raise RuntimeError("there is no room")
+
+    async def use(front, fleet):
+        told: list[dict[str, Any]] = []
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "lifespan.startup"}
+
+        async def send(message: dict[str, Any]) -> None:
+            told.append(message)
+
+        await front({"type": "lifespan"}, receive, send)
+        return told
+
+    monkeypatch.setattr(NearFleet, "start", fail)
+    assert fronted(use, is_started=False) == [{"type": "lifespan.startup.failed", "message": "there is no room"}]
 
 
 def test_streams_that_are_cut_off_by_a_stop_are_told():

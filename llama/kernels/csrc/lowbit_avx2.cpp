@@ -77,6 +77,14 @@ struct Simd {
   static inline Ints signed_byte(Bytes v, int i) {
     return both(left(v, 24 - 8 * i), [](__m256i x) { return _mm256_srai_epi32(x, 24); });
   }
+  static inline __m256i low_words(Ints v) {  // of each lane, in their order
+    v = mask(v, 0xffff);
+    return _mm256_permute4x64_epi64(_mm256_packus_epi32(v.a, v.b), 0xD8);  // packed 128-bit lanes: a0 b0 a1 b1
+  }
+  static inline __m128i low_bytes(Ints v) {
+    const __m256i words = low_words(mask(v, 255));
+    return _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  }
   static inline __m128i half(const uint8_t* at) { return _mm_loadu_si64(at); }
   static inline Ints widen(const uint8_t* at) {
     return {_mm256_cvtepu8_epi32(half(at)), _mm256_cvtepu8_epi32(half(at + 8))};
@@ -91,7 +99,7 @@ struct Simd {
   using Step = Pair;
   static inline Step step(Ints v) { return either(mask(v, 0xffff), left(v, 16)); }  // for both words of a lane
 
-  // Sums of products with four activations, which lie in `order`; `weights` is done once for all rows.
+  // Sums of products with four activations, which lie as `store` puts them; `weights` is done once for all rows.
   //
   // Two products of a small code and an activation (up to 127) make 16 bits, and so do several such pairs: of `most`
   // operands. Where a whole step's values fit, it starts at what the offset takes away, and sums on the way may wrap
@@ -102,11 +110,12 @@ struct Simd {
     using Weights = Bytes;
     static constexpr int largest = offset > highest - offset ? offset : highest - offset;
     static constexpr bool fits = columns / 2 * 127 * largest <= 32767;
-    static constexpr int order[4] = {0, 1, 2, 3}, most = fits ? columns / 4 : 32767 / (2 * 127 * highest);
+    static constexpr int most = fits ? columns / 4 : 32767 / (2 * 127 * highest);
     static_assert(columns / 4 % most == 0);
     Pair value, pairs;
 
     static inline LLAMA_INLINE Bytes weights(Bytes codes) { return codes; }
+    static inline void store(Code* at, Ints v) { _mm_storeu_si128((__m128i*)at, low_bytes(v)); }
     static int32_t start(int32_t first, int32_t last) {
       return fits ? (first & 0xffff) | (int32_t)((uint32_t)last << 16) : first + last;
     }
@@ -130,12 +139,17 @@ struct Simd {
   template <int columns>
   struct WordSum {
     using Code = int16_t;
-    static constexpr int order[4] = {0, 2, 1, 3}, most = columns / 4;
+    static constexpr int most = columns / 4;
     struct Weights {
       Pair even, odd;
     };
     Pair value;
 
+    static inline void store(Code* at, Ints v) {
+      constexpr int order = _MM_SHUFFLE(3, 1, 2, 0);
+      const __m256i words = low_words(v);
+      _mm256_storeu_si256((__m256i*)at, _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(words, order), order));
+    }
     static int32_t start(int32_t, int32_t) { return 0; }
     inline LLAMA_INLINE void clear() { value = all(0); }
     inline LLAMA_INLINE void open(int32_t) {}
@@ -221,8 +235,7 @@ struct Simd {
   static inline void store(uint16_t* at, Floats v) {  // bfloat16, rounded to even
     Ints bits = {_mm256_castps_si256(v.a), _mm256_castps_si256(v.b)};
     bits = right(add(bits, add(mask(right(bits, 16), 1), all(0x7fff))), 16);
-    __m256i packed = _mm256_packus_epi32(bits.a, bits.b);  // 128-bit lanes: a0 b0 a1 b1
-    _mm256_storeu_si256((__m256i*)at, _mm256_permute4x64_epi64(packed, 0xD8));
+    _mm256_storeu_si256((__m256i*)at, low_words(bits));
   }
 };
 

@@ -53,15 +53,16 @@ struct Simd {
   using Step = Ints;
   static inline Step step(Ints v) { return v; }
 
-  // Sums of products with four activations, which lie in `order`; `weights` is done once for all rows.
+  // Sums of products with four activations; `weights` is done once for all rows.
   template <int highest, int offset, int columns>
   struct CodeSum {
     using Code = int8_t;
     using Weights = Bytes;
-    static constexpr int order[4] = {0, 1, 2, 3}, most = columns / 4;
+    static constexpr int most = columns / 4;
     Ints value, now;
 
     static inline LLAMA_INLINE Bytes weights(Bytes codes) { return codes; }
+    static inline void store(Code* at, Ints v) { _mm_storeu_si128((__m128i*)at, _mm512_cvtepi32_epi8(v)); }
     static int32_t start(int32_t first, int32_t last) { return first + last; }
     inline LLAMA_INLINE void clear() { value = all(0); }
     inline LLAMA_INLINE void open(int32_t start) { now = all(start); }
@@ -79,7 +80,7 @@ struct Simd {
   };
   struct LevelSum {
     using Code = int8_t;
-    static constexpr int order[4] = {0, 1, 2, 3}, most = 16;
+    static constexpr int most = 16;
     struct Weights {
       Bytes high, low;
     };
@@ -89,6 +90,7 @@ struct Simd {
     static inline LLAMA_INLINE Weights weights(Bytes codes) {
       return {ByteSum<64>::weights(lookup(kNf4.high, codes)), ByteSum<64>::weights(lookup(kNf4.low, codes))};
     }
+    static inline void store(Code* at, Ints v) { ByteSum<64>::store(at, v); }
     static int32_t start(int32_t first, int32_t last) { return first + last; }
     inline LLAMA_INLINE void clear() {}
     inline LLAMA_INLINE void open(int32_t start) { high.open(start), low.open(start); }

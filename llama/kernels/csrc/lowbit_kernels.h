@@ -363,7 +363,9 @@ void product(const uint8_t* packed, int64_t tiles, int64_t tile, const Activatio
   const int64_t blocks = a.columns / Format::block;
   Unpacked<Format> panel[most];
   Walk<Format> walk(packed, tiles, tile, blocks);
-  float rest[(kMaxRows + 1) * kTile] = {};  // and a row for what fills bundles up
+  const int32_t* bundles = a.gathered.first + first / kMaxRows * blocks;  // of each block
+  float rest[(kMaxRows + 1) * kTile];  // and a row for what fills bundles up
+  if (bundles[0] < bundles[blocks]) std::memset(rest, 0, sizeof rest);
   for (int64_t block = 0; block < blocks; block += most) {
     const int64_t width = std::min(most, blocks - block);
     for (int64_t b = 0; b < width; ++b, walk.next()) panel[b].fill({walk.now});
@@ -374,11 +376,13 @@ void product(const uint8_t* packed, int64_t tiles, int64_t tile, const Activatio
       });
     }
     for (int64_t b = 0; b < width; ++b) {
-      const int32_t* at = a.gathered.first + first / kMaxRows * blocks + block + b;
+      const int32_t* at = bundles + block + b;
       if (at[0] < at[1]) panel_rest<Format>(panel[b], a.gathered, at[0], at[1], rest);
     }
   }
-  for (int64_t i = 0; i < count * kTile; ++i) out[i] += rest[i];
+  if (bundles[0] < bundles[blocks])
+    for (int64_t i = 0; i < count * kTile; i += kTile)
+      Simd::store(out + i, Simd::add(Simd::numbers(out + i), Simd::numbers(rest + i)));
 }
 
 // Four columns of 16 rows: out[column * stride + lane] = value * scale + lowest. Not inlined: it is large, and enough.

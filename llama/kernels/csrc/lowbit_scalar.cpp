@@ -65,15 +65,18 @@ struct Simd {
   using Step = Ints;
   static inline Step step(const Ints& v) { return v; }
 
-  // Sums of products with four activations, which lie in `order`; `weights` is done once for all rows.
+  // Sums of products with four activations; `weights` is done once for all rows.
   template <class Weight, int columns>
   struct Sum {
     using Code = int8_t;
     using Weights = Bytes;
-    static constexpr int order[4] = {0, 1, 2, 3}, most = columns / 4;
+    static constexpr int most = columns / 4;
     Ints value, now;
 
     static Bytes weights(const Bytes& codes) { return codes; }
+    static void store(Code* at, const Ints& v) {
+      for (int i = 0; i < 16; ++i) at[i] = (Code)v.v[i];
+    }
     static int32_t start(int32_t first, int32_t last) { return first + last; }
     void clear() { value = all(0); }
     void open(int32_t start) { now = all(start); }
@@ -94,7 +97,7 @@ struct Simd {
   using ByteSum = Sum<int8_t, columns>;
   struct LevelSum {
     using Code = int8_t;
-    static constexpr int order[4] = {0, 1, 2, 3}, most = 16;
+    static constexpr int most = 16;
     struct Weights {
       Bytes high, low;
     };
@@ -102,6 +105,7 @@ struct Simd {
     Ints value;
 
     static Weights weights(const Bytes& codes) { return {lookup(kNf4.high, codes), lookup(kNf4.low, codes)}; }
+    static void store(Code* at, const Ints& v) { ByteSum<64>::store(at, v); }
     static int32_t start(int32_t first, int32_t last) { return first + last; }
     void clear() {}
     void open(int32_t start) { high.open(start), low.open(start); }

@@ -18,24 +18,25 @@ template <class Format>
 float round_group(const float* x, float peak, int64_t at, int64_t row, int64_t rows, const Rounded& to, float* whole) {
   using Code = typename Format::Sum::Code;
   constexpr int group = Format::group_size, step = Format::step_size, steps = group / step;
-  constexpr float round_to_even = 12582912.0f;  // 1.5 * 2^23: adding it leaves no bits for a fraction
   const int32_t offset = Format::bytes ? Simd::byte_offset : Format::offset;
-  const float inverse = peak > 1e-30f ? 127.0f / peak : 0.0f;
+  const auto inverse = Simd::all(peak > 1e-30f ? 127.0f / peak : 0.0f);
   const float scale = peak <= 1e-30f ? 0.0f : peak / 127.0f;  // not a number stays so
-  int32_t bits[group];
-  for (int i = 0; i < group; ++i) whole[i] = (x[i] * inverse + round_to_even) - round_to_even;
-  for (int i = 0; i < group; ++i) bits[i] = (int32_t)whole[i];
   to.scale[at + row] = scale;
   for (int s = 0; s < steps; ++s) {
-    int32_t sums[4] = {};  // of every fourth column
-    for (int i = 0; i < step; ++i) sums[i % 4] += bits[s * step + i];
+    auto sum = Simd::all(0);
+    for (int i = s * step; i < (s + 1) * step; i += kTile) {
+      const auto codes = Simd::round(Simd::multiply(Simd::numbers(x + i), inverse));
+      sum = Simd::add(sum, codes);
+      Format::Sum::store((Code*)to.codes + (at + row) * group + i, codes);
+      Simd::store(whole + i, Simd::to_float(codes));
+    }
+    int32_t lanes[kTile], sums[4] = {};  // of every fourth column
+    std::memcpy(lanes, &sum, sizeof lanes);
+    for (int i = 0; i < kTile; ++i) sums[i % 4] += lanes[i];
     const int64_t place = at * steps + s * rows + row;
     to.start[place] = Format::Sum::start(-offset * (sums[0] + sums[1]), -offset * (sums[2] + sums[3]));
     to.sum[place] = scale * (sums[0] + sums[1] + sums[2] + sums[3]);
   }
-  Code* codes = (Code*)to.codes + (at + row) * group;
-  for (int i = 0; i < group; i += 4)
-    for (int c = 0; c < 4; ++c) codes[i + c] = (Code)bits[i + Format::Sum::order[c]];
   return scale;
 }
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from llama.cache import Extent, KVCache, Span, Store, clip, first_seen
+from llama.kernels import layer
 from llama.kernels.attention import attend_rows, row_table
 from llama.kernels.library import serves
 from llama.rotary import Rotary
@@ -80,6 +81,22 @@ class LayerCache:
     def attend(self, qkv: Tensor, rotary: Rotary) -> Tensor:
         """See `Backend.attend`."""
         return self.backend.attend(qkv, rotary, self.keys, self.values)
+
+    @property
+    def computes_layers(self) -> bool:
+        """Whether `compute_layer` serves the step."""
+        backend = self.backend
+        return layer.COMPILED and isinstance(backend, CompiledRows) and not backend.tiles.spans
+
+    def compute_layer(
+        self, h: Tensor, norms: Sequence[Tensor], eps: float, products: Sequence[layer.PackedWeight], rotary: Rotary
+    ) -> Tensor:
+        """All of a layer whose products are packed: see `lowbit_layer`."""
+        keys, values, backend = self.keys, self.values, self.backend
+        stored = (keys.numbers, values.numbers, keys.scales, values.scales)
+        return layer.lowbit_layer(
+            h, norms, eps, products, rotary.cos, rotary.sin, backend.slots, *stored, backend.table
+        )
 
 
 def layer_caches(cache: KVCache, spans: Sequence[Span], plan: Callable[..., Backend]) -> list[LayerCache]:

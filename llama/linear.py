@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 BLOCKED_ROWS = 32  # the number of activation rows for which oneDNN chooses its weight layout
+
+
+class PackedProduct(NamedTuple):
+    """What a compiled kernel multiplies with."""
+
+    weight: torch.Tensor  # uint8, flat, in the kernels' layout
+    bias: torch.Tensor | None  # float32 (outputs,)
+    format: str
+    outputs: int
 
 
 class AnyLinear(Protocol):
@@ -25,6 +34,9 @@ class AnyLinear(Protocol):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(num_tokens, in_features) -> (num_tokens, out_features), in x's dtype"""
+
+    def packed(self) -> PackedProduct | None:
+        """For an operator that makes this product among others; None where no compiled kernel makes it."""
 
     def dequantize(self) -> torch.Tensor:
         """The weight as float32 (out_features, in_features)."""
@@ -138,6 +150,9 @@ class Linear(nn.Module):
         if joint.weight is None:
             self.weight, self.joined = None, (joint, rows)
 
+    def packed(self) -> None:
+        """None: the product is a matrix library's."""
+
     def plain(self, rows: slice = slice(None)) -> torch.Tensor:
         """Rows of the weight in their own order: a copy where only the processor's order is held, else a view."""
         if self.weight is not None:
@@ -187,6 +202,10 @@ class Joint:
         else:
             y = self.joint(x)
         return y if self.added is None else self.added(y, x)
+
+    def packed(self) -> PackedProduct | None:
+        """See `AnyLinear.packed`; None too where something is added to the product."""
+        return None if self.joint is None or self.added is not None else self.joint.packed()
 
     def prepare(self, fixed_rows: int | None = None) -> None:
         """Joins the parts, or each with itself where they are of different kinds, and prepares the result."""

@@ -116,9 +116,19 @@ class TransformerBlock(nn.Module):
         self.feed_forward = FeedForward(args, parallel)
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.norm_eps = args.norm_eps
+        self.is_whole = parallel.size == 1  # else sums are made across ranks in its midst
+        self.products = (
+            self.attention.qkv, self.attention.out, self.feed_forward.gate_up, self.feed_forward.down
+        )  # fmt: skip
 
     def forward(self, x: torch.Tensor, rotary: Rotary, cache: LayerCache) -> torch.Tensor:
         """(num_tokens, dim) -> (num_tokens, dim)"""
+        if self.is_whole and cache.computes_layers:
+            products = [product.packed() for product in self.products]
+            if all(products):
+                norms = (self.attention_norm.weight, self.ffn_norm.weight)
+                return cache.compute_layer(x, norms, self.norm_eps, products, rotary)
         h = x + self.attention(self.attention_norm(x), rotary, cache)
         return h + self.feed_forward(self.ffn_norm(h))
 

@@ -13,12 +13,14 @@ from setuptools.command.build_ext import build_ext
 SOURCES = (
     "attention.cpp",
     "elementwise.cpp",
+    "layer.cpp",
     "layout.cpp",
     "lowbit.cpp",
     "lowbit_avx512.cpp",
     "lowbit_avx2.cpp",
     "lowbit_scalar.cpp",
     "lowrank.cpp",
+    "team.cpp",
 )
 COMPILER_FLAGS = (
     "-std=c++20", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden",

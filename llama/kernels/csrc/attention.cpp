@@ -20,14 +20,15 @@
 
 #include "attention.h"
 #include "elementwise.h"
+#include "operators.h"
 #include "processor.h"
+#include "team.h"
 #include "tensors.h"
 
 namespace llama {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kNumbersPerThread = 32768;  // of keys, values or parts: less is not worth waking a thread for
 
@@ -168,7 +169,7 @@ void store(const Step& s, const char* row, int64_t at, char* numbers, float* sca
 void store_tokens(const Step& s) {
   const Heads& h = s.heads;
   const int64_t grain = std::max<int64_t>(1, kNumbersPerThread / (h.kv * h.dim));
-  torch::stable::parallel_for(0, s.num_tokens, grain, [&](int64_t begin, int64_t end) {
+  share(s.num_tokens, grain, [&](int64_t begin, int64_t end) {
     std::vector<char> turned(s.row_bytes());
     for (int64_t i = begin * h.kv; i < end * h.kv; ++i) {
       const int64_t token = i / h.kv, kv = i % h.kv, at = kv * s.num_slots + s.slots[token];
@@ -201,7 +202,7 @@ void attend(const Step& s, const Plan& plan, void* out) {
   }
   const int64_t head_bytes = s.num_slots * (s.int8 ? h.dim : s.row_bytes());
   const int64_t fewest = std::max<int64_t>(1, kNumbersPerThread / h.dim);
-  torch::stable::parallel_for(0, tokens, fewest, [&](int64_t from, int64_t to) {
+  share(tokens, fewest, [&](int64_t from, int64_t to) {
     std::vector<char> turned(s.row_bytes());
     std::vector<float> rows(h.group * h.dim);
     const float scale = 1.0f / std::sqrt((float)h.dim);
@@ -229,13 +230,15 @@ void attend(const Step& s, const Plan& plan, void* out) {
   starts.push_back(num_chunks);
   const int64_t merges = num_rows * h.kv, merged = std::max<int64_t>(1, items * part / std::max<int64_t>(1, merges));
   const int64_t grain = std::max<int64_t>(1, kNumbersPerThread / merged);
-  torch::stable::parallel_for(0, merges, grain, [&](int64_t begin, int64_t end) {
+  share(merges, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = starts[i / h.kv], at = plan.chunks[first].row * h.num * s.row_bytes();
       merge(h, partials, first, starts[i / h.kv + 1], i % h.kv, s.bfloat16, (char*)out + at);
     }
   });
 }
+
+}  // namespace
 
 // qkv (tokens, heads, head_dim); cos, sin (tokens, 1, head_dim) float32; slots (tokens).
 // keys, values (kv_heads, num_slots, head_dim): int8 with scales (kv_heads, num_slots) float32, or of qkv's type.
@@ -294,8 +297,6 @@ Tensor attend_rows(Tensor qkv, Tensor cos, Tensor sin, Tensor slots, Tensor keys
   attend(step, plan, out.mutable_data_ptr());
   return out;
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llama, m) {
   m.def(

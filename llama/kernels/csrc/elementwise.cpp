@@ -10,14 +10,15 @@
 #include <vector>
 
 #include "elementwise.h"
+#include "operators.h"
 #include "processor.h"
+#include "team.h"
 #include "tensors.h"
 
 namespace llama {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kNumbersPerThread = 16384;  // less is not worth waking a thread for
 
@@ -36,7 +37,7 @@ void for_rows(const Tensor& x, int64_t rows, int64_t columns, F&& row) {
   const auto each = [&](auto zero) {
     const auto kernels = find_kernels<decltype(zero)>();
     const int64_t grain = std::max<int64_t>(1, kNumbersPerThread / std::max<int64_t>(1, columns));
-    torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    share(rows, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) row(kernels, i, zero);
     });
   };
@@ -53,6 +54,8 @@ Tensor rows_of_numbers(Tensor x, int64_t unit) {
   STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0 && x.size(-1) % unit == 0, "rows are not multiples of ", unit);
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
+
+}  // namespace
 
 // x (..., columns), weight (columns) as x; -> as x
 Tensor rms_norm(Tensor x, Tensor weight, double eps) {
@@ -110,7 +113,20 @@ Tensor swiglu(Tensor x) {
   return out;
 }
 
-}  // namespace
+// x and y of one shape and type, contiguous
+Tensor add_to(Tensor x, Tensor y) {
+  STD_TORCH_CHECK(x.is_contiguous() && y.is_contiguous() && x.numel() == y.numel() && y.size(-1) % 16 == 0 &&
+                      x.scalar_type() == y.scalar_type(),
+                  "add_to: x and y differ in shape or type, or have no multiples of 16 columns");
+  const int64_t columns = y.size(-1);
+  const void* from = x.const_data_ptr();
+  void* to = y.mutable_data_ptr();
+  for_rows(y, y.numel() / columns, columns, [&](const auto& kernels, int64_t i, auto zero) {
+    using T = decltype(zero);
+    kernels.add((const T*)from + i * columns, columns, (T*)to + i * columns);
+  });
+  return y;
+}
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llama, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");

@@ -12,6 +12,8 @@ struct ElementwiseKernels {
   void (*rotate)(const T* x, const float* cos, const float* sin, int64_t columns, T* out);
   // out = silu(gate) * up, over `columns` numbers
   void (*swiglu)(const T* gate, const T* up, int64_t columns, T* out);
+  // out += x, over `columns` numbers
+  void (*add)(const T* x, int64_t columns, T* out);
 };
 
 namespace avx512 { template <class T> ElementwiseKernels<T> elementwise(); }

@@ -45,4 +45,10 @@ void swiglu(const T* gate, const T* up, int64_t columns, T* out) {
 }
 
 template <class T>
-ElementwiseKernels<T> elementwise_kernels() { return {rms_norm<T>, rotate<T>, swiglu<T>}; }
+void add(const T* x, int64_t columns, T* out) {
+  for (int64_t i = 0; i < columns; i += kTile)
+    Simd::store(out + i, Simd::add(Simd::numbers(x + i), Simd::numbers(out + i)));
+}
+
+template <class T>
+ElementwiseKernels<T> elementwise_kernels() { return {rms_norm<T>, rotate<T>, swiglu<T>, add<T>}; }

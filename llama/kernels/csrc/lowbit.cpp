@@ -5,8 +5,7 @@
 // numbers into a small buffer and leaves the product to the matrix library (oneDNN: AMX where the processor has it); it
 // rounds no activations.
 //
-// Built on torch's stable C interface: one binary serves every torch from 2.10 on, and parallel_for runs on torch's own
-// threads (an OpenMP runtime of our own would fight with them).
+// Built on torch's stable C interface: one binary serves every torch from 2.10 on.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -21,7 +20,9 @@
 #include <vector>
 
 #include "lowbit.h"
+#include "operators.h"
 #include "processor.h"
+#include "team.h"
 #include "tensors.h"
 
 #if defined(__x86_64__)
@@ -32,7 +33,6 @@ namespace llama {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kTilesTogether = 4;        // weight tiles that meet the same activations while those are in the cache
 constexpr int64_t kBytesPerThread = 16384;   // of packed weights: less is not worth waking a thread for
@@ -177,27 +177,24 @@ Activations quantize(const Kernel& kernel, const Shape& s, const void* x, bool b
     }
   };
   const int64_t count = (s.rows + kernel.max_rows - 1) / kernel.max_rows;
-  if (s.rows * s.columns < kNumbersPerThread) {
-    bundles(0, count);
-  } else {
-    torch::stable::parallel_for(0, count, 1, bundles);
-  }
+  share(count, count * kNumbersPerThread / numbers, bundles);
   return a;
 }
 
 // One tile's results for `count` rows, with the bias, into their places in `out` (rows, outputs).
-void write_results(const Shape& s, const float* results, int64_t tile, int64_t first, int64_t count, const float* bias,
+void write_results(const Shape& s, float* results, int64_t tile, int64_t first, int64_t count, const float* bias,
                    bool bfloat16, void* out) {
   const int64_t column = tile * kTile, lanes = std::min(kTile, s.outputs - column);
-  for (int64_t m = 0; m < count; ++m) {
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      const float y = results[m * kTile + lane] + (bias ? bias[column + lane] : 0.0f);
-      const int64_t at = (first + m) * s.outputs + column + lane;
-      if (bfloat16) {
-        ((uint16_t*)out)[at] = to_bfloat16(y);
-      } else {
-        ((float*)out)[at] = y;
-      }
+  for (int64_t m = 0; m < count; ++m, results += kTile) {
+    const int64_t at = (first + m) * s.outputs + column;
+    if (bias)
+      for (int64_t lane = 0; lane < lanes; ++lane) results[lane] += bias[column + lane];
+    if (bfloat16) {
+      for (int64_t lane = 0; lane < lanes; ++lane) ((uint16_t*)out)[at + lane] = to_bfloat16(results[lane]);
+    } else if (lanes == kTile) {
+      std::memcpy((float*)out + at, results, kTile * sizeof(float));  // of a size that is known: four moves
+    } else {
+      std::copy_n(results, lanes, (float*)out + at);
     }
   }
 }
@@ -209,7 +206,7 @@ void integer_product(const Kernel& kernel, const Shape& s, const uint8_t* packed
   if (s.rows > 1 || kernel.max_rows == 1) a.gathered = gather(kernel, a, gathered);
   const int64_t together = s.rows == 1 ? 1 : kTilesTogether, parts = (s.tiles + together - 1) / together;
   const int64_t grain = std::max<int64_t>(1, kBytesPerThread * parts / packed_bytes);
-  torch::stable::parallel_for(0, parts, grain, [&](int64_t begin, int64_t end) {
+  share(parts, grain, [&](int64_t begin, int64_t end) {
     float results[kMaxRows * kTile];
     for (int64_t part = begin; part < end; ++part) {
       const int64_t last_tile = std::min((part + 1) * together, s.tiles);
@@ -232,7 +229,7 @@ void tiled_product(const Kernel& kernel, const Shape& s, const uint8_t* packed, 
     const int64_t count = std::min(panel, s.tiles - tile), width = count * kTile;
     void* to = numbers.mutable_data_ptr();
     const int64_t blocks = s.columns / kernel.block;
-    torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    share(blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
         for (int64_t i = 0; i < count; ++i) {
           const int64_t at = block * kernel.block * width + i * kTile;
@@ -264,9 +261,11 @@ void tiled_product(const Kernel& kernel, const Shape& s, const uint8_t* packed, 
   }
 }
 
+}  // namespace
+
 // x (..., columns) bfloat16 or float32; packed: interleaved bytes; bias float32 (outputs); -> (..., outputs) as x.
-Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::string format, int64_t outputs,
-              std::string variant) {
+Tensor lowbit_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::string format, int64_t outputs,
+                     std::string variant) {
   const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(bfloat16 || x.scalar_type() == ScalarType::Float, "lowbit_linear takes bfloat16 or float32");
   STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0 && packed.is_contiguous(), "lowbit_linear takes rows of numbers");
@@ -298,6 +297,8 @@ Tensor linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::string f
   return out;
 }
 
+namespace {
+
 // 1: AVX-512 with VNNI, 2: AVX2. What the processor has; the scalar kernels run everywhere.
 int64_t instruction_sets() { return (has_avx512() ? 1 : 0) | (has_avx2() ? 2 : 0); }
 
@@ -316,7 +317,7 @@ STABLE_TORCH_LIBRARY(llama, m) {
   m.def("formats() -> str[]");
 }
 STABLE_TORCH_LIBRARY_IMPL(llama, CPU, m) {
-  m.impl("lowbit_linear", TORCH_BOX(&linear));
+  m.impl("lowbit_linear", TORCH_BOX(&lowbit_linear));
 }
 STABLE_TORCH_LIBRARY_IMPL(llama, CompositeExplicitAutograd, m) {
   m.impl("instruction_sets", TORCH_BOX(&instruction_sets));

@@ -12,6 +12,7 @@
 
 #include "lowrank.h"
 #include "processor.h"
+#include "team.h"
 #include "tensors.h"
 
 namespace llama {
@@ -92,7 +93,7 @@ void in_pieces(const std::vector<int64_t>& sizes, int64_t work, F&& f) {
   int64_t all = 0;
   for (int64_t size : sizes) all += size;
   const int64_t grain = std::max<int64_t>(1, kNumbersPerThread / std::max<int64_t>(1, work));
-  torch::stable::parallel_for(0, all, grain, [&](int64_t begin, int64_t end) {
+  share(all, grain, [&](int64_t begin, int64_t end) {
     int64_t start = 0;
     for (size_t i = 0; i < sizes.size() && start < end; start += sizes[i++]) {
       const int64_t first = std::max(begin, start) - start, last = std::min(end, start + sizes[i]) - start;

@@ -7,17 +7,31 @@
 
 namespace llama {
 
-// A contiguous tensor of x's type on the CPU, with nothing in it. torch::stable::new_empty finds its operator by name
-// at every call, which takes longer than a small kernel.
-inline torch::stable::Tensor empty_like(const torch::stable::Tensor& x, const std::vector<int64_t>& size) {
+inline std::vector<int64_t> strides_of(const std::vector<int64_t>& size) {  // where rows follow one another
   std::vector<int64_t> strides(size.size());
   int64_t stride = 1;
   for (size_t i = size.size(); i-- > 0; stride *= size[i]) strides[i] = stride;
+  return strides;
+}
+
+// A contiguous tensor of x's type on the CPU, with nothing in it. torch::stable::new_empty finds its operator by name
+// at every call, which takes longer than a small kernel.
+inline torch::stable::Tensor empty_like(const torch::stable::Tensor& x, const std::vector<int64_t>& size) {
+  const auto strides = strides_of(size);
   int32_t type;
   AtenTensorHandle handle;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(size.size(), size.data(), strides.data(), type,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
+  return torch::stable::Tensor(handle);
+}
+
+// The same numbers in another shape; x is contiguous.
+inline torch::stable::Tensor shaped(const torch::stable::Tensor& x, const std::vector<int64_t>& size) {
+  const auto strides = strides_of(size);
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch__reinterpret_tensor(x.get(), size.size(), size.data(), strides.data(), 0, &handle));
   return torch::stable::Tensor(handle);
 }
 

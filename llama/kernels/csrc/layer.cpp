@@ -1,0 +1,50 @@
+// torch.ops.llama.lowbit_layer: a layer whose products are all packed, from its input to its output, on CPU.
+//
+// Beside one row of a small model the calls of its operators, and the Python between them, take longer than their work.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "operators.h"
+#include "tensors.h"
+
+namespace llama {
+namespace {
+
+// h (tokens, dim); the products' weights, biases, formats and outputs: qkv, out, gate_up, down; the rest as
+// `attend_rows` takes it, whose table names every row; -> (tokens, dim) as h
+Tensor lowbit_layer(Tensor h, Tensor attention_norm, Tensor ffn_norm, double eps, std::vector<Tensor> weights,
+                    std::vector<std::optional<Tensor>> biases, std::vector<std::string> formats,
+                    std::vector<int64_t> outputs, Tensor cos, Tensor sin, Tensor slots, Tensor keys, Tensor values,
+                    std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor table) {
+  enum { qkv, out, gate_up, down, count };
+  STD_TORCH_CHECK(h.dim() == 2 && weights.size() == count && biases.size() == count && formats.size() == count &&
+                      outputs.size() == count,
+                  "lowbit_layer takes rows, and four products");
+  STD_TORCH_CHECK(keys.dim() == 3 && outputs[qkv] % keys.size(2) == 0, "lowbit_layer: qkv is not made of heads");
+  STD_TORCH_CHECK(outputs[out] == h.size(1) && outputs[down] == h.size(1), "lowbit_layer: results are not as h");
+  const auto product = [&](int which, Tensor x) {
+    return lowbit_linear(x, weights[which], biases[which], formats[which], outputs[which], "auto");
+  };
+  const int64_t tokens = h.size(0), head_dim = keys.size(2), heads = outputs[qkv] / head_dim;
+  const Tensor rows = shaped(product(qkv, rms_norm(h, attention_norm, eps)), {tokens, heads, head_dim});
+  const Tensor seen = attend_rows(rows, cos, sin, slots, keys, values, key_scale, value_scale, table, "auto");
+  h = add_to(h, product(out, shaped(seen, {tokens, seen.size(1) * head_dim})));
+  return add_to(h, product(down, swiglu(product(gate_up, rms_norm(h, ffn_norm, eps)))));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(llama, m) {
+  m.def(
+      "lowbit_layer(Tensor h, Tensor attention_norm, Tensor ffn_norm, float eps, Tensor[] weights, Tensor?[] biases, "
+      "str[] formats, int[] outputs, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys, Tensor(b!) values, "
+      "Tensor(c!)? key_scale, Tensor(d!)? value_scale, Tensor table) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(llama, CPU, m) { m.impl("lowbit_layer", TORCH_BOX(&lowbit_layer)); }
+
+}  // namespace llama

@@ -1,0 +1,21 @@
+// The operators as functions, for one that is made of others: a call through torch takes longer than a small one does.
+#pragma once
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+
+namespace llama {
+
+using torch::stable::Tensor;
+
+Tensor rms_norm(Tensor x, Tensor weight, double eps);
+Tensor swiglu(Tensor x);
+Tensor add_to(Tensor x, Tensor y);  // y + x, in y's place
+Tensor lowbit_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::string format, int64_t outputs,
+                     std::string variant);
+Tensor attend_rows(Tensor qkv, Tensor cos, Tensor sin, Tensor slots, Tensor keys, Tensor values,
+                   std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor table,
+                   std::string variant);
+
+}  // namespace llama

@@ -70,9 +70,11 @@ def main(checkpoint: str, expected: str, num_stages: str, options: str = "{}") -
     assert names == set(map(str, held)), "weights of other stages were loaded"
     found, wanted = answers(llm), json.loads(Path(expected).read_text())
     assert found["tokens"] == wanted["tokens"]
+    is_exact = num_launched() == stages and "draft" not in more  # a step's rows depend on what is guessed when
+    rounding = 0.0 if is_exact else 1e-4
     for key in ("logprobs", "scores", "vectors"):
         for one, other in zip(found[key], wanted[key], strict=True):
-            assert one == pytest.approx(other, abs=1e-4), key
+            assert one == pytest.approx(other, abs=rounding, rel=0), key
     with pytest.raises(ValueError, match="call Llama"):
         llm.model(None, 0)
     with pytest.raises(ValueError, match="a compiled package is of one process"):

@@ -9,11 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import typer
 from support.adapter_files import save_adapter
 from support.server import Running, serving
 from support.tiny import ByteTokenizer, answering_model
 
 from llama import Llama
+from llama.__main__ import app
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
 PROGRAMS = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
@@ -60,21 +62,7 @@ def test_the_command_that_loads_an_adapter_does(tmp_path):
 
 
 def test_every_option_that_the_documentation_names_is_there():
-    from llama.options import MODEL
-    from llama.server.settings import SERVER
-
-    known = {"--" + option.name.replace("_", "-") for option in (*SERVER, *MODEL)}
-    others = {
-        "--url",
-        "--lora",
-        "--model",
-        "--cpu",
-        "--config",
-        "--help",
-        "--model_path",
-        "--gpus",
-        "--infer_dtype",
-        "--model_source",
-    }
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", DOCUMENT)) - {"--nproc_per_node"}
-    assert named <= known | others
+    commands = typer.main.get_command(app).commands.values()
+    known = {flag for command in commands for parameter in command.params for flag in parameter.opts}
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", DOCUMENT)) - {"--nproc_per_node", "--help"}
+    assert named <= known

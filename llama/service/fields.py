@@ -139,7 +139,7 @@ def parse(kind: type[B], body: object, ignore_unknown: bool = False) -> B:
         return kind.model_validate(body, context={"ignore_unknown": ignore_unknown})
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where = ".".join(part if part.isprintable() else ascii(part) for part in map(str, first["loc"]))
         code = "unsupported_parameter" if first["type"] == "unsupported_parameter" else None
         raise Refusal(f"{where or 'body'}: {first['msg']}", param=where or None, code=code) from error
 

@@ -16,7 +16,7 @@ from .beside import STARTS, TURN_ENDS, first_known, read_beside, read_object
 from .byte_level import BYTE_OF_CHAR, GPT2_PATTERN, PRE_TOKENIZERS, ByteStream, PreTokenizer
 from .pieces import PieceStream, merges, piece_bytes
 from .tiktoken import cut_long_runs
-from .vocabulary import MAX_TOKENS, Codec, Controls, TokenizerError, TokenType, Vocabulary
+from .vocabulary import Codec, Controls, TokenizerError, TokenType, Vocabulary, validate_id
 
 if TYPE_CHECKING:
     import tokenizers
@@ -143,8 +143,8 @@ class TokenizerJson:
         model = self.spec["model"]
         vocab = model["vocab"]
         known = vocab if isinstance(vocab, dict) else {piece: id for id, (piece, _) in enumerate(vocab)}
-        if not all(type(id) is int and 0 <= id < MAX_TOKENS for id in known.values()):
-            raise TokenizerError(f"a token's id is not a number from 0 to {MAX_TOKENS - 1}")
+        for id in known.values():
+            validate_id(id, len(known))
         tokens = [f"[PAD{id}]" for id in range(max(known.values(), default=-1) + 1)]
         types = [int(TokenType.UNUSED)] * len(tokens)
         for token, id in known.items():

@@ -14,10 +14,18 @@ if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 MAX_TOKENS = 1 << 22
+MAX_UNUSED = 1 << 16  # ids between tokens that nothing uses: real vocabularies leave hundreds
 
 
 class TokenizerError(ValueError):
     """A file that holds no vocabulary, or one that is damaged or of an unknown kind."""
+
+
+def validate_id(id: object, num_tokens: int) -> None:
+    """Raises TokenizerError for a token's id that cannot be, or is far beyond so many tokens."""
+    most = min(num_tokens + MAX_UNUSED, MAX_TOKENS) - 1
+    if type(id) is not int or not 0 <= id <= most:
+        raise TokenizerError(f"a token's id is not a number from 0 to {most}, for a vocabulary of {num_tokens}")
 
 
 class TokenType(IntEnum):
@@ -86,8 +94,7 @@ class Vocabulary:
         ids = {token: id for id, token in enumerate(tokens)}
         for token in added:
             id = ids.get(token.content, len(tokens) if token.id is None else token.id)
-            if not 0 <= id < MAX_TOKENS:
-                raise TokenizerError(f"a token's id is not a number from 0 to {MAX_TOKENS - 1}")
+            validate_id(id, len(ids))
             for free in range(len(tokens), id + 1):
                 tokens.append(f"[PAD{free}]")
                 types.append(int(TokenType.UNUSED))

@@ -225,3 +225,15 @@ def test_a_damaged_file_is_refused_in_one_line_or_works(name, files):
 @pytest.mark.parametrize("name", SOURCES)
 def test_twenty_thousand_damaged_files_are_refused_or_work(name, files):
     survive(files[name], 20_000)
+
+
+@pytest.mark.parametrize("place", ["vocabulary", "added tokens"])
+def test_a_token_far_beyond_the_others_is_refused_before_all_ids_between_get_names(tmp_path, place):
+    spec = json.loads(train_byte_level().to_str())
+    if place == "vocabulary":
+        spec["model"]["vocab"]["far"] = 3_000_000
+    else:
+        spec["added_tokens"].append({"id": 3_000_000, "content": "<far>", "special": True})
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(spec))
+    refuse(path, "a token's id is not a number from 0 to")

@@ -32,9 +32,8 @@ class Share:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What Ray is to be told of a process."""
-        variables = {"OMP_NUM_THREADS": str(self.threads)}
-        return {"num_cpus": self.threads, "num_gpus": self.gpus, "runtime_env": {"env_vars": variables}}
+        """What Ray is to be told of a process, which gets OMP_NUM_THREADS from that."""
+        return {"num_cpus": self.threads, "num_gpus": self.gpus}
 
 
 @dataclass(frozen=True)

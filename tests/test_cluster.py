@@ -43,20 +43,17 @@ def test_more_replicas_than_there_is_room_for_are_refused(arguments, message):
         divide(*arguments)
 
 
-def test_a_process_is_told_how_many_threads_it_has():
-    options = Share(3, 1).options
-    assert (options["num_cpus"], options["num_gpus"]) == (3, 1)
-    assert options["runtime_env"] == {"env_vars": {"OMP_NUM_THREADS": "3"}}
-
-
-def test_replicas_on_one_machine_share_its_free_memory(monkeypatch):
+def test_replicas_on_one_machine_share_its_processors_and_its_free_memory(monkeypatch):
     given = []
     monkeypatch.setattr(cluster.Llama, "build", lambda model, **load: given.append((model, load)))
     monkeypatch.setattr(cluster, "free_memory", lambda device: 8 << 30)
-    ModelPlan("m", {"device": "cpu"}, 2, Share(1), "/nowhere").build()
+    monkeypatch.setattr(cluster.torch, "set_num_threads", given.append)
+    ModelPlan("m", {"device": "cpu"}, 2, Share(3), "/nowhere").build()
     ModelPlan("m", {"kv_cache_memory": "1GiB"}, 2, Share(1), "/nowhere").build()
     assert given == [
+        3,
         ("m", {"device": "cpu", "seed": None, "kv_cache_memory": 2 << 30}),
+        1,
         ("m", {"kv_cache_memory": "1GiB", "seed": None}),
     ]
 

@@ -13,11 +13,13 @@ import logging
 import uuid
 from collections import deque
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import RequestRouterConfig
+from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 from starlette.types import Message
@@ -115,7 +117,7 @@ def begins_of(request: PendingRequest | None) -> list[bytes]:
 
 
 def deployed(plan: ModelPlan, settings: ServerSettings) -> serve.Application:
-    """The replicas, as Serve is to make them."""
+    """The replicas, as Serve is to make them; keys stay where they are asked for."""
     deployment = serve.deployment(ServedReplica).options(
         name="replica",
         num_replicas=plan.num_replicas,
@@ -127,7 +129,7 @@ def deployed(plan: ModelPlan, settings: ServerSettings) -> serve.Application:
         request_router_config=RequestRouterConfig(request_router_class="llama.server.fleet.PrefixRouter"),
         ray_actor_options=plan.share.options,
     )
-    return deployment.bind(plan, settings)
+    return deployment.bind(plan, replace(settings, api_key=None, api_key_file=None))
 
 
 class HandleFleet:
@@ -145,14 +147,17 @@ class HandleFleet:
         try:
             async for messages in response:
                 yield messages
-        except RayActorError as error:
+        except (RayActorError, DeploymentUnavailableError) as error:
             raise ReplicaLost(str(error).partition("\n")[0]) from error
         finally:
             response.cancel()
 
     async def ask(self, method: str, *args: Any) -> list[Any]:
         response = self._handle.broadcast(method, *args)
-        results = await response.results_async(timeout_s=ASK_TIMEOUT, return_exceptions=True)
+        try:
+            results = await response.results_async(timeout_s=ASK_TIMEOUT, return_exceptions=True)
+        except DeploymentUnavailableError:  # there is none
+            return []
         return [result for result in results if not isinstance(result, RayActorError)]
 
     async def close(self) -> None:

@@ -15,7 +15,8 @@ from llama.server.ranks import end_process
 from llama.server.server import Server
 from llama.server.settings import ServerSettings
 
-PAUSE = 0.02  # seconds between two rounds of messages: each costs a millisecond on its way
+PAUSE = 0.02  # seconds between two rounds of an answer's messages: each costs two milliseconds on its way
+MOST_ROUNDS = 400  # a second, of all answers together
 LAST_WORDS = 0.5  # seconds in which streams are told that the engine has ended
 
 
@@ -82,7 +83,7 @@ class Replica:
                 if sent:
                     messages, sent[:] = list(sent), []
                     yield messages
-                    await asyncio.sleep(PAUSE)
+                    await asyncio.sleep(max(PAUSE, self._server.num_open / MOST_ROUNDS))
             answering.result()
         finally:
             answering.cancel()

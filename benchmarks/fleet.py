@@ -13,9 +13,11 @@ still holds it, as long as its cache has room (least recently used goes first). 
     prefix   the one that answered the turn before, unless it has more than its share; then the one with the fewest
 
 Conversations begin at random moments (Poisson), with so many that the fleet would be busy for `load` of its time if
-nothing were ever cached: above 1 only a fleet that finds its prefixes keeps up. The first fifth of the simulated time
-warms up and does not count. The figures of a fleet are the same each time: the seed is fixed. What it leaves out: the
-network, replicas that fail, prompts that differ in kind. The last line is JSON.
+nothing were ever cached: above 1 only a fleet that finds its prefixes keeps up. It begins in the midst of things: with
+the conversations that would be under way, their turns so far held by replicas. All fleets are simulated for the same
+time, whose first fifth does not count; those of more than 64 replicas at one load, since they take minutes. The figures
+of a fleet are the same each time: the seed is fixed. What it leaves out: the network, replicas that fail, prompts that
+differ in kind. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ import json
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import quantiles
@@ -35,8 +38,10 @@ from common.timing import report
 
 REPLICAS = (1, 4, 16, 64, 256, 1000)
 LOADS = (0.4, 0.7, 0.95, 1.2, 1.5)
-FULL = 0.95  # the load at which sizes of fleets are compared in the plot
-LEAST_SECONDS = 150.0  # that a large fleet is simulated
+FULL = 0.95  # the load at which sizes of fleets are compared
+LARGE = 64  # replicas, above which there is only that load
+MIDDLE = 16  # replicas, whose loads are compared in the plot
+BEFORE = 300.0  # seconds before the simulated time, in which what is under way had begun
 STEP_TOKENS = 512  # of prompts, that a step takes along
 MOST_RUNNING = 32  # requests of a replica that run at once
 CACHE_TOKENS = 100_000  # that a replica's cache holds
@@ -61,6 +66,8 @@ class Speed:
         precision = precision or figures[0]["precision"]
         seconds = {one["work"]: one["seconds"] for one in figures if one["precision"] == precision}
         rows = [int(work.split("-")[1]) for work in seconds if work.startswith("batch")]
+        if len(rows) < 2 or "prompt-512" not in seconds:
+            raise SystemExit(f"{path} lacks figures: measure with --works prompt-512,batch-1,batch-8,batch-32")
         row, base = np.polyfit(rows, [seconds[f"batch-{count}"] for count in rows], 1)
         return cls(float(base), float(row), max(0.0, seconds["prompt-512"] - float(base)) / 512)
 
@@ -120,13 +127,13 @@ class Replica:
                 done.append(request)
         self.running = [request for request in self.running if request.left]
         for request in done:
-            self._remember(request)
+            self.remember(request.conversation, request.prompt + request.answer)
         return speed.seconds(rows, STEP_TOKENS - room), first, done
 
-    def _remember(self, request: Request) -> None:
-        self.cached_tokens -= self.cache.pop(request.conversation, 0)
-        self.cache[request.conversation] = request.prompt + request.answer
-        self.cached_tokens += request.prompt + request.answer
+    def remember(self, conversation: int, tokens: int) -> None:
+        self.cached_tokens -= self.cache.pop(conversation, 0)
+        self.cache[conversation] = tokens
+        self.cached_tokens += tokens
         while self.cached_tokens > CACHE_TOKENS and len(self.cache) > 1:
             self.cached_tokens -= self.cache.popitem(last=False)[1]
 
@@ -176,13 +183,35 @@ def exponential(draw: random.Random, average: float) -> int:
     return 1 + int(draw.expovariate(1 / average))
 
 
-def questions(draw: random.Random, rate: float, duration: float) -> Iterator[Request]:
-    """The first question of each conversation, `rate` of them a second."""
-    now, number = 0.0, 0
+def begin(draw: random.Random, rate: float, duration: float) -> Iterator[Request]:
+    """The first question of each conversation, `rate` of them a second, also of those that had begun before."""
+    now, number = -BEFORE, 0
     while (now := now + draw.expovariate(rate)) < duration:
         turns = exponential(draw, TURNS - 1)
         yield Request(number, SYSTEM + exponential(draw, QUESTION), exponential(draw, ANSWER), turns - 1, now)
         number += 1
+
+
+def follow(draw: random.Random, request: Request, ended: float) -> Request | None:
+    """The next question of its conversation, asked some time after the answer; None if there is none."""
+    if not request.turns_left:
+        return None
+    asked = ended + draw.expovariate(1 / THINKING)
+    prompt = request.prompt + request.answer + exponential(draw, QUESTION)
+    return Request(request.conversation, prompt, exponential(draw, ANSWER), request.turns_left - 1, asked)
+
+
+def in_the_midst(
+    draw: random.Random, speed: Speed, request: Request, replicas: list[Replica], homes: dict[int, int]
+) -> Request | None:
+    """The first question after the beginning of a conversation that began before it, held by some replica so far."""
+    while request is not None and request.arrived < 0:
+        held = request.prompt + request.answer
+        request = follow(draw, request, request.arrived + request.answer * speed.seconds(MOST_RUNNING // 2, 0))
+        if request is not None:
+            home = homes[request.conversation] = draw.randrange(len(replicas))
+            replicas[home].remember(request.conversation, held)
+    return request
 
 
 def average_request(draw: random.Random, speed: Speed) -> tuple[float, float]:
@@ -203,8 +232,10 @@ def simulate(speed: Speed, num_replicas: int, load: float, router: str, duration
     rate = load * num_replicas / average_request(random.Random(1), speed)[0]
     replicas, homes = [Replica() for _ in range(num_replicas)], {}
     events: list[tuple[float, int, object]] = []
-    for request in questions(draw, rate, duration):
-        events.append((request.arrived, len(events), request))
+    for request in begin(draw, rate, duration):
+        request = in_the_midst(draw, speed, request, replicas, homes)
+        if request is not None:
+            events.append((request.arrived, len(events), request))
     heapq.heapify(events)
     count, first_tokens, prompts, computed, answered = len(events), [], 0, 0, 0
     while events:
@@ -233,13 +264,10 @@ def simulate(speed: Speed, num_replicas: int, load: float, router: str, duration
                 first_tokens.append(ends - request.arrived)
         for request in done:
             answered += request.answer * counts
-            if request.turns_left:
-                asked = ends + draw.expovariate(1 / THINKING)
-                prompt = request.prompt + request.answer + exponential(draw, QUESTION)
-                left = request.turns_left - 1
+            following = follow(draw, request, ends)
+            if following is not None:
                 count += 1
-                following = Request(request.conversation, prompt, exponential(draw, ANSWER), left, asked)
-                heapq.heappush(events, (asked, count, following))
+                heapq.heappush(events, (following.arrived, count, following))
         count += 1
         heapq.heappush(events, (ends, count, at))
     seconds = (1 - WARM_UP) * duration
@@ -261,13 +289,12 @@ def draw_plot(path: Path, outcomes: list[Outcome]) -> None:
 
     canvas = Figure(figsize=(10, 4.5), layout="constrained")
     by_load_axes, by_size_axes = canvas.subplots(1, 2)
-    most = max(one.replicas for one in outcomes)
     for router in ROUTERS:
-        own = [one for one in outcomes if one.router == router and one.replicas == most]
+        own = [one for one in outcomes if one.router == router and one.replicas == MIDDLE]
         by_load_axes.plot([one.load for one in own], [one.first_token_p95 for one in own], marker="o", label=router)
         own = [one for one in outcomes if one.router == router and one.load == FULL]
         by_size_axes.plot([one.replicas for one in own], [one.first_token_p95 for one in own], marker="o", label=router)
-    by_load_axes.set(xlabel="load", ylabel="seconds to the first token, p95", yscale="log", title=f"{most} replicas")
+    by_load_axes.set(xlabel="load", ylabel="seconds to the first token, p95", yscale="log", title=f"{MIDDLE} replicas")
     by_size_axes.set(xlabel="replicas", xscale="log", yscale="log", title=f"load {FULL:g}")
     for axes in (by_load_axes, by_size_axes):
         axes.legend()
@@ -278,26 +305,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("speed", type=Path, help="what `llama bench --json` wrote")
     parser.add_argument("--precision", help="of those in the file; the first if left out")
-    parser.add_argument("--seconds", type=float, default=600, help="that are simulated; of large fleets fewer")
+    parser.add_argument("--seconds", type=float, default=300, help="that are simulated")
     parser.add_argument("--cost", type=float, default=0.10, help="of a replica's hour, in any currency")
     parser.add_argument("--replicas", type=int, nargs="+", default=list(REPLICAS))
+    parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--plot", type=Path)
     options = parser.parse_args()
     speed = Speed.measured(options.speed, options.precision)
     print(f"a step takes {1e3 * speed.base:.1f} ms, {1e3 * speed.row:.2f} a request, {1e3 * speed.prompt:.3f} a token")
-    outcomes = []
-    for replicas in options.replicas:
-        seconds = max(LEAST_SECONDS, options.seconds / max(1, replicas / 16))
-        for load in LOADS:
-            for router in ROUTERS:
-                one = simulate(speed, replicas, load, router, seconds, options.cost)
-                outcomes.append(one)
-                print(
-                    f"{replicas:5} replicas  load {load:4.2f}  {router:7}  first token {one.first_token_p50:7.2f} s, "
-                    f"p95 {one.first_token_p95:8.2f} s  {one.cached_share:4.0%} cached  "
-                    f"{one.tokens_per_s:9.0f} tokens/s  {one.cost_per_million:6.2f} a million",
-                    flush=True,
-                )
+    fleets = [
+        (speed, replicas, load, router, options.seconds, options.cost)
+        for replicas in options.replicas
+        for load in (LOADS if replicas <= LARGE else (FULL,))
+        for router in ROUTERS
+    ]
+    with ProcessPoolExecutor(options.workers) as workers:
+        outcomes = []
+        for one in workers.map(simulate, *zip(*fleets, strict=True)):
+            outcomes.append(one)
+            print(
+                f"{one.replicas:5} replicas  load {one.load:4.2f}  {one.router:7}  "
+                f"first token {one.first_token_p50:7.2f} s, p95 {one.first_token_p95:8.2f} s  "
+                f"{one.cached_share:4.0%} cached  {one.tokens_per_s:9.0f} tokens/s  "
+                f"{one.cost_per_million:6.2f} a million",
+                flush=True,
+            )
     if options.plot:
         draw_plot(options.plot, outcomes)
     report({"speed": vars(speed), "outcomes": [vars(one) for one in outcomes]})

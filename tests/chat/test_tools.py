@@ -1,6 +1,8 @@
 """Calls of tools, read from what models write: in any pieces, whole or broken."""
 
 import json
+import subprocess
+import sys
 from itertools import pairwise
 
 import pytest
@@ -187,3 +189,13 @@ def test_control_tokens_mark_calls_where_they_stand():
     parser = ToolParser(format, NAMES, format.controls)
     pieces = [*parser.push("Well. ", 1), *parser.push("", 7), *parser.push(F, 2), *parser.end()]
     assert without_ids(Spoken.of(pieces)) == ("Well.", [("f", "{}")])
+
+
+def test_what_only_looks_like_python_is_no_warning_of_the_server():
+    code = """
+from llama.chat.tools import TOOL_FORMATS, parse_answer
+print(parse_answer(TOOL_FORMATS["pythonic"](), ["f"], "[f(a=1if 2else '\\d')]"))
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "1if" in ran.stdout
+    assert ran.stderr == ""

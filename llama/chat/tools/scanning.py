@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import json
+import warnings
 from collections.abc import Generator
 from typing import Any, Protocol
 
@@ -16,6 +17,10 @@ Reader = Generator[None, str, Any]  # what it returns depends on the reader
 
 ARGUMENTS = ("arguments", "parameters")
 BLANK = " \t\r\n"
+FILE = "<tool call>"  # what Python takes a model's text to be
+
+# Python warns on standard error of what only looks like a number; nobody who serves a model can do anything about it.
+warnings.filterwarnings("ignore", module=FILE)
 
 
 class NoCall(Exception):
@@ -284,7 +289,7 @@ def python_literal(char: str) -> Reader:
     except (ValueError, RecursionError):
         pass
     try:
-        return json_text(ast.literal_eval(written)), char
+        return json_text(ast.literal_eval(ast.parse(written, FILE, "eval"))), char
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
         raise NoCall from error
 

@@ -85,6 +85,20 @@ def test_our_side_says_what_its_steps_read_and_multiply(tiny_shape, tmp_path):
     assert facts["kv_bytes_per_token"] == 2 * 2 * 2 * 32 * 4  # keys and values, layers, heads, their size, float32
 
 
+def test_an_embedding_that_is_the_output_layer_is_read_and_multiplied_as_one(tmp_path):
+    write_model(tmp_path / "model", MODEL_SHAPES["tiny"])
+    [file] = (tmp_path / "model").glob("*.pth")
+    weights = torch.load(file)
+    output = weights.pop("output.weight")
+    torch.save(weights, file)
+    one = Contender(OURS)
+    peer = one.side.start(one.python)
+    facts = peer.ask(do="load", path=str(tmp_path / "model"), precision="none", threads=1)
+    peer.close()
+    assert facts["output_products"] == output.numel()
+    assert facts["weight_bytes"] == 4 * (facts["inner_products"] + facts["output_products"])
+
+
 def test_a_figure_and_a_start_come_for_every_side_that_takes_part(tiny_shape, quick):
     found = list(run_bench(Bench(tiny_shape, precisions=["none", "sym_int4"], vs="padded", rounds=1)))
     figures = [one for one in found if isinstance(one, Figure)]

@@ -27,13 +27,14 @@ def load(path: str, threads: int, precision: str | None, draft: str = "none", **
     linears = [module for module in model.modules() if isinstance(module, Linear | LowBitLinear)]
     inner = sum(one.in_features * one.out_features for one in linears if one is not model.output)
     dtype = model.norm.weight.dtype
+    tied = model.tok_embeddings.weight.nbytes if model.output is None else 0  # read as the output layer
     return {
         "vocab_size": model.vocab_size,
         "dtype": str(dtype).removeprefix("torch."),
-        "weight_bytes": sum(map(stored_bytes, linears)),
+        "weight_bytes": sum(map(stored_bytes, linears)) + tied,
         "kv_bytes_per_token": model.cache_shape.bytes_per_token(dtype),
         "inner_products": inner,
-        "output_products": model.output.in_features * model.output.out_features,
+        "output_products": model.vocab_size * model.params.dim,
     }
 
 

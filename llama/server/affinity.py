@@ -7,7 +7,7 @@ same system prompt, is cheap where the beginning was, and nowhere else.
 from __future__ import annotations
 
 import json
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
@@ -43,21 +43,28 @@ class Affinity:
     def __init__(self, most_blocks: int = MOST_BLOCKS):
         self.most_blocks = most_blocks
         self._readers: OrderedDict[bytes, tuple[str, ...]] = OrderedDict()  # of a beginning, the latest last
-        self._num_given: Counter[str] = Counter()
+        self._turns: dict[str, int] = {}  # when each replica was chosen last, counted in choices
 
     def choose(self, begins: Sequence[bytes], num_open: Mapping[str, int]) -> str:
         """The replica for a request, of those whose requests `num_open` counts: there is at least one."""
-        most = min(num_open.values()) + MOST_AHEAD
-        for digest in reversed(begins):
-            if known := [name for name in self._readers.get(digest, ()) if num_open.get(name, most + 1) <= most]:
-                return min(known, key=num_open.__getitem__)
-        return min(num_open, key=lambda name: (num_open[name], self._num_given[name]))
+        name = self._reader(begins, num_open)
+        if name is None:
+            name = min(num_open, key=lambda name: (num_open[name], self._turns.get(name, 0)))
+        self._turns[name] = max(self._turns.values(), default=0) + 1
+        return name
 
     def record(self, begins: Sequence[bytes], name: str) -> None:
         """The replica got the request."""
-        self._num_given[name] += 1
         for digest in begins:
             others = (other for other in self._readers.pop(digest, ()) if other != name)
             self._readers[digest] = (*others, name)
         while len(self._readers) > self.most_blocks:
             self._readers.popitem(last=False)
+
+    def _reader(self, begins: Sequence[bytes], num_open: Mapping[str, int]) -> str | None:
+        """One that has read the longest known beginning, and is not too busy."""
+        most = min(num_open.values()) + MOST_AHEAD
+        for digest in reversed(begins):
+            if known := [name for name in self._readers.get(digest, ()) if num_open.get(name, most + 1) <= most]:
+                return min(known, key=num_open.__getitem__)
+        return None

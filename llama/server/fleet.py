@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections import deque
+from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any
@@ -58,7 +58,7 @@ class PrefixRouter(RequestRouter):
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self._affinity = Affinity()
-        self._open = OpenRequests()
+        self._num_open: Counter[str] = Counter()  # by the replica's name
 
     async def choose_replicas(
         self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
@@ -69,46 +69,20 @@ class PrefixRouter(RequestRouter):
         if pending_request is not None:
             pending_request.routing_context.should_backoff = True
         by_name = {replica.replica_id.unique_id: replica for replica in candidate_replicas}
-        num_open = {name: self._open.count(name) for name in by_name}
+        num_open = {name: self._num_open[name] for name in by_name}
         first = by_name.pop(self._affinity.choose(begins_of(pending_request), num_open))
         return [[first], list(by_name.values())]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         self._affinity.record(begins_of(pending_request), replica_id.unique_id)
-        self._open.begin(replica_id.unique_id, pending_request.metadata.internal_request_id)
+
+    def on_send_request(self, replica_id: ReplicaID) -> None:
+        """At once, not when the replica has taken it: others are chosen for meanwhile."""
+        super().on_send_request(replica_id)
+        self._num_open[replica_id.unique_id] += 1
 
     def on_request_completed(self, replica_id: ReplicaID, internal_request_id: str) -> None:
-        self._open.end(replica_id.unique_id, internal_request_id)
-
-
-class OpenRequests:
-    """How many requests each replica has at work, as far as they came this way.
-
-    Serve also tells of ends that had no beginning: of what went to all replicas, of what one refused, and of what was
-    over before it told that it had begun.
-    """
-
-    def __init__(self) -> None:
-        self._ids: dict[str, set[str]] = {}  # by the replica's name
-        self._ends: deque[tuple[str, str]] = deque(maxlen=1000)  # the latest of those without a beginning
-
-    def count(self, name: str) -> int:
-        return len(self._ids.get(name, ()))
-
-    def begin(self, name: str, request_id: str) -> None:
-        if (name, request_id) in self._ends:
-            self._ends.remove((name, request_id))
-        else:
-            self._ids.setdefault(name, set()).add(request_id)
-
-    def end(self, name: str, request_id: str) -> None:
-        ids = self._ids.get(name, set())
-        if request_id not in ids:
-            self._ends.append((name, request_id))
-            return
-        ids.remove(request_id)
-        if not ids:
-            del self._ids[name]
+        self._num_open[replica_id.unique_id] = max(0, self._num_open[replica_id.unique_id] - 1)  # it may not have left
 
 
 def begins_of(request: PendingRequest | None) -> list[bytes]:

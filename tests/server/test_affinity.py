@@ -90,3 +90,10 @@ def test_what_was_not_asked_for_the_longest_is_forgotten():
         affinity.record([digest], "b")
     assert affinity.choose([b"1"], {"a": 0, "b": 1}) == "b"
     assert affinity.choose([b"2"], {"a": 0, "b": 1}) == "a"
+
+
+def test_requests_that_come_at_once_take_turns_though_none_is_counted_yet():
+    affinity = Affinity()
+    for _ in range(3):
+        affinity.choose([], {"a": 0, "b": 1})
+    assert [affinity.choose([], {"a": 0, "b": 0}) for _ in range(4)] == ["b", "a", "b", "a"]

@@ -65,10 +65,12 @@ class Speed:
         figures = [one for one in json.loads(path.read_text())["figures"] if one["side"] == "llama"]
         precision = precision or figures[0]["precision"]
         seconds = {one["work"]: one["seconds"] for one in figures if one["precision"] == precision}
-        rows = [int(work.split("-")[1]) for work in seconds if work.startswith("batch")]
-        if len(rows) < 2 or "prompt-512" not in seconds:
-            raise SystemExit(f"{path} lacks figures: measure with --works prompt-512,batch-1,batch-8,batch-32")
-        row, base = np.polyfit(rows, [seconds[f"batch-{count}"] for count in rows], 1)
+        steps = {int(work.split("-")[1]): took for work, took in seconds.items() if work.startswith("batch")}
+        if "context-512" in seconds:
+            steps.setdefault(1, seconds["context-512"])
+        if len(steps) < 2 or "prompt-512" not in seconds:
+            raise SystemExit(f"{path} lacks figures: measure with --works prompt-512,context-512,batch-8,batch-32")
+        row, base = np.polyfit(list(steps), list(steps.values()), 1)
         return cls(float(base), float(row), max(0.0, seconds["prompt-512"] - float(base)) / 512)
 
     def seconds(self, rows: int, prompt_tokens: int) -> float:

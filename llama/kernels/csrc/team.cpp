@@ -7,10 +7,12 @@
 // moment, since the next loop of a layer is near, and sleep while Python runs. There are as many threads as torch has.
 #include "team.h"
 
+#include <torch/csrc/stable/ops.h>
+#ifdef __linux__
 #include <linux/futex.h>
 #include <sys/syscall.h>
-#include <torch/csrc/stable/ops.h>
 #include <unistd.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -24,14 +26,19 @@ namespace {
 constexpr int64_t kPartsPerThread = 8;
 constexpr int kLooks = 300;  // for something to do before a thread sleeps: some microseconds
 
-// The system's own sleep, which may end early. std::atomic::wait first gives its time slice away, and on a busy machine
+// Linux' own sleep, which may end early. gcc's std::atomic::wait first gives its time slice away, and on a busy machine
 // that is a long time.
+#ifdef __linux__
 void sleep_while(std::atomic<int>& word, int value) {
   syscall(SYS_futex, (int*)&word, FUTEX_WAIT_PRIVATE, value, nullptr, nullptr, 0);
 }
 void wake_all(std::atomic<int>& word) {
   syscall(SYS_futex, (int*)&word, FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
 }
+#else
+void sleep_while(std::atomic<int>& word, int value) { word.wait(value); }
+void wake_all(std::atomic<int>& word) { word.notify_all(); }
+#endif
 
 inline void pause() {
 #if defined(__x86_64__)

@@ -6,6 +6,7 @@ import struct
 import zlib
 
 import pytest
+from playwright.sync_api import expect
 from support.browser import ChatPage
 from support.page_scripts import SKY
 
@@ -60,8 +61,9 @@ def test_a_character_comes_from_any_file_and_goes_out_the_same(person: ChatPage,
     read = json.loads(base64.b64decode(chunk))
     assert (read["name"], read["first_mes"]) == ("Ada", "Welcome, {{user}}.")
     person.find(".character .row button", has_text="Edit").click()
-    assert person.find("#setting-context").input_value() == PERSONA
+    expect(person.find("#setting-context")).to_have_value(PERSONA)
     person.page.keyboard.press("Escape")
+    person.find(".character").first.wait_for()
     take_again = person.find(".character").count()
     person.page.set_input_files("#character-file", [{"name": "c.png", "mimeType": "image/png", "buffer": card}])
     person.until(f"document.querySelectorAll('.character').length === {take_again + 1}")
@@ -78,7 +80,7 @@ def test_chat_is_a_transcript_that_begins_with_the_greeting(person: ChatPage):
     take(person, "ada.json", json.dumps(CARD).encode())
     person.page.keyboard.press("Escape")
     person.find("article", has_text="Welcome, You.").wait_for()
-    assert person.last_answer.locator(".who").inner_text() == "Ada"
+    expect(person.last_answer.locator(".who")).to_have_text("Ada", use_inner_text=True)
     with person.page.expect_request("**/v1/completions") as asked:
         person.ask("Why is the sky blue?")
     body = json.loads(asked.value.post_data)
@@ -86,7 +88,7 @@ def test_chat_is_a_transcript_that_begins_with_the_greeting(person: ChatPage):
     assert body["prompt"] == f"{context}\n\nAda: Welcome, You.\nYou: Why is the sky blue?\nAda:"
     assert body["stop"] == ["\nYou:", "\nAda:"]
     person.act(person.last_answer, "raw")
-    assert person.last_answer.locator(".panel pre").first.inner_text() == body["prompt"]
+    expect(person.last_answer.locator(".panel pre").first).to_have_text(body["prompt"], use_inner_text=True)
 
 
 def test_chat_instruct_puts_the_transcript_into_an_instruction(person: ChatPage):

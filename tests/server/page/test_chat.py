@@ -1,8 +1,10 @@
 """The chat in a real browser: what is typed is answered, and kept; answers stop, go on, and have versions."""
 
+import json
 import re
 
 import pytest
+from playwright.sync_api import expect
 from support.browser import ChatPage
 from support.page_scripts import CHINESE, FORMULA, SKY
 from support.server import Running
@@ -22,15 +24,15 @@ def is_at_end(person: ChatPage) -> bool:
 def test_a_typed_question_gets_an_answer_with_formulas_a_table_and_code(person: ChatPage):
     answer = person.ask("What is the formula?")
     answer.locator(".katex").nth(3).wait_for()
-    assert answer.locator(".katex-display").count() == 2
-    assert answer.locator("td").all_inner_texts() == ["formula", "3"]
+    expect(answer.locator(".katex-display")).to_have_count(2)
+    expect(answer.locator("td")).to_have_text(["formula", "3"])
     assert answer.locator("th").last.get_attribute("align") == "right"
     answer.locator(".hljs-keyword").first.wait_for()
-    assert answer.locator(".code-head").inner_text() == "python"
+    expect(answer.locator(".code-head")).to_have_text("python", use_inner_text=True)
     answer.locator(".code-head button").click()
-    copied = person.page.evaluate("navigator.clipboard.readText()")
-    assert copied == FORMULA.split("```")[1].removeprefix("python\n")[:-1]
-    assert "It costs $5 and $10." in answer.inner_text()
+    code = json.dumps(FORMULA.split("```")[1].removeprefix("python\n")[:-1])
+    person.until(f"navigator.clipboard.readText().then((copied) => copied === {code})")
+    expect(answer).to_contain_text("It costs $5 and $10.", use_inner_text=True)
 
 
 def test_an_answer_tells_its_numbers_and_its_model(person: ChatPage):
@@ -38,7 +40,7 @@ def test_an_answer_tells_its_numbers_and_its_model(person: ChatPage):
     numbers = answer.locator(".numbers").inner_text()
     assert "tokens/s" in numbers
     assert "of 8192 tokens" in numbers
-    assert answer.locator(".who").inner_text() == "model"
+    expect(answer.locator(".who")).to_have_text("model", use_inner_text=True)
 
 
 def test_a_conversation_survives_a_reload(person: ChatPage):
@@ -62,7 +64,7 @@ def test_stop_frees_what_the_engine_held_and_continue_goes_on(person: ChatPage, 
     assert metric(scripted, "vllm:kv_cache_usage_perc") == 0
     assert metric(scripted, "llama_aborted_total") == num_aborted + 1  # it did not just come to its end
     stopped = person.last_answer.locator(".prose").inner_text()
-    assert person.last_answer.locator(".note").inner_text() == "Stopped."
+    expect(person.last_answer.locator(".note")).to_have_text("Stopped.", use_inner_text=True)
     assert is_at_end(person)
     person.act(person.last_answer, "continue")
     person.until(f"document.querySelector('.prose').textContent.length > {len(stopped) + 30}")
@@ -81,7 +83,7 @@ def test_an_answer_that_a_reload_cut_off_is_there_and_can_be_continued(person: C
     person.wait_for_end()
     cut = person.last_answer.locator(".prose").inner_text()
     assert len(cut) > 100
-    assert person.last_answer.locator(".note").inner_text() == "This answer was cut off."
+    expect(person.last_answer.locator(".note")).to_have_text("This answer was cut off.", use_inner_text=True)
     person.act(person.last_answer, "continue")
     person.until(f"document.querySelector('.prose').textContent.length > {len(cut) + 30}")
     person.find("#stop-answer").click()
@@ -93,7 +95,7 @@ def test_answers_have_versions(person: ChatPage):
     person.ask("Why is the sky blue?")
     person.act(person.last_answer, "regenerate")
     person.wait_for_end()
-    assert person.last_answer.locator(".place").inner_text() == "2/2"
+    expect(person.last_answer.locator(".place")).to_have_text("2/2", use_inner_text=True)
     person.act(person.last_answer, "earlier")
     person.last_answer.locator(".place", has_text="1/2").wait_for()
 
@@ -116,7 +118,7 @@ def test_an_edited_answer_is_saved_or_continued(person: ChatPage):
     answer.locator("textarea").fill("The sky is")
     answer.locator("[data-act=saveOn]").click()
     person.wait_for_end()
-    assert person.last_answer.locator(".prose").inner_text() == SKY
+    expect(person.last_answer.locator(".prose")).to_have_text(SKY, use_inner_text=True)
     person.act(person.last_answer, "edit")
     person.last_answer.locator("textarea").fill("It is not.")
     person.last_answer.locator("[data-act=save]").click()
@@ -140,10 +142,10 @@ def test_a_text_file_is_attached_and_read_by_the_model(person: ChatPage):
     )
     person.page.wait_for_selector("#files li")
     assert person.find("#files li").all_inner_texts() == ["notes.txt"]
-    assert "picture.png is no text file" in person.find("#toasts").inner_text()
+    expect(person.find("#toasts")).to_contain_text("picture.png is no text file", use_inner_text=True)
     answer = person.ask("What does it say?")
-    assert "quadratic" in answer.inner_text()  # the word that asks for it stands in the file
-    assert person.find("article.user summary").inner_text() == "notes.txt"
+    expect(answer).to_contain_text("quadratic", use_inner_text=True)  # the word that asks for it stands in the file
+    expect(person.find("article.user summary")).to_have_text("notes.txt", use_inner_text=True)
 
 
 def test_conversations_are_found_named_pinned_and_deleted(person: ChatPage):
@@ -151,7 +153,7 @@ def test_conversations_are_found_named_pinned_and_deleted(person: ChatPage):
     person.page.keyboard.press("Control+Shift+O")
     person.ask("What is the formula?")
     rows = person.find("#conversations .open")
-    assert rows.all_inner_texts() == ["What is the formula?", "Why is the sky blue?"]
+    expect(rows).to_have_text(["What is the formula?", "Why is the sky blue?"])
     person.page.keyboard.press("Control+K")
     person.page.keyboard.type("scatters")
     person.until("document.querySelectorAll('#conversations .open').length === 1")
@@ -159,7 +161,7 @@ def test_conversations_are_found_named_pinned_and_deleted(person: ChatPage):
     person.find(".menu button").nth(1).click()  # pin
     person.page.fill("#search", "")
     person.until("document.querySelectorAll('#conversations .open').length === 2")
-    assert rows.first.inner_text() == "Why is the sky blue?"
+    expect(rows.first).to_have_text("Why is the sky blue?", use_inner_text=True)
     person.find("#conversations .more").first.click()
     person.find(".menu button").first.click()
     person.page.fill("dialog input", "Colours")
@@ -183,7 +185,7 @@ def test_conversations_go_out_and_come_in_again(person: ChatPage, tmp_path):
     person.find("#conversations .open:not([aria-current])").click()
     person.until("document.querySelectorAll('article').length === 2")
     person.wait_for_texts(["Why is the sky blue?", SKY])
-    assert person.last_answer.locator(".place").inner_text() == "2/2"
+    expect(person.last_answer.locator(".place")).to_have_text("2/2", use_inner_text=True)
     (tmp_path / "other.json").write_text('{"format": "another"}')
     person.page.set_input_files("#import-file", tmp_path / "other.json")
     person.page.wait_for_selector("text=this is no export")
@@ -192,7 +194,7 @@ def test_conversations_go_out_and_come_in_again(person: ChatPage, tmp_path):
 def test_the_system_prompt_reaches_the_model(person: ChatPage):
     person.find("#system summary").click()
     person.page.fill("#system-text", "Speak of the formula")
-    assert "quadratic" in person.ask("Hello").inner_text()
+    expect(person.ask("Hello")).to_contain_text("quadratic", use_inner_text=True)
 
 
 def test_keys_alone_lead_from_the_start_to_an_answer_and_to_its_buttons(person: ChatPage):
@@ -210,7 +212,7 @@ def test_keys_alone_lead_from_the_start_to_an_answer_and_to_its_buttons(person: 
             break
     person.page.keyboard.press("Enter")
     person.wait_for_end()
-    assert person.last_answer.locator(".place").inner_text() == "2/2"
+    expect(person.last_answer.locator(".place")).to_have_text("2/2", use_inner_text=True)
 
 
 def test_enter_that_ends_a_word_of_an_input_method_does_not_send(person: ChatPage):
@@ -220,7 +222,7 @@ def test_enter_that_ends_a_word_of_an_input_method_does_not_send(person: ChatPag
             new KeyboardEvent("keydown", {key: "Enter", isComposing: true, bubbles: true, cancelable: true}))"""
     )
     assert person.find("article").count() == 0
-    assert person.find("#composer-text").input_value() == "gou"
+    expect(person.find("#composer-text")).to_have_value("gou")
 
 
 def test_who_scrolls_up_is_left_there(person: ChatPage):

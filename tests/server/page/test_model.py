@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Page, Route
+from playwright.sync_api import Page, Route, expect
 from support.adapter_files import save_adapter
 from support.browser import ChatPage, forget
 from support.meta_files import save_meta, save_tokenizer
@@ -102,7 +102,7 @@ def test_models_and_adapters_come_and_go_with_the_admin_key(window: Page, folder
         person.find("#setting-adminKey").blur()
         person.find("#load-model").click()
         person.find("#toasts p", has_text="two is loaded").wait_for()
-        assert name.inner_text() == "two"
+        expect(name).to_have_text("two", use_inner_text=True)
         person.find("#adapter-poet").check()
         person.find("#load-adapters").click()
         person.find("#answerers label", has_text="poet").click()
@@ -146,7 +146,7 @@ def test_the_oldest_turns_are_left_out_where_a_conversation_is_longer_than_the_c
         answer = person.ask("Why is the sky blue?")
     read = [message["content"] for message in json.loads(asked.value.post_data)["messages"]]
     assert read == [*texts[2:], "Why is the sky blue?"]
-    assert answer.locator(".prose").inner_text() == SKY
-    assert "the first 2 messages did not fit" in answer.locator(".numbers").inner_text()
+    expect(answer.locator(".prose")).to_have_text(SKY, use_inner_text=True)
+    expect(answer.locator(".numbers")).to_contain_text("the first 2 messages did not fit", use_inner_text=True)
     person.act(answer, "raw")
     assert person.last_answer.locator(".panel pre").first.inner_text().startswith(f"<s>[INST] {texts[2]}")

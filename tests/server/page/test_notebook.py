@@ -1,6 +1,7 @@
 """Notebook and split: a text that the model continues, what may come next, and the way back."""
 
 import pytest
+from playwright.sync_api import expect
 from support.browser import ChatPage
 from support.page_scripts import SKY
 
@@ -22,18 +23,18 @@ def test_the_model_goes_on_with_the_text_and_it_can_be_undone_and_done_again(wri
     text = writer.find("#notebook-text")
     writer.find("#notebook-generate").click()
     end_of_writing(writer)
-    assert text.input_value() == f"Of the sky: {SKY}"
-    assert "tokens/s" in writer.find("#notebook .numbers").inner_text()
+    expect(text).to_have_value(f"Of the sky: {SKY}")
+    expect(writer.find("#notebook .numbers")).to_contain_text("tokens/s", use_inner_text=True)
     writer.find("#notebook-undo").click()
-    assert text.input_value() == "Of the sky: "
+    expect(text).to_have_value("Of the sky: ")
     text.focus()
     writer.page.keyboard.press("Control+Enter")
     end_of_writing(writer)
     writer.find("#notebook-regenerateText").click()
     end_of_writing(writer)
-    assert text.input_value() == f"Of the sky: {SKY}"
+    expect(text).to_have_value(f"Of the sky: {SKY}")
     writer.page.reload()
-    assert text.input_value() == f"Of the sky: {SKY}"
+    expect(text).to_have_value(f"Of the sky: {SKY}")
 
 
 def test_writing_stops_when_it_is_told_to(writer: ChatPage):
@@ -50,12 +51,12 @@ def test_split_writes_beside_the_prompt_and_goes_on_from_there(writer: ChatPage)
     output = writer.find("#output-text")
     writer.find("#notebook-generate").click()
     end_of_writing(writer)
-    assert writer.find("#notebook-text").input_value() == "Of the sky: "
-    assert output.input_value() == f"Of the sky: {SKY}"
+    expect(writer.find("#notebook-text")).to_have_value("Of the sky: ")
+    expect(output).to_have_value(f"Of the sky: {SKY}")
     output.fill("Of the sky: The sky is")
     writer.find("#notebook-goOn").click()
     end_of_writing(writer)
-    assert output.input_value() == f"Of the sky: {SKY}"
+    expect(output).to_have_value(f"Of the sky: {SKY}")
     assert writer.page.evaluate("document.documentElement.scrollWidth") <= 1200
 
 
@@ -63,12 +64,12 @@ def test_the_next_tokens_are_shown_and_a_click_takes_one(writer: ChatPage):
     writer.find("[data-look=next]").click()
     choice = writer.find("#next .choice", has_text="␣").first
     word = choice.locator(".token-text").inner_text()
-    assert writer.find("#next .choice").count() == 20
+    expect(writer.find("#next .choice")).to_have_count(20)
     choice.click()
     expected = "Of the sky: " + word.replace("␣", " ").replace("⏎", "\n")
     writer.until(f"document.querySelector('#notebook-text').value === {expected!r}")
     writer.find("#notebook-undo").click()
-    assert writer.find("#notebook-text").input_value() == "Of the sky: "
+    expect(writer.find("#notebook-text")).to_have_value("Of the sky: ")
 
 
 def test_the_text_is_shown_as_tokens_and_rendered(writer: ChatPage):
@@ -79,4 +80,4 @@ def test_the_text_is_shown_as_tokens_and_rendered(writer: ChatPage):
     shown = "".join(writer.find("#next .token").all_inner_texts()[1:])
     assert shown.replace("␣", " ") == "The sky is **blue**"
     writer.find("[data-look=rendered]").click()
-    assert writer.find("#next strong").inner_text() == "blue"
+    expect(writer.find("#next strong")).to_have_text("blue", use_inner_text=True)

@@ -2,6 +2,7 @@
 
 import pytest
 from brs_kb import get_all_payloads
+from playwright.sync_api import expect
 from support.browser import ChatPage
 from support.page_scripts import FORMULA
 
@@ -65,7 +66,7 @@ def test_a_hostile_answer_is_text(person: ChatPage):
     links = [link.get_attribute("href") for link in answer.locator(".prose a").all()]
     assert set(links) <= {None, "https://elsewhere.example", "https://elsewhere.example/"}
     assert answer.locator("a[href$='example/']").get_attribute("rel") == "noopener noreferrer nofollow"
-    assert answer.locator("sub").inner_text() == "2"
+    expect(answer.locator("sub")).to_have_text("2", use_inner_text=True)
     assert person.page.evaluate("[window.hit, window.violations]") == [0, []]
 
 

@@ -2,7 +2,7 @@
 
 import json
 
-from playwright.sync_api import Page
+from playwright.sync_api import Page, expect
 from support.browser import ChatPage, forget
 from support.page_scripts import SCRIPTS, SKY, says
 from support.scripted import scripted_llm
@@ -36,14 +36,14 @@ def test_every_field_of_the_sampler_is_sent_as_it_was_given(person: ChatPage):
     assert {name: body[name] for name in given} == {name: float(value) for name, value in given.items()}
     assert (body["stop"], body["stop_token_ids"]) == (["END", "a\nb"], [3, 4])
     assert (body["logit_bias"], body["ignore_eos"]) == ({"5": -1.5}, True)
-    assert "reached its most tokens" in person.last_answer.locator(".note").inner_text()
+    expect(person.last_answer.locator(".note")).to_contain_text("reached its most tokens", use_inner_text=True)
 
 
 def test_every_field_has_its_meaning_in_a_sentence(person: ChatPage):
     person.find("#open-settings").click()
-    hints = person.find("#group-sampling .field small").all_inner_texts()
-    assert len(hints) == 14
-    assert all(hint.endswith(".") for hint in hints)
+    hints = person.find("#group-sampling .field small")
+    expect(hints).to_have_count(14)
+    assert all(hint.endswith(".") for hint in hints.all_inner_texts())
 
 
 def test_what_cannot_be_understood_is_not_taken(person: ChatPage):
@@ -63,8 +63,8 @@ def test_presets_are_saved_and_come_and_go_as_files(person: ChatPage, tmp_path):
     person.page.set_input_files("#preset-file", tmp_path / "Odd.yaml")
     toast = person.find("#toasts p", has_text="Odd")
     assert toast.inner_text().endswith("without what is not served here: mirostat_mode")
-    assert person.find("#setting-preset").input_value() == "Odd"
-    assert person.find("#setting-min_p").input_value() == "0.05"
+    expect(person.find("#setting-preset")).to_have_value("Odd")
+    expect(person.find("#setting-min_p")).to_have_value("0.05")
     with person.page.expect_download() as taken:
         person.find("#preset-exportOne").click()
     taken.value.save_as(tmp_path / "out.yaml")
@@ -74,7 +74,7 @@ def test_presets_are_saved_and_come_and_go_as_files(person: ChatPage, tmp_path):
     person.find("dialog.small input").fill("Mine")
     person.page.keyboard.press("Enter")
     person.find("#setting-preset").select_option("Deterministic")
-    assert person.find("#setting-temperature").input_value() == "0"
+    expect(person.find("#setting-temperature")).to_have_value("0")
     person.find("#setting-preset").select_option("Mine")
     person.page.keyboard.press("Escape")
     assert body_of(person)["temperature"] == 0.3
@@ -104,7 +104,7 @@ def test_a_schema_and_tools_are_sent_and_calls_are_answered_by_hand(person: Chat
     person.page.keyboard.press("Escape")
     person.page.route("**/v1/chat/completions", answer)
     person.ask("What is the weather?")
-    assert person.last_answer.locator(".calls pre").inner_text() == 'weather({"city": "Bern"})'
+    expect(person.last_answer.locator(".calls pre")).to_have_text('weather({"city": "Bern"})', use_inner_text=True)
     person.last_answer.locator(".calls button").click()
     person.find("dialog textarea").fill("rain")
     person.find("dialog button.main").click()
@@ -115,17 +115,17 @@ def test_a_schema_and_tools_are_sent_and_calls_are_answered_by_hand(person: Chat
     _, called, result = bodies[1]["messages"]
     assert called["tool_calls"][0]["function"] == {"name": "weather", "arguments": '{"city": "Bern"}'}
     assert result == {"role": "tool", "tool_call_id": "c1", "content": "rain"}
-    assert person.last_answer.locator(".prose").inner_text() == "It rains."
+    expect(person.last_answer.locator(".prose")).to_have_text("It rains.", use_inner_text=True)
 
 
 def test_the_language_and_the_theme_change_at_once_and_stay(person: ChatPage):
     person.find("#open-settings").click()
     person.find("#setting-theme").select_option("dark")
     person.find("#setting-language").select_option("zh")
-    assert person.find("dialog h2").inner_text() == "设置"
+    expect(person.find("dialog h2")).to_have_text("设置")
     person.page.keyboard.press("Escape")
     person.page.reload()
-    assert person.find("#new-chat").inner_text() == "新对话"
+    expect(person.find("#new-chat")).to_have_text("新对话")
     assert person.page.evaluate("document.documentElement.lang") == "zh-CN"
     background = person.page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert sum(int(part) for part in background[4:-1].split(",")) < 150
@@ -141,7 +141,7 @@ def test_a_locked_server_asks_for_its_key_which_is_forgotten_with_the_tab(window
         set_field(chat, "apiKey", "secret")
         window.keyboard.press("Escape")
         chat.until("document.querySelector('#state').hidden")
-        assert chat.ask("Why is the sky blue?").locator(".prose").inner_text() == SKY
+        expect(chat.ask("Why is the sky blue?").locator(".prose")).to_have_text(SKY, use_inner_text=True)
         assert "secret" not in window.evaluate("JSON.stringify(localStorage)")
 
 
@@ -158,9 +158,11 @@ def test_an_instruction_template_is_one_of_the_servers_or_pasted(person: ChatPag
     shown.get_by_text("user: What is a llama?;[/INST]").wait_for()
     person.page.keyboard.press("Escape")
     assert body_of(person)["chat_template"] == template
-    assert person.last_answer.locator(".prose").inner_text() == SKY
+    expect(person.last_answer.locator(".prose")).to_have_text(SKY, use_inner_text=True)
     person.act(person.last_answer, "raw")
-    assert person.last_answer.locator(".panel pre").first.inner_text() == "<s>user: Why is the sky blue?;[/INST]"
+    expect(person.last_answer.locator(".panel pre").first).to_have_text(
+        "<s>user: Why is the sky blue?;[/INST]", use_inner_text=True
+    )
     person.find("#open-settings").click()
     person.find("#setting-template").select_option("llama2")
     shown.get_by_text("<s>[INST] What is a llama? [/INST]").wait_for()

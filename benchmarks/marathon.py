@@ -163,14 +163,15 @@ class Supervisor:
         return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in self.members())
 
     def kill(self, everything: bool, chance: random.Random) -> None:
+        members = self.members()  # which torchrun gives sessions of their own, and nobody knows when it is gone
         self.kills.append(time.monotonic())
         if everything:
             os.killpg(self.process.pid, signal.SIGKILL)
-            for pid in self.members():
+            for pid in members:
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
         else:
-            os.kill(chance.choice(self.members()), signal.SIGKILL)
+            os.kill(chance.choice(members), signal.SIGKILL)
 
     async def end(self) -> int:
         self.over = True

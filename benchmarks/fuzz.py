@@ -35,7 +35,8 @@ import torch  # noqa: E402
 from support.fuzzing import TARGETS, Target  # noqa: E402
 from support.hostile import current_address_space  # noqa: E402
 
-SLICE, SECONDS, MEMORY = 15.0, 2, 256 << 20  # seconds of a turn, and for one input; bytes of address space
+SLICE, SECONDS, MEMORY = 15.0, 2, 256 << 20  # seconds of a turn, and of the processor for one input; bytes of memory
+PATIENCE = 10  # times as long by the clock: others use the machine, too
 FORK = multiprocessing.get_context("fork")  # the targets are made once
 
 
@@ -52,19 +53,22 @@ def work(target: Target, seed: int, current: Path, sender: Connection) -> None:
     limit = current_address_space() + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     torch.set_num_threads(1)
-    signal.signal(signal.SIGALRM, slow)
+    for number in (signal.SIGALRM, signal.SIGPROF):
+        signal.signal(number, slow)
     ends, count = time.monotonic() + SLICE, 0
     for data in target.inputs(random.Random(seed)):
         if time.monotonic() > ends:
             break
         current.write_bytes(data)
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE * SECONDS)
         try:
             target.check(data)
         except BaseException:
             sender.send((count, traceback.format_exc()))
             return
         finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
             signal.setitimer(signal.ITIMER_REAL, 0)
         count += 1
     sender.send((count, None))
@@ -77,7 +81,7 @@ def turn(target: Target, seed: int, current: Path) -> tuple[int, str | None]:
     child.start()
     sender.close()
     try:
-        if receiver.poll(SLICE + 5 * SECONDS):
+        if receiver.poll(SLICE + 2 * PATIENCE * SECONDS):
             return receiver.recv()
         child.kill()
         return 0, "a compiled library does not come back"

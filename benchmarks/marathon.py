@@ -242,7 +242,7 @@ class Marathon:
             outcome = "found nobody" if self.supervisor.is_recovering else "connection lost"
         except OSError:
             outcome = "connection lost"
-        if outcome in ("truncated", "connection lost", "hung") and self.was_killed_since(began):
+        if outcome not in HARMLESS and self.was_killed_since(began):  # also those that were told of it, as an error
             outcome = "killed"
         self.streams[outcome] += 1
         if outcome not in ("whole", "left"):

@@ -89,7 +89,7 @@ class LayerCache:
         return layer.COMPILED and isinstance(backend, CompiledRows) and not backend.tiles.spans
 
     def compute_layer(
-        self, h: Tensor, norms: Sequence[Tensor], eps: float, products: Sequence[layer.PackedWeight], rotary: Rotary
+        self, h: Tensor, norms: Sequence[Tensor], eps: float, products: Sequence[layer.PackedProduct], rotary: Rotary
     ) -> Tensor:
         """All of a layer whose products are packed: see `lowbit_layer`."""
         keys, values, backend = self.keys, self.values, self.backend

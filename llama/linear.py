@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from llama.kernels.layer import PackedProduct
+
 BLOCKED_ROWS = 32  # the number of activation rows for which oneDNN chooses its weight layout
-
-
-class PackedProduct(NamedTuple):
-    """What a compiled kernel multiplies with."""
-
-    weight: torch.Tensor  # uint8, flat, in the kernels' layout
-    bias: torch.Tensor | None  # float32 (outputs,)
-    format: str
-    outputs: int
 
 
 class AnyLinear(Protocol):

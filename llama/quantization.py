@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from llama.embedding import Embedding, LowBitEmbedding
 from llama.kernels import library, lowbit
 from llama.kernels.formats import FORMATS, LowBitError, LowBitFormat, row_chunks
-from llama.linear import PackedProduct, StoredWeight, in_tiles
+from llama.kernels.layer import PackedProduct
+from llama.linear import StoredWeight, in_tiles
 
 
 def resolve_format(

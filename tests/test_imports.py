@@ -23,8 +23,8 @@ FILES = sorted(path for path in PACKAGE.rglob("*.py") if "children" not in path.
 
 # A file or folder imports only from rows above its own. Quoted in docs/architecture.md.
 ROWS = """
-files  device  streams  progress  linear  kernels  request  sampling_params  masks  tool_call  version
-parallel
+files  device  streams  progress  kernels  request  sampling_params  masks  tool_call  version
+parallel  linear
 cache  rotary  embedding  vocabulary  blocks  sampling  options  keyboard  program
 attention  quantization  tokenizer  scheduler  lora
 model  chat  answer  constraints

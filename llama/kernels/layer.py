@@ -7,23 +7,31 @@ work. What it computes is what these operators compute one after the other, bit 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from llama.kernels import library
 
-PackedWeight = tuple[Tensor, Tensor | None, str, int]  # as `lowbit_linear` takes it: bytes, bias, format, outputs
-
 _lowbit_layer = library.operator("lowbit_layer")
 COMPILED = _lowbit_layer is not None
+
+
+class PackedProduct(NamedTuple):
+    """What a compiled kernel multiplies with."""
+
+    weight: Tensor  # uint8, flat, in the kernels' layout
+    bias: Tensor | None  # float32 (outputs,)
+    format: str
+    outputs: int
 
 
 def lowbit_layer(
     h: Tensor,
     norms: Sequence[Tensor],
     eps: float,
-    products: Sequence[PackedWeight],
+    products: Sequence[PackedProduct],
     cos: Tensor,
     sin: Tensor,
     slots: Tensor,

@@ -15,7 +15,7 @@ from llama.server.affinity import beginnings
 from llama.server.metrics import CONTENT_TYPE, Metrics
 from llama.server.refusing import refusal_response, unavailable
 from llama.server.replica import Forwarded
-from llama.server.response import left, limited
+from llama.server.response import limited, unless_left
 from llama.server.settings import ServerSettings
 from llama.service import Refusal
 from llama.streams import tell
@@ -123,16 +123,7 @@ class Front:
         salt = scope.get("state", {}).get("key") or b""
         begins = await asyncio.to_thread(beginnings, body, salt) if len(body) > LARGE else beginnings(body, salt)
         request = Forwarded({name: scope[name] for name in FORWARDED_KEYS if name in scope}, body, begins)
-        answering = asyncio.create_task(self._answer(request, send))
-        leaving = asyncio.create_task(left(receive))
-        try:
-            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if answering.done():
-                answering.result()
-        finally:
-            answering.cancel()
-            leaving.cancel()
-            await asyncio.gather(answering, leaving, return_exceptions=True)
+        await unless_left(self._answer(request, send), receive)
 
     async def _answer(self, request: Forwarded, send: Send) -> None:
         is_begun = False

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Coroutine
+from typing import Any
 
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
@@ -34,19 +36,11 @@ class CallResponse(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         stream = self.server.engine.open(self.call)
         answer = self._stream if self.call.body.is_streamed else self._whole
-        answering = asyncio.create_task(
-            answer(stream, scope, receive, limited(scope, send, self.server.settings.send_timeout))
-        )
-        leaving = asyncio.create_task(left(receive))
+        send = limited(scope, send, self.server.settings.send_timeout)
         try:
-            await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
-            if answering.done():
-                answering.result()
+            await unless_left(answer(stream, scope, receive, send), receive)
         finally:
-            answering.cancel()
-            leaving.cancel()
             self.server.engine.close(stream)
-            await asyncio.gather(answering, leaving, return_exceptions=True)
 
     async def _whole(self, stream: CallStream, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -112,6 +106,19 @@ def limited(scope: Scope, send: Send, timeout: float) -> Send:
             raise ConnectionAbortedError("the client does not read") from None
 
     return limited_send
+
+
+async def unless_left(answer: Coroutine[Any, Any, None], receive: Receive) -> None:
+    """Awaits an answer, which is cancelled where its client leaves first; the request's body has been read by now."""
+    answering, leaving = asyncio.create_task(answer), asyncio.create_task(left(receive))
+    try:
+        await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if answering.done():
+            answering.result()
+    finally:
+        answering.cancel()
+        leaving.cancel()
+        await asyncio.gather(answering, leaving, return_exceptions=True)
 
 
 async def left(receive: Receive) -> None:

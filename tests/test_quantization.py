@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.threads import threads
 
 from llama.kernels import library, lowbit
 from llama.kernels.bits import halves, pack_bits, unpack_bits
@@ -39,10 +40,8 @@ BLOCK_BYTES = {
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 class Signs(LowBitFormat):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.threads import threads
 
 from llama import sampling
 from llama.sampling import (
@@ -223,10 +224,8 @@ def varied_rows(vocab, num):
 
 @pytest.fixture
 def several_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(4)
-    yield
-    torch.set_num_threads(before)
+    with threads(4):
+        yield
 
 
 @pytest.mark.parametrize(("vocab", "low_precision"), [(33003, False), (33003, True), (2048, True)])

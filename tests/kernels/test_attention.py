@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.threads import threads
 
 from llama.kernels import library
 from llama.kernels.attention import attend_rows, attend_rows_twin, row_table, store_rows
@@ -76,13 +77,11 @@ def test_a_rows_bits_depend_neither_on_the_other_rows_nor_on_where_its_runs_lie(
 @compiled
 @pytest.mark.parametrize("tokens", [4, 700])
 def test_several_threads_store_and_attend_as_one_does(tokens):
-    before = torch.get_num_threads()
     results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        arguments = problem(8, 2, 64, torch.float32, False, tokens)
-        results.append((attend_rows(*arguments, TABLE)[[0, 2, 3]], *arguments[4:6]))
-    torch.set_num_threads(before)
+    for number in (1, 2):
+        with threads(number):
+            arguments = problem(8, 2, 64, torch.float32, False, tokens)
+            results.append((attend_rows(*arguments, TABLE)[[0, 2, 3]], *arguments[4:6]))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from support.threads import threads
 from support.tiny import tiny_args, tiny_model
 
 from llama.attention import LayerCache, choose_backend, layer_caches
@@ -21,10 +22,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with threads(2):
+        yield
 
 
 def packed_layer(format: str = "sym_int4", dtype: torch.dtype = torch.float32, bias: bool = False) -> TransformerBlock:
@@ -96,9 +95,9 @@ def test_a_layer_of_which_a_part_is_not_packed_is_computed_by_its_operators():
 def test_any_number_of_threads_gives_the_same_bits():
     layer = packed_layer()
     expected = computed(layer)
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        assert_same(computed(layer), expected)
+    for number in (1, 3):
+        with threads(number):
+            assert_same(computed(layer), expected)
 
 
 def test_several_callers_at_once_get_the_same_bits():

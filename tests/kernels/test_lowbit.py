@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 import torch
 import torch.nn.functional as F
+from support.threads import threads
 
 from llama.kernels import library, lowbit
 from llama.kernels.lowbit import TILE
@@ -22,10 +23,8 @@ compiled = pytest.mark.skipif(not library.AVAILABLE, reason="the kernels were no
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads(1):
+        yield
 
 
 def needs(variant: str) -> None:

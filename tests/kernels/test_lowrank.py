@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support.threads import threads
 
 from llama.kernels import library, lowrank
 from llama.kernels.lowrank import Factors, Group, LowRankRows, add_low_rank_twin
@@ -70,13 +71,11 @@ def test_many_threads_give_the_same_bits():
     x = numbers(8, 2048)
     one = Factors.of([(numbers(16, 2048), numbers(4096, 16, seed=1))], [0])
     results = []
-    before = torch.get_num_threads()
-    for threads in (1, 3):
-        torch.set_num_threads(threads)
-        y = torch.zeros(8, 4096)
-        LowRankRows([Group(0, 3, one), Group(3, 5, one)]).apply(y, x)
-        results.append(y)
-    torch.set_num_threads(before)
+    for number in (1, 3):
+        with threads(number):
+            y = torch.zeros(8, 4096)
+            LowRankRows([Group(0, 3, one), Group(3, 5, one)]).apply(y, x)
+            results.append(y)
     assert torch.equal(*results)
 
 

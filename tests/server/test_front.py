@@ -60,19 +60,19 @@ class NearFleet:
 
 async def ask(front: Front, path: str, body: Any = None, method: str = "POST", leaves: bool = False) -> Answer:
     """The answer to one request."""
-    answer, is_read = Answer(), False
+    answer, is_read, begun = Answer(), False, asyncio.Event()
 
     async def receive() -> dict[str, Any]:
         nonlocal is_read
         if is_read:
-            if not leaves or not answer.messages:
-                await asyncio.Event().wait()
+            await (begun if leaves else asyncio.Event()).wait()
             return {"type": "http.disconnect"}
         is_read = True
         return {"type": "http.request", "body": b"" if body is None else json.dumps(body).encode(), "more_body": False}
 
     async def send(message: dict[str, Any]) -> None:
         answer.messages.append(message)
+        begun.set()
 
     given = {"content-type": "application/json"}
     state = {"key": None, "is_admin": False, "request_id": "r"}
@@ -160,10 +160,14 @@ def test_a_stream_whose_replica_is_lost_does_not_look_finished():
 
 def test_a_client_that_leaves_ends_its_request_at_the_replica():
     async def use(front, fleet):
-        await ask(front, "/v1/completions", PROMPT | {"stream": True, "max_tokens": 200}, leaves=True)
-        return [len(replica._server.engine.streams) for replica in fleet.replicas]
+        answer = await ask(
+            front, "/v1/completions", PROMPT | {"stream": True, "max_tokens": 200, "ignore_eos": True}, leaves=True
+        )
+        return answer, [len(replica._server.engine.streams) for replica in fleet.replicas]
 
-    assert fronted(use) == [0, 0]
+    answer, num_streams = fronted(use)
+    assert b"[DONE]" not in answer.body
+    assert num_streams == [0, 0]
 
 
 def test_what_a_replica_refuses_is_refused():

@@ -63,7 +63,7 @@ class Speed:
     def measured(cls, path: Path, precision: str | None) -> Speed:
         """Fitted to this engine's figures in a file that `llama bench --json` wrote."""
         figures = [one for one in json.loads(path.read_text())["figures"] if one["side"] == "llama"]
-        precision = precision or figures[0]["precision"]
+        precision = precision or next((one["precision"] for one in figures), None)
         seconds = {one["work"]: one["seconds"] for one in figures if one["precision"] == precision}
         steps = {int(work.split("-")[1]): took for work, took in seconds.items() if work.startswith("batch")}
         if "context-512" in seconds:

@@ -78,6 +78,11 @@ def free_memory(device: torch.device) -> int:
         return UNKNOWN_MEMORY
 
 
+def num_sharing(device: torch.device) -> int:
+    """How many ranks take of the device's memory: under torchrun those of this machine, but a GPU is a rank's own."""
+    return 1 if device.type == "cuda" else int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def return_memory() -> None:
     """Gives back to the system what the C library keeps of freed memory; loading leaves much of it. Linux only."""
     if sys.platform.startswith("linux") and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):

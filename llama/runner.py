@@ -15,7 +15,7 @@ import torch
 
 from llama.attention import LayerCache, choose_backend, layer_caches
 from llama.cache import KVCache, Span
-from llama.device import free_memory, return_memory
+from llama.device import free_memory, num_sharing, return_memory
 from llama.lora import Adapters, Run
 from llama.model import Transformer
 from llama.parallel import Signal
@@ -200,7 +200,7 @@ def count_blocks(model: Transformer, kv_cache_memory: int | None, dtype: torch.d
     block_bytes = BLOCK_SIZE * (model.cache_shape.bytes_per_token(dtype) + beside)
     memory = kv_cache_memory
     if memory is None:
-        memory = int(MEMORY_SHARE * free_memory(model.norm.weight.device))
+        memory = int(MEMORY_SHARE * free_memory(model.norm.weight.device)) // num_sharing(model.norm.weight.device)
     for_one = -(-args.max_seq_len // BLOCK_SIZE)
     num_blocks = min(memory // block_bytes, for_one * args.max_batch_size)
     if num_blocks < for_one:

@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from support.tiny import tiny_args, tiny_model
 
+from llama import runner
 from llama.cache import CacheShape, ContiguousCache, KVCache, Span, Store, clip, first_seen
+from llama.runner import count_blocks
 
 CPU = torch.device("cpu")
 
@@ -84,3 +87,12 @@ def test_8_bits_cost_one_scale_a_token_and_head():
     shape = CacheShape(3, 2, 64)
     assert shape.bytes_per_token(torch.int8) == 2 * 3 * 2 * (64 + 4)
     assert shape.bytes_per_token(torch.bfloat16) == 2 * 3 * 2 * 128
+
+
+def test_ranks_on_one_machine_divide_its_memory_among_their_caches(monkeypatch):
+    model = tiny_model(tiny_args(max_batch_size=1000))
+    monkeypatch.setattr(runner, "free_memory", lambda device: 8 << 20)
+    alone = count_blocks(model, None, torch.float32)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert count_blocks(model, None, torch.float32) == alone // 4
+    assert count_blocks(model, 4 << 20, torch.float32) == alone, "what was asked for is each rank's"

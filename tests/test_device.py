@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from llama.device import UNKNOWN_MEMORY, choose_device, choose_dtype, free_memory
+from llama.device import UNKNOWN_MEMORY, choose_device, choose_dtype, free_memory, num_sharing
 
 CPU = torch.device("cpu")
 
@@ -84,6 +84,13 @@ def test_free_memory_is_asked_of_psutil_where_there_is_no_proc(not_linux, monkey
     told = SimpleNamespace(virtual_memory=lambda: SimpleNamespace(available=12345))
     monkeypatch.setitem(sys.modules, "psutil", told)
     assert free_memory(CPU) == 12345
+
+
+def test_ranks_of_one_machine_share_its_memory_and_each_has_a_gpu_of_its_own(monkeypatch):
+    assert num_sharing(CPU) == 1
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert num_sharing(CPU) == 4
+    assert num_sharing(torch.device("cuda", 0)) == 1
 
 
 def test_free_memory_is_a_stated_number_where_nobody_tells(not_linux, monkeypatch):

@@ -167,6 +167,10 @@ def in_one_call(parts: Iterable[tuple[int, int, Sequence[Change]]]) -> Iterator[
     yield from ((None, LowRankRows(groups)) for groups in calls)
 
 
+class UnknownAdapter(ValueError):
+    """No adapter of that name is loaded."""
+
+
 @dataclass(eq=False)
 class LoadedAdapter:
     """An adapter on its model. `digest` is of its content: keys and values depend on it, and not on its name."""
@@ -236,10 +240,10 @@ class Adapters:
             self.drop(loaded.number)
 
     def find(self, name: str) -> LoadedAdapter:
-        """Raises ValueError, with the names that there are."""
+        """Raises UnknownAdapter, with the names that there are."""
         if name not in self._by_name:
             there = ", ".join(self._by_name) or "none"
-            raise ValueError(f"no adapter {name!r} is loaded; there are: {there}")
+            raise UnknownAdapter(f"no adapter {name!r} is loaded; there are: {there}")
         return self._by_name[name]
 
     def hold(self, loaded: LoadedAdapter) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -98,11 +98,14 @@ class ServedAdapters:
                 raise Refusal(f"lora holds the id {one.id}: there are {there}", param="lora")
         return {names[one.id]: one.scale for one in given}
 
-    def choose(self, llm: Llama, body: Body) -> str | None:
-        """The model's name of what a body is answered with; None is the model alone. Raises Refusal."""
+    def choose(self, names: Collection[str], llm: Llama, body: Body) -> str | None:
+        """The model's name of what a body is answered with; None is the model alone. Raises Refusal.
+
+        `names` are those that the body may give: one that was unloaded meanwhile is not answered by the model instead.
+        """
         if (given := getattr(body, "lora", None)) is not None:
             return self._named(self.scales_of(given))
-        if body.model in self._by_name:
+        if body.model in names:
             return body.model
         return self._named({adapter.name: adapter.scale for adapter in self})
 

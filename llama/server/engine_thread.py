@@ -121,7 +121,7 @@ class EngineThread(Thread):
     def fail(self, error: str) -> None:
         """Tells everybody who waits that nothing more will come."""
         for stream in self.streams:
-            stream.fail(error)
+            stream.fail(RuntimeError(error))
 
     def _deliver(self, delivery: Delivery, now: float) -> None:
         for stream, events in delivery:
@@ -201,8 +201,13 @@ class EngineThread(Thread):
     def _admit(self, stream: CallStream) -> None:
         self._admitted.add(stream)
         refused: list[Event] = []
-        for place, query in enumerate(stream.call.queries):
-            refused += self.holder.llm.engine.admit(stream.inbox, place, query)
+        try:
+            for place, query in enumerate(stream.call.queries):
+                refused += self.holder.llm.engine.admit(stream.inbox, place, query, strict=True)
+        except ValueError as error:  # its adapter was unloaded since the call was opened
+            self._leave(stream)
+            self._tell(stream.fail, stream.call.refusal(error))
+            return
         if refused:
             self._send([(stream, refused)])
 

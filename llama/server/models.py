@@ -63,10 +63,6 @@ class ServedModel:
             },
         }
 
-    def names(self) -> list[str]:
-        """By which clients may call it: its own, and those of its adapters."""
-        return [self.name, *self.adapters.names]
-
     def adapter_json(self, adapter: ServedAdapter) -> dict[str, Any]:
         """OpenAI's object of one of its adapters, with vLLM's `parent`; `root` is the name of its file or directory."""
         return {

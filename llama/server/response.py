@@ -74,7 +74,7 @@ class CallResponse(Response):
                     if text := frames.push(events) if events else frames.ping:
                         await write(text)
             await write(frames.end())
-        except (RuntimeError, TimeoutError) as error:
+        except (Refusal, RuntimeError, TimeoutError) as error:
             if not is_begun:
                 response = refusal_response(scope["path"], self._refusal(error))
                 return await response(scope, receive, send)

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,8 @@ class Server:
                 param="model",
                 code="missing_required_parameter",
             )
-        names = model.names()
+        adapters = model.adapters.names
+        names = [model.name, *adapters]
         is_other = isinstance(given, str) and given not in names
         if is_other and (self.settings.strict_model or self.others(given)):
             raise Refusal(
@@ -182,7 +184,7 @@ class Server:
             salt=salt,
             can_stream=endpoint.frames is not None,
             ignore_unknown=self.settings.ignore_unknown,
-            adapter_of=model.adapters.choose,
+            adapter_of=partial(model.adapters.choose, adapters),
         )
         most = max((query.params.n for query in call.queries), default=1)
         if most > self.settings.max_n:

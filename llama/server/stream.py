@@ -24,7 +24,7 @@ class CallStream:
         self.opened = time.perf_counter()
         self.first: float | None = None
         self.last: float | None = None
-        self.error: str | None = None  # why nothing more will come
+        self.error: Exception | None = None  # why nothing more will come
         self._pending: list[Event] = []
         self._woken = asyncio.Event()
 
@@ -36,8 +36,8 @@ class CallStream:
         self._pending += events
         self._woken.set()
 
-    def fail(self, error: str) -> None:
-        """Nothing more will come."""
+    def fail(self, error: Exception) -> None:
+        """Nothing more will come: `rounds` raises the error."""
         self.error = self.error or error
         self._woken.set()
 
@@ -47,7 +47,8 @@ class CallStream:
         """What has come since the last time, in one go, until all answers have ended.
 
         So a slow reader gets fewer and larger pieces. An empty list says that nothing came for `silence` seconds, or
-        for `first_silence` before anything did; None never says so. Raises RuntimeError where something went wrong.
+        for `first_silence` before anything did; None never says so. Raises RuntimeError where something went wrong,
+        Refusal where the call cannot be answered any more.
         """
         patience = first_silence
         while self.num_open or self._pending:
@@ -61,7 +62,7 @@ class CallStream:
                     yield []
                 continue
             if self.error is not None:
-                raise RuntimeError(self.error)
+                raise self.error
             events, self._pending = self._pending, []
             for event in events:
                 if event.finish_reason in ("error", "abort") and not event.completion.refused:

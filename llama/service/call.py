@@ -26,6 +26,7 @@ from typing import Any
 from llama.answer import Completion, PromptTooLong, Query, answered
 from llama.chat import ToolError
 from llama.generation import Llama
+from llama.lora import UnknownAdapter
 from llama.sampling_params import SamplingError
 from llama.service.fields import Body, parse
 from llama.service.frames import Frames
@@ -92,17 +93,13 @@ class Call:
             queries = [replace(query, salt=salt + query.salt, adapter=adapter) for query in asked]
             for query in queries:
                 llm.validate(query)
-        except Refusal:
-            raise
-        except SamplingError as error:
-            raise Refusal(str(error), param=parsed.word(error.param)) from error
-        except ToolError as error:
-            raise Refusal(str(error), param=error.param) from error
-        except PromptTooLong as error:
-            raise Refusal(str(error), param=endpoint.prompt, code="context_length_exceeded") from error
         except ValueError as error:
-            raise Refusal(str(error), param=endpoint.prompt) from error
+            raise refusal_for(error, endpoint, parsed) from error
         return cls(endpoint, parsed, queries, parsed.model if model is None else model)
+
+    def refusal(self, error: ValueError) -> Refusal:
+        """What is said of queries that were valid when the call was opened, and are not any more."""
+        return refusal_for(error, self.endpoint, self.body)
 
     @property
     def num_completions(self) -> int:
@@ -117,6 +114,22 @@ class Call:
         """What is sent of an answer as it comes."""
         assert self.endpoint.frames is not None, "only an endpoint with frames has a body that asks for them"
         return self.endpoint.frames(llm, self)
+
+
+def refusal_for(error: ValueError, endpoint: Endpoint, body: Body) -> Refusal:
+    """What a body is told of an error in what it asks."""
+    match error:
+        case Refusal():
+            return error
+        case SamplingError():
+            return Refusal(str(error), param=body.word(error.param))
+        case ToolError():
+            return Refusal(str(error), param=error.param)
+        case PromptTooLong():
+            return Refusal(str(error), param=endpoint.prompt, code="context_length_exceeded")
+        case UnknownAdapter():
+            return Refusal(str(error), param="model", code="model_not_found", status=404)
+    return Refusal(str(error), param=endpoint.prompt)
 
 
 def find_endpoint(endpoints: Mapping[str, Endpoint], url: object) -> Endpoint:

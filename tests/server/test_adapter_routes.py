@@ -302,3 +302,39 @@ def test_streams_go_on_while_an_adapter_is_read(running, monkeypatch, expected):
         may_go_on.set()
         assert loading.result()[0] == 200
     assert tokens(running, model="x") == expected("a")
+
+
+CHAT = {"model": "x", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
+WIRES = [("/v1/completions", BODY | {"model": "x"}), ("/v1/chat/completions", CHAT), ("/v1/messages", CHAT)]
+MOMENTS = [
+    ("its adapter was looked up", lambda server: (server.model.adapters, "choose")),
+    ("its queries were checked", lambda server: (server.llm, "validate")),
+    ("it went to the engine", lambda server: (server.engine, "open")),
+]
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+@pytest.mark.parametrize(("path", "body"), WIRES, ids=[path for path, _ in WIRES])
+@pytest.mark.parametrize("moment", [find for _, find in MOMENTS], ids=[name for name, _ in MOMENTS])
+def test_a_request_whose_adapter_is_unloaded_just_before_something_is_not_found(
+    running, monkeypatch, moment, path, body, is_streamed
+):
+    load(running, "x", "a")
+    owner, method = moment(running.server)
+    then, thread = getattr(owner, method), running.server.engine
+
+    def unload_first(*args):
+        thread.ask(lambda: thread.call("unload_adapter", "x"))
+        del running.server.model.adapters._by_name["x"]
+        if method != "open":  # which the event loop calls
+            thread.ask(lambda: None).result()
+        return then(*args)
+
+    monkeypatch.setattr(owner, method, unload_first)
+    status, refused = running.post(path, body | {"stream": is_streamed})
+    assert status == 404
+    assert refused["error"]["message"] == "no adapter 'x' is loaded; there are: none"
+    assert refused["error"]["type"] == ("not_found_error" if path == "/v1/messages" else "invalid_request_error")
+    monkeypatch.undo()
+    assert tokens(running, model="base")
+    running.wait_until_idle()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,12 @@ def serves(x: torch.Tensor, multiple: int = UNIT) -> bool:
 
 def formats() -> frozenset[str]:
     """The low-bit formats that have compiled kernels; for the others PyTorch's operators do."""
-    return frozenset(torch.ops.llama.formats()) if AVAILABLE else frozenset()
+    return _compiled_formats() if AVAILABLE else frozenset()
+
+
+@cache  # strings that an operator returns are never given back by torch
+def _compiled_formats() -> frozenset[str]:
+    return frozenset(torch.ops.llama.formats())
 
 
 def instruction_sets() -> list[str]:

@@ -244,8 +244,7 @@ void attend(const Step& s, const Plan& plan, void* out) {
 // keys, values (kv_heads, num_slots, head_dim): int8 with scales (kv_heads, num_slots) float32, or of qkv's type.
 // -> (tokens, query heads, head_dim) as qkv; rows that the table does not name hold nothing.
 Tensor attend_rows(Tensor qkv, Tensor cos, Tensor sin, Tensor slots, Tensor keys, Tensor values,
-                   std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor table,
-                   std::string variant) {
+                   std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor table, Text variant) {
   const auto type = qkv.scalar_type(), stored = keys.scalar_type();
   const bool bfloat16 = type == ScalarType::BFloat16, int8 = stored == ScalarType::Char;
   STD_TORCH_CHECK((bfloat16 || type == ScalarType::Float) && (int8 || stored == type) && values.scalar_type() == stored,

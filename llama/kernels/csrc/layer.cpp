@@ -6,11 +6,11 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <string>
 #include <vector>
 
 #include "operators.h"
 #include "tensors.h"
+#include "text.h"
 
 namespace llama {
 namespace {
@@ -18,7 +18,7 @@ namespace {
 // h (tokens, dim); the products' weights, biases, formats and outputs: qkv, out, gate_up, down; the rest as
 // `attend_rows` takes it, whose table names every row; -> (tokens, dim) as h
 Tensor lowbit_layer(Tensor h, Tensor attention_norm, Tensor ffn_norm, double eps, std::vector<Tensor> weights,
-                    std::vector<std::optional<Tensor>> biases, std::vector<std::string> formats,
+                    std::vector<std::optional<Tensor>> biases, std::vector<Text> formats,
                     std::vector<int64_t> outputs, Tensor cos, Tensor sin, Tensor slots, Tensor keys, Tensor values,
                     std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor table) {
   enum { qkv, out, gate_up, down, count };

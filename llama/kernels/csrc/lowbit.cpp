@@ -264,8 +264,7 @@ void tiled_product(const Kernel& kernel, const Shape& s, const uint8_t* packed, 
 }  // namespace
 
 // x (..., columns) bfloat16 or float32; packed: interleaved bytes; bias float32 (outputs); -> (..., outputs) as x.
-Tensor lowbit_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::string format, int64_t outputs,
-                     std::string variant) {
+Tensor lowbit_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, Text format, int64_t outputs, Text variant) {
   const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK(bfloat16 || x.scalar_type() == ScalarType::Float, "lowbit_linear takes bfloat16 or float32");
   STD_TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0 && packed.is_contiguous(), "lowbit_linear takes rows of numbers");

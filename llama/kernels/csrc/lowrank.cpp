@@ -14,6 +14,7 @@
 #include "processor.h"
 #include "team.h"
 #include "tensors.h"
+#include "text.h"
 
 namespace llama {
 namespace {
@@ -103,7 +104,7 @@ void in_pieces(const std::vector<int64_t>& sizes, int64_t work, F&& f) {
 }
 
 // y (rows, outputs), changed in place; x (rows, columns) of the same type: bfloat16 or float32.
-void add_low_rank(Tensor y, Tensor x, std::vector<Tensor> factors, std::vector<int64_t> layout, std::string variant) {
+void add_low_rank(Tensor y, Tensor x, std::vector<Tensor> factors, std::vector<int64_t> layout, Text variant) {
   const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;
   STD_TORCH_CHECK((bfloat16 || x.scalar_type() == ScalarType::Float) && y.scalar_type() == x.scalar_type(),
                   "add_low_rank takes x and y both in bfloat16, or both in float32");

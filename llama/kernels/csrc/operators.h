@@ -3,7 +3,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <optional>
-#include <string>
+
+#include "text.h"
 
 namespace llama {
 
@@ -12,10 +13,8 @@ using torch::stable::Tensor;
 Tensor rms_norm(Tensor x, Tensor weight, double eps);
 Tensor swiglu(Tensor x);
 Tensor add_to(Tensor x, Tensor y);  // y + x, in y's place
-Tensor lowbit_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, std::string format, int64_t outputs,
-                     std::string variant);
+Tensor lowbit_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, Text format, int64_t outputs, Text variant);
 Tensor attend_rows(Tensor qkv, Tensor cos, Tensor sin, Tensor slots, Tensor keys, Tensor values,
-                   std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor table,
-                   std::string variant);
+                   std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor table, Text variant);
 
 }  // namespace llama

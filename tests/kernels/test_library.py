@@ -1,0 +1,71 @@
+"""The compiled operators as torch calls them."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from support.allocated import IS_KNOWN, left_behind
+
+from llama.kernels import attention, elementwise, layer, library, lowbit, lowrank
+from llama.kernels.formats import FORMATS
+
+compiled = pytest.mark.skipif(not library.AVAILABLE, reason="the kernels were not compiled")
+Call = Callable[[], object]
+COLUMNS = 64
+TABLE = attention.row_table([(0, [(0, 3)])])
+
+
+def product(outputs: int) -> layer.PackedProduct:
+    form = FORMATS["sym_int4"]
+    packed = torch.zeros(outputs, COLUMNS // form.block * form.block_bytes, dtype=torch.uint8)
+    return layer.PackedProduct(lowbit.to_tiles([packed], form), None, form.name, outputs)
+
+
+def step(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor | None, ...]:
+    """One token's angles and slot, two heads' keys and values, their scales, and what it sees."""
+    angles, slots, numbers = torch.ones(1, 1, 16), torch.tensor([2]), torch.zeros(2, 64, 16, dtype=dtype)
+    scales = torch.zeros(2, 64) if dtype == torch.int8 else None
+    return angles, angles, slots, numbers, numbers.clone(), scales, scales, TABLE
+
+
+def rms_norm() -> Call:
+    x, weight = torch.ones(1, COLUMNS), torch.ones(COLUMNS)
+    return lambda: elementwise.rms_norm(x, weight, 1e-5)
+
+
+def lowbit_linear() -> Call:
+    x, weight = torch.ones(1, COLUMNS), product(16)
+    return lambda: lowbit.lowbit_linear(x, *weight)
+
+
+def attend_rows() -> Call:
+    qkv, rest = torch.ones(1, 6, 16), step()
+    return lambda: attention.attend_rows(qkv, *rest)
+
+
+def attend_rows_of_int8() -> Call:
+    qkv, rest = torch.ones(1, 6, 16), step(torch.int8)
+    return lambda: attention.attend_rows(qkv, *rest)
+
+
+def lowbit_layer() -> Call:
+    h, norms, rest = torch.ones(1, COLUMNS), [torch.ones(COLUMNS)] * 2, step()
+    products = [product(outputs) for outputs in (8 * 16, COLUMNS, 2 * COLUMNS, COLUMNS)]
+    return lambda: layer.lowbit_layer(h, norms, 1e-5, products, *rest)
+
+
+def add_low_rank() -> Call:
+    factors = lowrank.Factors.of([(torch.ones(2, COLUMNS), torch.ones(16, 2))], [0])
+    rows, x, y = lowrank.LowRankRows([lowrank.Group(0, 1, factors)]), torch.ones(1, COLUMNS), torch.zeros(1, 16)
+    return lambda: rows.apply(y, x)
+
+
+@compiled
+@pytest.mark.skipif(not IS_KNOWN, reason="this C library does not tell what is allocated")
+@pytest.mark.parametrize(
+    "make", [rms_norm, lowbit_linear, attend_rows, attend_rows_of_int8, lowbit_layer, add_low_rank]
+)
+def test_a_call_of_an_operator_leaves_nothing_behind(make):
+    call = make()
+    with torch.inference_mode():
+        assert left_behind(call, 300) < 16  # a string that is forgotten takes 48 bytes

@@ -67,19 +67,24 @@ def cluster(address: str | None) -> Iterator[None]:
     This machine must be one of the cluster's. Raises RuntimeError where Ray, or the cluster, is not there.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # tells nobody of what is done here
+    if address is None:  # is read when Ray is imported; so its own machine's address is the loopback's, as on a Mac
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     try:
         import ray
     except ModuleNotFoundError as error:
         raise RuntimeError("ray is missing: pip install 'llama-native[ray]'") from error
     options = {"address": address}
     if address is None:
-        options = {"num_cpus": num_processors(), "object_store_memory": STORE_BYTES, "include_dashboard": False}
+        options = {"address": "local"}  # a new one, though there be another here
+        options |= {"num_cpus": num_processors(), "object_store_memory": STORE_BYTES, "include_dashboard": False}
     elif address != "auto":
         check_reachable(address)
     try:
         ray.init(**options, logging_level="error", log_to_driver=False)
     except Exception as error:  # Ray's own have no common base
         reason = str(error).strip().partition("\n")[0][:200]
+        if "InvalidAuthToken" in str(error.__cause__):
+            reason = "it asks for a token: set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN unless ~/.ray/auth_token has it"
         what = "Ray does not start here" if address is None else f"no Ray cluster at {address} has this machine"
         raise RuntimeError(f"{what}: {reason}") from error
     try:

@@ -9,39 +9,48 @@ Source: Ray's documentation, "Serve: custom request routers", "DeploymentHandle"
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
+import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator
+from contextlib import redirect_stdout
 from dataclasses import replace
 from typing import Any
 
+import ray
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
+from ray.util.queue import Queue
 from starlette.types import Message
 
 from llama.checkpoint import DEFAULT_SETTINGS
-from llama.cluster import ModelPlan, end_of_trace
+from llama.cluster import ModelPlan, check_reachable, end_of_trace
 from llama.generation import Llama
 from llama.server.affinity import Affinity
 from llama.server.front import ReplicaLost
 from llama.server.replica import Forwarded, Replica
 from llama.server.settings import ServerSettings
+from llama.streams import tell
 
 POLL = 0.2  # seconds between two looks at replicas that start
 ASK_TIMEOUT = 5.0  # seconds for a question to all replicas
 HEALTH_PERIOD, HEALTH_TIMEOUT = 2.0, 30.0  # seconds
 BESIDE_QUEUE = 64  # requests beyond those that a replica's own limit is for: what costs no step
+MOST_LOST = 3  # times in a row that the cluster's head is not to be reached; it may begin again
+PLACING = 30.0  # seconds for replicas to be placed on a cluster, before it is said that they wait
+NAMESPACE = "llama"  # of Ray's, in which owners have names
 
 
 class ServedReplica(Replica):
-    """As Serve makes it."""
+    """As Serve makes it. With `is_owned` the application ends with the actor of its name."""
 
-    async def __init__(self, plan: ModelPlan, settings: ServerSettings):
+    async def __init__(self, plan: ModelPlan, settings: ServerSettings, is_owned: bool = False):
         def build() -> Llama:
             llm = plan.build()
             if plan.model is None:
@@ -50,6 +59,20 @@ class ServedReplica(Replica):
 
         super().__init__(build, settings, engine=str(serve.get_replica_context().rank.rank))
         await self.start()
+        if is_owned:
+            self._watching.append(asyncio.create_task(end_with_owner(serve.get_replica_context().app_name)))
+
+
+async def end_with_owner(app: str) -> None:
+    """Deletes an application as soon as its owner is gone, a queue that stays empty.
+
+    Ray ends it with the process that made it, however that ends. Nobody else would where a command was killed.
+    """
+    try:
+        owner = await asyncio.to_thread(ray.get_actor, app, NAMESPACE)
+        await owner.get.remote()
+    except (ValueError, RayActorError):
+        await asyncio.to_thread(serve.delete, app)
 
 
 class PrefixRouter(RequestRouter):
@@ -90,8 +113,8 @@ def begins_of(request: PendingRequest | None) -> list[bytes]:
     return next((arg.begins for arg in request.args if isinstance(arg, Forwarded)), []) if request else []
 
 
-def deployed(plan: ModelPlan, settings: ServerSettings) -> serve.Application:
-    """The replicas, as Serve is to make them; keys stay where they are asked for."""
+def deployed(plan: ModelPlan, settings: ServerSettings, is_owned: bool = False) -> serve.Application:
+    """The replicas, as Serve is to make them; keys stay where they are asked for. `is_owned`: see `ServedReplica`."""
     deployment = serve.deployment(ServedReplica).options(
         name="replica",
         num_replicas=plan.num_replicas,
@@ -103,7 +126,7 @@ def deployed(plan: ModelPlan, settings: ServerSettings) -> serve.Application:
         request_router_config=RequestRouterConfig(request_router_class="llama.server.fleet.PrefixRouter"),
         ray_actor_options=plan.share.options,
     )
-    return deployment.bind(plan, replace(settings, api_key=None, api_key_file=None))
+    return deployment.bind(plan, replace(settings, api_key=None, api_key_file=None), is_owned)
 
 
 class HandleFleet:
@@ -134,6 +157,9 @@ class HandleFleet:
             return []
         return [result for result in results if not isinstance(result, RayActorError)]
 
+    async def watch(self) -> None:
+        await asyncio.Event().wait()  # the cluster's end would be this process', too
+
     async def close(self) -> None:
         """They are somebody else's."""
 
@@ -145,33 +171,54 @@ class ServeFleet(HandleFleet):
         self.plan = plan
         self.settings = settings
         self.is_guest = is_guest  # of a cluster that goes on
+        self._is_lost = False
         self.app = f"llama-{uuid.uuid4().hex[:8]}"  # others may run on the same cluster
 
     async def start(self) -> str:
         super().__init__(await asyncio.to_thread(self._run))
+        begun, is_patient = time.monotonic(), True
         while (status := await asyncio.to_thread(lambda: serve.status().applications[self.app])).status != "RUNNING":
             if status.status in ("DEPLOY_FAILED", "UNHEALTHY"):
                 raise RuntimeError(f"the replicas do not start: {end_of_trace(told(status))}")
+            if is_patient and time.monotonic() > begun + PLACING and (waiting := told(status).strip()):
+                is_patient = False
+                tell(f"llama: the replicas wait for the cluster: {end_of_trace(waiting)}")
             await asyncio.sleep(POLL)
         return await super().start()
 
+    async def watch(self) -> None:
+        """Ray itself would look for its head for a minute, and then end this process; requests would wait meanwhile."""
+        address, num_lost = ray.get_runtime_context().gcs_address, 0
+        while num_lost < MOST_LOST:
+            await asyncio.sleep(HEALTH_PERIOD)
+            try:
+                await asyncio.to_thread(check_reachable, address)
+                num_lost = 0
+            except RuntimeError:
+                num_lost += 1
+        self._is_lost = True
+        raise RuntimeError(f"the Ray cluster at {address} has ended")
+
     async def close(self) -> None:
-        if self.is_guest:
+        if self.is_guest and not self._is_lost:
             await asyncio.to_thread(self._leave)
 
     def _run(self) -> DeploymentHandle:
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
+        if self.is_guest:
+            self._owner = Queue(actor_options={"name": self.app, "namespace": NAMESPACE, "num_cpus": 0})
         serve.start(proxy_location="Disabled", logging_config={"enable_access_log": False, "log_level": "ERROR"})
         [handle] = serve.run_many(
-            [serve.RunTarget(deployed(self.plan, self.settings), name=self.app, route_prefix=None)],
+            [serve.RunTarget(deployed(self.plan, self.settings, self.is_guest), name=self.app, route_prefix=None)],
             wait_for_applications_running=False,
         )
         return handle
 
     def _leave(self) -> None:
-        serve.delete(self.app)
-        if not serve.status().applications:
-            serve.shutdown()
+        with redirect_stdout(io.StringIO()):  # there Ray would tell that it has killed Serve's own actors
+            serve.delete(self.app)
+            if not serve.status().applications:
+                serve.shutdown()
 
 
 def told(status: Any) -> str:

@@ -41,6 +41,9 @@ class Fleet(Protocol):
     async def ask(self, method: str, *args: Any) -> list[Any]:
         """What a method of all that can be reached returns."""
 
+    async def watch(self) -> None:
+        """Raises RuntimeError when none will be reached any more."""
+
     async def close(self) -> None:
         """None is left."""
 
@@ -62,12 +65,14 @@ class Front:
         self._fleet = fleet
         self._is_started = False
         self._failing: asyncio.Task[Any] | None = None
+        self._watching: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Returns when all replicas answer."""
         self.name = await self._fleet.start()
         self.metrics.watch(None, self.name)
         self._is_started = True
+        self._watching = asyncio.create_task(self._watch())
 
     def check_body(self, path: str) -> None:
         """Raises Refusal while replicas start, and once a stop was asked for."""
@@ -82,8 +87,9 @@ class Front:
 
     async def close(self) -> None:
         """Ends the fleet."""
-        if self._failing is not None:
-            self._failing.cancel()
+        for task in (self._failing, self._watching):
+            if task is not None:
+                task.cancel()
         await self._fleet.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -116,6 +122,12 @@ class Front:
         await receive()
         await self.close()
         await send({"type": "lifespan.shutdown.complete"})
+
+    async def _watch(self) -> None:
+        try:
+            await self._fleet.watch()
+        except RuntimeError as error:
+            self.ended.set_exception(error)
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Has it answered, unless the client leaves before that."""

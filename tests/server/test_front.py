@@ -29,6 +29,7 @@ class NearFleet:
         self.asked: list[Forwarded] = []
         self.losses: list[int] = []
         self.is_closed = False
+        self.lost = asyncio.Event()
 
     async def start(self) -> str:
         for replica in self.replicas:
@@ -53,6 +54,10 @@ class NearFleet:
 
     async def ask(self, method: str, *args: Any) -> list[Any]:
         return [await getattr(replica, method)(*args) for replica in self.replicas]
+
+    async def watch(self) -> None:
+        await self.lost.wait()
+        raise RuntimeError("the cluster has ended")
 
     async def close(self) -> None:
         self.is_closed = True
@@ -271,6 +276,16 @@ def test_streams_that_are_cut_off_by_a_stop_are_told():
 
     answer = fronted(use)
     assert b"the server is stopping" in answer.body
+
+
+def test_a_front_ends_with_the_cluster_of_its_replicas():
+    async def use(front, fleet):
+        assert not front.ended.done()
+        fleet.lost.set()
+        return await asyncio.gather(front.ended, return_exceptions=True)
+
+    [error] = fronted(use)
+    assert str(error) == "the cluster has ended"
 
 
 def test_the_metrics_of_all_stand_at_one_address_under_their_numbers():

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import select
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from support.meta_files import save_meta, save_tokenizer
@@ -26,11 +27,11 @@ def save_replicated_model(directory: Path) -> Path:
 
 
 class Command:
-    """`llama` with these arguments; what it writes on standard error is read line by line."""
+    """`llama`, or another module, with these arguments; what it writes on standard error is read line by line."""
 
-    def __init__(self, *arguments: object):
+    def __init__(self, *arguments: object, module: str = "llama"):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        line = [sys.executable, "-m", "llama", *map(str, arguments)]
+        line = [sys.executable, "-m", module, *map(str, arguments)]
         self.process = subprocess.Popen(
             line, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
         )
@@ -74,6 +75,24 @@ def parent_of(entry: Path) -> int | None:
         return None
 
 
+def listening(pids: list[int]) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """The addresses on which these processes listen; those of version 4 as such. Source: Linux's proc(5), net/tcp."""
+    own = set()
+    for pid in pids:
+        with suppress(OSError):  # it has ended meanwhile
+            own |= {os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir()}
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == "0A" and f"socket:[{fields[9]}]" in own:
+                words = bytes.fromhex(fields[1].partition(":")[0])
+                packed = b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4))
+                address = ipaddress.ip_address(packed)
+                found.append(getattr(address, "ipv4_mapped", None) or address)
+    return found
+
+
 def wait_for_end(pids: list[int], seconds: float) -> list[int]:
     """Those of the processes that have not ended by then."""
     left = []
@@ -89,9 +108,9 @@ def wait_for_end(pids: list[int], seconds: float) -> list[int]:
 
 
 @contextmanager
-def command(*arguments: object) -> Iterator[Command]:
+def command(*arguments: object, module: str = "llama") -> Iterator[Command]:
     """A command, of which nothing is left at the end of the block."""
-    running = Command(*arguments)
+    running = Command(*arguments, module=module)
     try:
         yield running
     finally:

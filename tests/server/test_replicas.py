@@ -16,7 +16,7 @@ import httpx
 import pytest
 from openai import APIConnectionError, APIError, OpenAI
 from support.processes import free_port
-from support.replicas import READY, Command, command, save_replicated_model, wait_for_end
+from support.replicas import READY, Command, command, listening, save_replicated_model, wait_for_end
 
 pytest.importorskip("ray")
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
@@ -82,6 +82,13 @@ def test_the_openai_client_is_answered(served):
     assert served.client.completions.create(model="tiny", prompt="a", max_tokens=3).usage.completion_tokens <= 3
     assert len(served.client.embeddings.create(model="tiny", input=["a", "b"]).data) == 2
     assert [model.id for model in served.client.models.list()] == ["tiny"]
+
+
+def test_nothing_but_one_port_of_each_replica_listens_on_other_addresses_than_the_loopback(served):
+    replicas = served.command.replicas
+    others = [str(address) for address in listening(served.command.family) if not address.is_loopback]
+    assert others == ["::"] * 2  # Serve's own between deployments
+    assert [str(address) for address in listening(replicas) if not address.is_loopback] == others
 
 
 def test_a_key_is_asked_for_and_health_is_not_a_secret(served):

@@ -89,12 +89,12 @@ class LayerCache:
         return layer.COMPILED and isinstance(backend, CompiledRows) and not backend.tiles.spans
 
     def compute_layer(
-        self, h: Tensor, norms: Sequence[Tensor], eps: float, products: Sequence[layer.PackedProduct], rotary: Rotary
+        self, h: Tensor, norms: Sequence[Tensor], eps: float, products: Sequence[layer.LayerProduct], rotary: Rotary
     ) -> Tensor:
-        """All of a layer whose products are packed: see `lowbit_layer`."""
+        """All of a layer in one operator: see `compute_layer`."""
         keys, values, backend = self.keys, self.values, self.backend
         stored = (keys.numbers, values.numbers, keys.scales, values.scales)
-        return layer.lowbit_layer(
+        return layer.compute_layer(
             h, norms, eps, products, rotary.cos, rotary.sin, backend.slots, *stored, backend.table
         )
 

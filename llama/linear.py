@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llama.kernels.layer import PackedProduct
+from llama.kernels.dense import dense_linear, serves_weight
+from llama.kernels.layer import LayerProduct
 
 BLOCKED_ROWS = 32  # the number of activation rows for which oneDNN chooses its weight layout
 
@@ -28,8 +29,8 @@ class AnyLinear(Protocol):
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """(num_tokens, in_features) -> (num_tokens, out_features), in x's dtype"""
 
-    def packed(self) -> PackedProduct | None:
-        """For an operator that makes this product among others; None where no compiled kernel makes it."""
+    def for_layer(self) -> LayerProduct | None:
+        """For the operator that computes a layer; None where that cannot make this product."""
 
     def dequantize(self) -> torch.Tensor:
         """The weight as float32 (out_features, in_features)."""
@@ -111,7 +112,7 @@ class Linear(nn.Module):
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         blocked = self._buffers["blocked"]  # nn.Module looks among its buffers last
         if blocked is None:
-            return F.linear(x, self.weight, self.bias)
+            return dense_linear(x, self.weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(x, blocked, self.bias, "none", [], "")
 
     def prepare(self, fixed_rows: int | None = None) -> Self:
@@ -143,8 +144,12 @@ class Linear(nn.Module):
         if joint.weight is None:
             self.weight, self.joined = None, (joint, rows)
 
-    def packed(self) -> None:
-        """None: the product is a matrix library's."""
+    def for_layer(self) -> LayerProduct | None:
+        """See `AnyLinear.for_layer`."""
+        weight = self._parameters["weight"]  # a small model waits for what nn.Module does to find self.weight
+        if weight is None or self.fixed_rows is not None or not serves_weight(weight):
+            return None
+        return LayerProduct(weight, self.bias, "", self.out_features)
 
     def plain(self, rows: slice = slice(None)) -> torch.Tensor:
         """Rows of the weight in their own order: a copy where only the processor's order is held, else a view."""
@@ -196,9 +201,9 @@ class Joint:
             y = self.joint(x)
         return y if self.added is None else self.added(y, x)
 
-    def packed(self) -> PackedProduct | None:
-        """See `AnyLinear.packed`; None too where something is added to the product."""
-        return None if self.joint is None or self.added is not None else self.joint.packed()
+    def for_layer(self) -> LayerProduct | None:
+        """See `AnyLinear.for_layer`; None too where something is added to the product."""
+        return None if self.joint is None or self.added is not None else self.joint.for_layer()
 
     def prepare(self, fixed_rows: int | None = None) -> None:
         """Joins the parts, or each with itself where they are of different kinds, and prepares the result."""

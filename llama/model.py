@@ -14,6 +14,7 @@ from llama.attention import LayerCache, choose_backend, layer_caches
 from llama.cache import CacheShape, ContiguousCache
 from llama.device import return_memory
 from llama.embedding import Embedding
+from llama.kernels.dense import dense_linear
 from llama.kernels.elementwise import rms_norm, swiglu
 from llama.linear import Joint, Linear, in_tiles
 from llama.parallel import ALONE, SINGLE, ModelParallel, TensorParallel, share, share_size
@@ -125,7 +126,7 @@ class TransformerBlock(nn.Module):
     def forward(self, x: torch.Tensor, rotary: Rotary, cache: LayerCache) -> torch.Tensor:
         """(num_tokens, dim) -> (num_tokens, dim)"""
         if self.is_whole and cache.computes_layers:
-            products = [product.packed() for product in self.products]
+            products = [product.for_layer() for product in self.products]
             if all(products):
                 norms = (self.attention_norm.weight, self.ffn_norm.weight)
                 return cache.compute_layer(x, norms, self.norm_eps, products, rotary)
@@ -229,7 +230,7 @@ class Transformer(nn.Module):
         elif self.fixed_rows is not None:
             local = in_tiles(partial(F.linear, weight=self.tok_embeddings.weight), states, self.fixed_rows)
         else:
-            local = F.linear(states, self.tok_embeddings.weight)
+            local = dense_linear(states, self.tok_embeddings.weight)
         if self.added_to_output is not None:
             local = self.added_to_output(local, states)
         return self.tensor.all_gather(local, self.vocab_size).float()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llama.embedding import Embedding, LowBitEmbedding
 from llama.kernels import library, lowbit
 from llama.kernels.formats import FORMATS, LowBitError, LowBitFormat, row_chunks
-from llama.kernels.layer import PackedProduct
+from llama.kernels.layer import LayerProduct
 from llama.linear import StoredWeight, in_tiles
 
 
@@ -144,13 +144,13 @@ class LowBitLinear(nn.Module):
         """Whether the weight is in the compiled kernels' layout."""
         return self.product is compiled_product
 
-    def packed(self) -> PackedProduct | None:
-        """See `AnyLinear.packed`; None too where a variant of the kernels is asked for."""
+    def for_layer(self) -> LayerProduct | None:
+        """See `AnyLinear.for_layer`; None too where a variant of the kernels is asked for."""
         if not self.prepared or self.variant != "auto":
             return None
         # not self.weight: nn.Module looks among its buffers last, and a small model waits for such things
         stored = self._buffers
-        return PackedProduct(stored["weight"], stored["bias"], self.format.name, self.out_features)
+        return LayerProduct(stored["weight"], stored["bias"], self.format.name, self.out_features)
 
     def prepare(self, fixed_rows: int | None = None) -> LowBitLinear:
         """Choose the fastest product, and give the weight the layout that it reads, at most one copy; returns self.

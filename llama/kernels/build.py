@@ -12,6 +12,7 @@ from setuptools.command.build_ext import build_ext
 
 SOURCES = (
     "attention.cpp",
+    "dense.cpp",
     "elementwise.cpp",
     "layer.cpp",
     "layout.cpp",

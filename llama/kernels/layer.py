@@ -1,4 +1,4 @@
-"""A layer with packed weights as one compiled operator, on the CPU.
+"""A layer as one compiled operator, on the CPU.
 
 Beside one row of a small model the calls of a layer's operators, and the Python between them, take longer than their
 work. What it computes is what these operators compute one after the other, bit for bit.
@@ -14,24 +14,24 @@ from torch import Tensor
 
 from llama.kernels import library
 
-_lowbit_layer = library.operator("lowbit_layer")
-COMPILED = _lowbit_layer is not None
+_compute_layer = library.operator("compute_layer")
+COMPILED = _compute_layer is not None
 
 
-class PackedProduct(NamedTuple):
-    """What a compiled kernel multiplies with."""
+class LayerProduct(NamedTuple):
+    """What the operator multiplies with."""
 
-    weight: Tensor  # uint8, flat, in the kernels' layout
-    bias: Tensor | None  # float32 (outputs,)
-    format: str
+    weight: Tensor  # (outputs, columns) as the layer's input; with a format: uint8, flat, in the kernels' layout
+    bias: Tensor | None  # (outputs,) as the layer's input; with a format: float32
+    format: str  # "" for plain numbers
     outputs: int
 
 
-def lowbit_layer(
+def compute_layer(
     h: Tensor,
     norms: Sequence[Tensor],
     eps: float,
-    products: Sequence[PackedProduct],
+    products: Sequence[LayerProduct],
     cos: Tensor,
     sin: Tensor,
     slots: Tensor,
@@ -49,11 +49,11 @@ def lowbit_layer(
     """
     weights, biases, formats, outputs = zip(*products, strict=True)
     stored = (keys, values, key_scale, value_scale)
-    return _lowbit_layer(h, *norms, eps, weights, biases, formats, outputs, cos, sin, slots, *stored, table)
+    return _compute_layer(h, *norms, eps, weights, biases, formats, outputs, cos, sin, slots, *stored, table)
 
 
 if COMPILED:
 
-    @torch.library.register_fake("llama::lowbit_layer")
+    @torch.library.register_fake("llama::compute_layer")
     def _(h: Tensor, *_: object) -> Tensor:
         return torch.empty_like(h)

@@ -18,6 +18,7 @@ from llama.rotary import Rotary, rope_frequencies
 pytestmark = pytest.mark.skipif(not library.AVAILABLE, reason="the kernels were not compiled")
 SPANS = [Span(0, 1, 40, ((64, 48),)), Span(1, 3, 10, ((16, 8), (0, 8))), Span(4, 40, 50, ((112, 64),))]
 CPU = torch.device("cpu")
+PLAIN = ""
 
 
 @pytest.fixture(autouse=True)
@@ -26,14 +27,19 @@ def two_threads():
         yield
 
 
-def packed_layer(format: str = "sym_int4", dtype: torch.dtype = torch.float32, bias: bool = False) -> TransformerBlock:
+def prepared_layer(
+    format: str = "sym_int4", dtype: torch.dtype = torch.float32, bias: bool = False
+) -> TransformerBlock:
     biases = dict(attention_bias=bias, attention_output_bias=bias, mlp_bias=bias)
     args = tiny_args(dim=256, n_layers=1, n_heads=8, n_kv_heads=2, hidden_dim=512, **biases)
     [layer] = tiny_model(args).layers
     for owner in (layer.attention, layer.feed_forward):
         for name, linear in list(owner.named_children()):
-            bias = None if linear.bias is None else linear.bias.data
-            setattr(owner, name, LowBitLinear.from_weight(format, linear.weight, bias))
+            if format == PLAIN:
+                linear.to(dtype)
+            else:
+                bias = None if linear.bias is None else linear.bias.data
+                setattr(owner, name, LowBitLinear.from_weight(format, linear.weight, bias))
     for product in layer.products:
         product.prepare()
     layer.attention_norm.to(dtype), layer.ffn_norm.to(dtype)
@@ -68,32 +74,32 @@ def assert_same(these: list[torch.Tensor], those: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     ("dtype", "kv_dtype"), [(torch.float32, None), (torch.float32, torch.int8), (torch.bfloat16, None)]
 )
-@pytest.mark.parametrize("format", ["sym_int4", "q6_k"])
+@pytest.mark.parametrize("format", ["sym_int4", "q6_k", PLAIN])
 def test_a_layer_at_once_gives_what_its_operators_give(format, dtype, kv_dtype, bias, monkeypatch):
-    layer = packed_layer(format, dtype, bias)
+    layer = prepared_layer(format, dtype, bias)
     at_once = computed(layer, kv_dtype)
-    monkeypatch.setattr(kernel, "lowbit_layer", None)
+    monkeypatch.setattr(kernel, "compute_layer", None)
     monkeypatch.setattr(LayerCache, "computes_layers", False)
     assert_same(at_once, computed(layer, kv_dtype))
 
 
 def test_what_is_added_to_a_product_is_not_forgotten():
-    layer = packed_layer()
+    layer = prepared_layer()
     plain, *_ = computed(layer)
     layer.feed_forward.down.added = lambda y, x: y + 1
     torch.testing.assert_close(computed(layer)[0], plain + 1)
 
 
-def test_a_layer_of_which_a_part_is_not_packed_is_computed_by_its_operators():
-    layer = packed_layer()
+def test_a_layer_of_which_a_part_asks_for_another_product_is_computed_by_its_operators():
+    layer = prepared_layer()
     whole, *_ = computed(layer)
     layer.feed_forward.w2 = layer.feed_forward.down.joint.prepare(fixed_rows=16)  # asks for one variant
-    assert layer.feed_forward.down.packed() is None
+    assert layer.feed_forward.down.for_layer() is None
     assert torch.equal(computed(layer)[0], whole)
 
 
 def test_any_number_of_threads_gives_the_same_bits():
-    layer = packed_layer()
+    layer = prepared_layer()
     expected = computed(layer)
     for number in (1, 3):
         with threads(number):
@@ -101,7 +107,7 @@ def test_any_number_of_threads_gives_the_same_bits():
 
 
 def test_several_callers_at_once_get_the_same_bits():
-    layer = packed_layer()
+    layer = prepared_layer()
     expected = computed(layer)
     with ThreadPoolExecutor(4) as pool:
         for results in pool.map(lambda _: computed(layer), range(40)):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.allocated import IS_KNOWN, left_behind
 
-from llama.kernels import attention, elementwise, layer, library, lowbit, lowrank
+from llama.kernels import attention, dense, elementwise, layer, library, lowbit, lowrank
 from llama.kernels.formats import FORMATS
 
 compiled = pytest.mark.skipif(not library.AVAILABLE, reason="the kernels were not compiled")
@@ -15,10 +15,10 @@ COLUMNS = 64
 TABLE = attention.row_table([(0, [(0, 3)])])
 
 
-def product(outputs: int) -> layer.PackedProduct:
+def product(outputs: int) -> layer.LayerProduct:
     form = FORMATS["sym_int4"]
     packed = torch.zeros(outputs, COLUMNS // form.block * form.block_bytes, dtype=torch.uint8)
-    return layer.PackedProduct(lowbit.to_tiles([packed], form), None, form.name, outputs)
+    return layer.LayerProduct(lowbit.to_tiles([packed], form), None, form.name, outputs)
 
 
 def step(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor | None, ...]:
@@ -38,6 +38,15 @@ def lowbit_linear() -> Call:
     return lambda: lowbit.lowbit_linear(x, *weight)
 
 
+def dense_linear(rows: int = 1) -> Call:
+    x, weight, bias = torch.ones(rows, COLUMNS), torch.ones(16, COLUMNS), torch.ones(16)
+    return lambda: dense.dense_linear(x, weight, bias)
+
+
+def dense_linear_of_many_rows() -> Call:
+    return dense_linear(100)
+
+
 def attend_rows() -> Call:
     qkv, rest = torch.ones(1, 6, 16), step()
     return lambda: attention.attend_rows(qkv, *rest)
@@ -48,10 +57,10 @@ def attend_rows_of_int8() -> Call:
     return lambda: attention.attend_rows(qkv, *rest)
 
 
-def lowbit_layer() -> Call:
+def compute_layer() -> Call:
     h, norms, rest = torch.ones(1, COLUMNS), [torch.ones(COLUMNS)] * 2, step()
     products = [product(outputs) for outputs in (8 * 16, COLUMNS, 2 * COLUMNS, COLUMNS)]
-    return lambda: layer.lowbit_layer(h, norms, 1e-5, products, *rest)
+    return lambda: layer.compute_layer(h, norms, 1e-5, products, *rest)
 
 
 def add_low_rank() -> Call:
@@ -63,7 +72,17 @@ def add_low_rank() -> Call:
 @compiled
 @pytest.mark.skipif(not IS_KNOWN, reason="this C library does not tell what is allocated")
 @pytest.mark.parametrize(
-    "make", [rms_norm, lowbit_linear, attend_rows, attend_rows_of_int8, lowbit_layer, add_low_rank]
+    "make",
+    [
+        rms_norm,
+        lowbit_linear,
+        dense_linear,
+        dense_linear_of_many_rows,
+        attend_rows,
+        attend_rows_of_int8,
+        compute_layer,
+        add_low_rank,
+    ],
 )
 def test_a_call_of_an_operator_leaves_nothing_behind(make):
     call = make()

@@ -1,4 +1,4 @@
-// torch.ops.llama.lowbit_layer: a layer whose products are all packed, from its input to its output, on CPU.
+// torch.ops.llama.compute_layer: a layer from its input to its output, on CPU.
 //
 // Beside one row of a small model the calls of its operators, and the Python between them, take longer than their work.
 #include <torch/csrc/stable/library.h>
@@ -15,19 +15,24 @@
 namespace llama {
 namespace {
 
-// h (tokens, dim); the products' weights, biases, formats and outputs: qkv, out, gate_up, down; the rest as
-// `attend_rows` takes it, whose table names every row; -> (tokens, dim) as h
-Tensor lowbit_layer(Tensor h, Tensor attention_norm, Tensor ffn_norm, double eps, std::vector<Tensor> weights,
+// h (tokens, dim); the products' weights, biases, formats (empty: plain numbers) and outputs: qkv, out, gate_up, down;
+// the rest as `attend_rows` takes it, whose table names every row; -> (tokens, dim) as h
+Tensor compute_layer(Tensor h, Tensor attention_norm, Tensor ffn_norm, double eps, std::vector<Tensor> weights,
                     std::vector<std::optional<Tensor>> biases, std::vector<Text> formats,
                     std::vector<int64_t> outputs, Tensor cos, Tensor sin, Tensor slots, Tensor keys, Tensor values,
                     std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor table) {
   enum { qkv, out, gate_up, down, count };
   STD_TORCH_CHECK(h.dim() == 2 && weights.size() == count && biases.size() == count && formats.size() == count &&
                       outputs.size() == count,
-                  "lowbit_layer takes rows, and four products");
-  STD_TORCH_CHECK(keys.dim() == 3 && outputs[qkv] % keys.size(2) == 0, "lowbit_layer: qkv is not made of heads");
-  STD_TORCH_CHECK(outputs[out] == h.size(1) && outputs[down] == h.size(1), "lowbit_layer: results are not as h");
+                  "compute_layer takes rows, and four products");
+  STD_TORCH_CHECK(keys.dim() == 3 && outputs[qkv] % keys.size(2) == 0, "compute_layer: qkv is not made of heads");
+  STD_TORCH_CHECK(outputs[out] == h.size(1) && outputs[down] == h.size(1), "compute_layer: results are not as h");
   const auto product = [&](int which, Tensor x) {
+    if (formats[which].empty()) {
+      STD_TORCH_CHECK(weights[which].dim() == 2 && weights[which].size(0) == outputs[which],
+                      "compute_layer: a weight has not as many rows as it has outputs");
+      return dense_linear(x, weights[which], biases[which], "auto");
+    }
     return lowbit_linear(x, weights[which], biases[which], formats[which], outputs[which], "auto");
   };
   const int64_t tokens = h.size(0), head_dim = keys.size(2), heads = outputs[qkv] / head_dim;
@@ -41,10 +46,10 @@ Tensor lowbit_layer(Tensor h, Tensor attention_norm, Tensor ffn_norm, double eps
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llama, m) {
   m.def(
-      "lowbit_layer(Tensor h, Tensor attention_norm, Tensor ffn_norm, float eps, Tensor[] weights, Tensor?[] biases, "
+      "compute_layer(Tensor h, Tensor attention_norm, Tensor ffn_norm, float eps, Tensor[] weights, Tensor?[] biases, "
       "str[] formats, int[] outputs, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys, Tensor(b!) values, "
       "Tensor(c!)? key_scale, Tensor(d!)? value_scale, Tensor table) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(llama, CPU, m) { m.impl("lowbit_layer", TORCH_BOX(&lowbit_layer)); }
+STABLE_TORCH_LIBRARY_IMPL(llama, CPU, m) { m.impl("compute_layer", TORCH_BOX(&compute_layer)); }
 
 }  // namespace llama

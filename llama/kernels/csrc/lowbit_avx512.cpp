@@ -1,5 +1,6 @@
 // AVX-512 with VNNI: Ice Lake, Zen 4 and later.
 #include "attention.h"
+#include "dense.h"
 #include "elementwise.h"
 #include "lowbit.h"
 #include "lowrank.h"
@@ -135,6 +136,7 @@ struct Simd {
 #include "attention_kernels.h"
 #include "elementwise_kernels.h"
 #include "lowrank_kernels.h"
+#include "dense_kernels.h"
 
 }  // namespace
 std::span<const NamedKernel> kernels() { return lowbit_kernels(); }
@@ -147,6 +149,10 @@ template <class T>
 LowRankKernels<T> low_rank() { return low_rank_kernels<T>(); }
 template LowRankKernels<float> low_rank();
 template LowRankKernels<uint16_t> low_rank();
+template <class T>
+DenseKernel<T> dense() { return dense_product<T>; }
+template DenseKernel<float> dense();
+template DenseKernel<uint16_t> dense();
 }  // namespace llama::avx512
 #pragma GCC pop_options
 #endif

@@ -1,5 +1,6 @@
 // Plain C++ for every other processor; what the compiler makes of loops over 16 lanes.
 #include "attention.h"
+#include "dense.h"
 #include "elementwise.h"
 #include "lowbit.h"
 #include "lowrank.h"
@@ -192,6 +193,7 @@ struct Simd {
 #include "attention_kernels.h"
 #include "elementwise_kernels.h"
 #include "lowrank_kernels.h"
+#include "dense_kernels.h"
 
 }  // namespace
 std::span<const NamedKernel> kernels() { return lowbit_kernels(); }
@@ -204,4 +206,8 @@ template <class T>
 LowRankKernels<T> low_rank() { return low_rank_kernels<T>(); }
 template LowRankKernels<float> low_rank();
 template LowRankKernels<uint16_t> low_rank();
+template <class T>
+DenseKernel<T> dense() { return dense_product<T>; }
+template DenseKernel<float> dense();
+template DenseKernel<uint16_t> dense();
 }  // namespace llama::scalar

@@ -11,13 +11,17 @@ inline LLAMA_INLINE void in_bundles(int64_t rows, F&& f) {
   if (rows - first >= 1) f(Index<1>(), first);
 }
 
-template <class T, int rows, int ranks>
+// h[i * stride + r] = x[i] . a[r]
+template <class T, int rows, int ranks, bool ahead = true>
 inline LLAMA_INLINE void dots(const float* x, int64_t columns, const T* a, float* h, int64_t stride) {
   typename Simd::Floats sum[rows * ranks];
   LLAMA_UNROLL for (int i = 0; i < rows * ranks; ++i) sum[i] = Simd::all(0.0f);
   for (int64_t d = 0; d < columns; d += kTile) {
     typename Simd::Floats weight[ranks];
-    LLAMA_UNROLL for (int r = 0; r < ranks; ++r) weight[r] = read_ahead(a + r * columns + d);
+    LLAMA_UNROLL for (int r = 0; r < ranks; ++r) {
+      const T* at = a + r * columns + d;
+      weight[r] = ahead ? read_ahead(at) : Simd::numbers(at);
+    }
     LLAMA_UNROLL for (int i = 0; i < rows; ++i) {
       const auto v = Simd::numbers(x + i * columns + d);
       LLAMA_UNROLL for (int r = 0; r < ranks; ++r) sum[i * ranks + r] = Simd::fma(weight[r], v, sum[i * ranks + r]);

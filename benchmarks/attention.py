@@ -18,7 +18,7 @@ import torch
 from common.machine import machine
 from common.timing import alternate, median, report
 
-from llama.attention import CompiledRows, Tiles, layer_caches
+from llama.attention import CompiledRows, StepCache, Tiles
 from llama.cache import CacheShape, KVCache, Span
 from llama.device import DTYPES
 from llama.rotary import Rotary, rope_frequencies
@@ -49,7 +49,7 @@ def ratio(shape: tuple[int, int, int], rows: int, context: int, dtype: torch.dty
     spans = [Span(0, rows, context, ((0, context),))]
     sides = {}
     for name, plan in {"rows": partial(CompiledRows.plan, short=rows), "tiles": Tiles.plan}.items():
-        [layer] = layer_caches(cache, spans, plan)
+        [layer] = StepCache.of(cache, spans, plan)
         repeats = max(1, round(LEAST / attend_time(layer, qkv, rotary, 1)))
         sides[name] = partial(attend_time, layer, qkv, rotary, repeats)
     times = alternate(rounds, **sides)

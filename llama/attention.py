@@ -6,7 +6,7 @@ each request's rows look at that request's own. Keys and values are never repeat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -70,6 +70,11 @@ def choose_backend(
     return Tiles.plan
 
 
+def computes_layers(backend: Backend) -> bool:
+    """Whether the operators for whole layers attend as it does: where its table names every row."""
+    return layer.COMPILED and isinstance(backend, CompiledRows) and not backend.tiles.spans
+
+
 @dataclass(frozen=True)
 class LayerCache:
     """One layer's part of the cache, and how the step's rows look at it."""
@@ -85,24 +90,42 @@ class LayerCache:
     @property
     def computes_layers(self) -> bool:
         """Whether `compute_layer` serves the step."""
-        backend = self.backend
-        return layer.COMPILED and isinstance(backend, CompiledRows) and not backend.tiles.spans
+        return computes_layers(self.backend)
 
-    def compute_layer(
-        self, h: Tensor, norms: Sequence[Tensor], eps: float, products: Sequence[layer.LayerProduct], rotary: Rotary
-    ) -> Tensor:
+    def compute_layer(self, h: Tensor, operands: layer.LayerOperands, rotary: Rotary) -> Tensor:
         """All of a layer in one operator: see `compute_layer`."""
         keys, values, backend = self.keys, self.values, self.backend
         stored = (keys.numbers, values.numbers, keys.scales, values.scales)
-        return layer.compute_layer(
-            h, norms, eps, products, rotary.cos, rotary.sin, backend.slots, *stored, backend.table
-        )
+        return layer.compute_layer(h, operands, rotary.cos, rotary.sin, backend.slots, *stored, backend.table)
 
 
-def layer_caches(cache: KVCache, spans: Sequence[Span], plan: Callable[..., Backend]) -> list[LayerCache]:
-    """What each layer is given for a step made of `spans`; `plan` is what `choose_backend` chose for the cache."""
-    backend = plan(spans, cache.slots(spans), cache.shape.sliding_window)
-    return [LayerCache(backend, keys, values) for keys, values in cache.layers]
+@dataclass(frozen=True)
+class StepCache:
+    """All layers' parts of the cache, keys and values, and how the step's rows look at each of them."""
+
+    backend: Backend
+    layers: Sequence[tuple[Store, Store]]
+
+    @classmethod
+    def of(cls, cache: KVCache, spans: Sequence[Span], plan: Callable[..., Backend]) -> StepCache:
+        """For a step made of `spans`; `plan` is what `choose_backend` chose for the cache."""
+        return cls(plan(spans, cache.slots(spans), cache.shape.sliding_window), cache.layers)
+
+    def __iter__(self) -> Iterator[LayerCache]:
+        return (LayerCache(self.backend, keys, values) for keys, values in self.layers)
+
+    @property
+    def computes_layers(self) -> bool:
+        """Whether `compute_layers` serves the step."""
+        return computes_layers(self.backend)
+
+    def compute_layers(self, h: Tensor, operands: layer.LayerOperands, rotary: Rotary) -> Tensor:
+        """All layers in one operator: see `compute_layers`."""
+        keys, values = ([pair[which] for pair in self.layers] for which in (0, 1))
+        scales = [[store.scales for store in stores if store.scales is not None] for stores in (keys, values)]
+        stored = ([store.numbers for store in stores] for stores in (keys, values))
+        backend = self.backend
+        return layer.compute_layers(h, operands, rotary.cos, rotary.sin, backend.slots, *stored, *scales, backend.table)
 
 
 @dataclass(frozen=True)

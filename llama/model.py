@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from llama.attention import LayerCache, choose_backend, layer_caches
+from llama.attention import LayerCache, StepCache, choose_backend
 from llama.cache import CacheShape, ContiguousCache
 from llama.device import return_memory
 from llama.embedding import Embedding
 from llama.kernels.dense import dense_linear
 from llama.kernels.elementwise import rms_norm, swiglu
+from llama.kernels.layer import LayerOperands
+from llama.layer_stack import LayerStack
 from llama.linear import Joint, Linear, in_tiles
 from llama.parallel import ALONE, SINGLE, ModelParallel, TensorParallel, share, share_size
 from llama.rotary import RopeScaling, Rotary, rope_frequencies
@@ -125,13 +126,17 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, rotary: Rotary, cache: LayerCache) -> torch.Tensor:
         """(num_tokens, dim) -> (num_tokens, dim)"""
-        if self.is_whole and cache.computes_layers:
-            products = [product.for_layer() for product in self.products]
-            if all(products):
-                norms = (self.attention_norm.weight, self.ffn_norm.weight)
-                return cache.compute_layer(x, norms, self.norm_eps, products, rotary)
+        if cache.computes_layers and (operands := self.operands()) is not None:
+            return cache.compute_layer(x, operands, rotary)
         h = x + self.attention(self.attention_norm(x), rotary, cache)
         return h + self.feed_forward(self.ffn_norm(h))
+
+    def operands(self) -> LayerOperands | None:
+        """For the operator that computes a layer; None where that cannot make one of the products."""
+        products = [product.for_layer() for product in self.products] if self.is_whole else [None]
+        if None in products:
+            return None
+        return LayerOperands.of((self.attention_norm.weight, self.ffn_norm.weight), self.norm_eps, products)
 
 
 class Transformer(nn.Module):
@@ -159,6 +164,7 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(
             TransformerBlock(params, self.tensor) if number in held else None for number in range(params.n_layers)
         )
+        self.stack = LayerStack(list(self.held_layers.values()))
         self.norm = RMSNorm(params.dim, params.norm_eps)
         self.output = None
         if self.stage.is_last and not is_tied:
@@ -198,7 +204,7 @@ class Transformer(nn.Module):
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        caches: Iterable[LayerCache],
+        caches: StepCache,
         limits: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """A packed step: tokens and positions (num_tokens,) int64 -> normalised states (num_tokens, dim).
@@ -216,8 +222,7 @@ class Transformer(nn.Module):
                 h = self.added_to_embedding(h, tokens)
         else:
             h = self.stage.receive(len(tokens), args.dim, like=self.norm.weight)
-        for layer, cache in zip(self.held_layers.values(), caches, strict=True):
-            h = layer(h, rotary, cache)
+        h = self.stack.compute(h, rotary, caches)
         if self.stage.is_last:
             return self.norm(h)
         self.stage.send(h)
@@ -239,7 +244,7 @@ class Transformer(nn.Module):
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        caches: Iterable[LayerCache],
+        caches: StepCache,
         wanted: torch.Tensor | None,
         limits: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -275,7 +280,7 @@ class Transformer(nn.Module):
         cache.reserve(start_pos + seqlen)
         positions = torch.arange(start_pos, start_pos + seqlen, device=tokens.device).repeat(bsz)
         spans = [cache.span(row, start_pos, seqlen) for row in range(bsz)]
-        caches = layer_caches(cache, spans, choose_backend(cache, weight.dtype))
+        caches = StepCache.of(cache, spans, choose_backend(cache, weight.dtype))
         limits = torch.full_like(positions, start_pos + seqlen)  # so far: a later call may stretch more
         states = self.hidden_states(tokens.reshape(-1), positions, caches, limits)
         cache.keep(bsz, start_pos + seqlen)

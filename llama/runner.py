@@ -5,7 +5,7 @@ Under `torchrun` rank 0 sends the packed step to the other ranks as one list of 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from llama.attention import LayerCache, choose_backend, layer_caches
+from llama.attention import StepCache, choose_backend
 from llama.cache import KVCache, Span
 from llama.device import free_memory, num_sharing, return_memory
 from llama.lora import Adapters, Run
@@ -33,7 +33,7 @@ class Program(Protocol):
         self,
         tokens: torch.Tensor,
         positions: torch.Tensor,
-        caches: Iterable[LayerCache],
+        caches: StepCache,
         wanted: torch.Tensor | None,
         limits: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,7 +164,7 @@ class Runner:
         wanted = None
         if pack.wanted != list(range(len(pack.tokens))):  # all, as in decoding, need no copy
             wanted = torch.tensor(pack.wanted, dtype=torch.int64, device=self.device)
-        caches = layer_caches(self.cache, pack.spans, self.plan)
+        caches = StepCache.of(self.cache, pack.spans, self.plan)
         limits = None
         if self.scaling is not None and self.scaling.by_limit:
             limits = [span.limit for span in pack.spans for _ in range(span.num_rows)]

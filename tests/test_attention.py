@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from llama.attention import CompiledRows, FixedRows, LayerCache, Tiles, choose_backend, layer_caches
+from llama.attention import CompiledRows, FixedRows, LayerCache, StepCache, Tiles, choose_backend
 from llama.cache import CacheShape, KVCache, Span
 from llama.kernels import library
 from llama.rotary import Rotary, rope_frequencies
@@ -32,7 +32,7 @@ def attended(dtype: torch.dtype, kv_dtype: torch.dtype, window: int | None, plan
     qkv = torch.randn(35, 6 + 2 + 2, 32, generator=generator).to(dtype)
     positions = torch.tensor([position for span in SPANS for position in range(span.start, span.context)])
     rotary = Rotary.at(positions, rope_frequencies(32, 10000.0, None))
-    [layer] = layer_caches(cache, SPANS, plan)
+    [layer] = StepCache.of(cache, SPANS, plan)
     return layer.attend(qkv, rotary), layer
 
 
@@ -83,7 +83,7 @@ def test_keys_and_values_in_8_bits_give_nearly_the_same_attention(dtype, plan):
 def test_each_cache_gets_the_backend_that_serves_it():
     def chosen(dtype: torch.dtype, head_dim: int = 32, fixed_rows: int | None = None) -> type:
         cache = KVCache(CacheShape(1, 2, head_dim), 16, CPU, dtype)
-        [layer] = layer_caches(cache, [], choose_backend(cache, dtype, fixed_rows))
+        [layer] = StepCache.of(cache, [], choose_backend(cache, dtype, fixed_rows))
         assert isinstance(layer, LayerCache)
         return type(layer.backend)
 

@@ -27,6 +27,7 @@ files  device  streams  progress  kernels  request  sampling_params  masks  tool
 parallel  linear
 cache  rotary  embedding  vocabulary  blocks  sampling  options  keyboard  program
 attention  quantization  tokenizer  scheduler  lora
+layer_stack
 model  chat  answer  constraints
 checkpoint  runner  choice  client  compiled
 drafters  adapting

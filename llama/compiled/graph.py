@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from llama.attention import CompiledRows, LayerCache, Tiles
+from llama.attention import CompiledRows, StepCache, Tiles
 from llama.cache import Store
 from llama.kernels.library import serves
 from llama.model import Transformer
@@ -48,12 +48,12 @@ class StepGraph(nn.Module):
         are the layers' `tensors_of`, one after the other."""
         backend = CompiledRows(slots, table, Tiles([], slots, None))
         each = 4 if self.kv_dtype == torch.int8 else 2
-        caches = []
+        layers = []
         for first in range(0, len(stores), each):
             keys, values, *scales = stores[first : first + each]
             key_scales, value_scales = scales or (None, None)
-            caches.append(LayerCache(backend, Store(keys, key_scales), Store(values, value_scales)))
-        return self.model.step(tokens, positions, caches, wanted, limits[0] if limits else None)
+            layers.append((Store(keys, key_scales), Store(values, value_scales)))
+        return self.model.step(tokens, positions, StepCache(backend, layers), wanted, limits[0] if limits else None)
 
     def weights(self) -> dict[str, Tensor]:
         """What the graph may read, by the names that a package has for it."""

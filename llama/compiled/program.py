@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llama.attention import CompiledRows, LayerCache
+from llama.attention import CompiledRows, StepCache
 
 from .compiler import GRAPH_ROWS
 from .graph import StepGraph, tensors_of
@@ -36,19 +35,18 @@ class CompiledStep:
         self,
         tokens: Tensor,
         positions: Tensor,
-        caches: Iterable[LayerCache],
+        caches: StepCache,
         wanted: Tensor | None,
         limits: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """See `Program`."""
-        caches = list(caches)
-        backend, num_rows = caches[0].backend, tokens.shape[0]
+        backend, num_rows = caches.backend, tokens.shape[0]
         is_short = isinstance(backend, CompiledRows) and not backend.tiles.spans and num_rows <= GRAPH_ROWS
         if not is_short or (wanted is not None and not wanted.shape[0]):
             return self.model.step(tokens, positions, caches, wanted, limits)
-        assert caches[0].keys.numbers.dtype == self.kv_dtype, "the cache is not of the type that was compiled"
+        assert caches.layers[0][0].numbers.dtype == self.kv_dtype, "the cache is not of the type that was compiled"
         wanted = torch.arange(num_rows) if wanted is None else wanted
-        stored = tensors_of((cache.keys, cache.values) for cache in caches)
+        stored = tensors_of(caches.layers)
         by_limit = (limits,) if self.by_limit else ()
         logits, states = self._loader.boxed_run(
             [tokens, positions, wanted, backend.slots, backend.table, *by_limit, *stored]

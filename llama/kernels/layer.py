@@ -1,4 +1,4 @@
-"""A layer as one compiled operator, on the CPU.
+"""Layers as one compiled operator, on the CPU: each, or all of a model.
 
 Beside one row of a small model the calls of a layer's operators, and the Python between them, take longer than their
 work. What it computes is what these operators compute one after the other, bit for bit.
@@ -7,6 +7,7 @@ work. What it computes is what these operators compute one after the other, bit 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 
 from llama.kernels import library
 
-_compute_layer = library.operator("compute_layer")
-COMPILED = _compute_layer is not None
+_compute_layer, _compute_layers = (library.operator(name) for name in ("compute_layer", "compute_layers"))
+COMPILED = _compute_layer is not None and _compute_layers is not None
 
 
 class LayerProduct(NamedTuple):
@@ -27,11 +28,37 @@ class LayerProduct(NamedTuple):
     outputs: int
 
 
+class LayerOperands(NamedTuple):
+    """What layers compute with, one layer after the other: of each two norms and four products.
+
+    The norms, (dim,) as the input, are that before attention and that before the feed-forward; the products are of
+    queries, keys and values side by side, of the attention's output, of gate and up side by side, and of down.
+    """
+
+    norms: Sequence[Tensor]
+    eps: float
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    formats: Sequence[str]
+    outputs: Sequence[int]
+
+    @classmethod
+    def of(cls, norms: Sequence[Tensor], eps: float, products: Sequence[LayerProduct]) -> LayerOperands:
+        """Of one layer."""
+        return cls(norms, eps, *zip(*products, strict=True))
+
+    @classmethod
+    def joined(cls, layers: Sequence[LayerOperands]) -> LayerOperands:
+        """Of several with one eps."""
+        norms, _, *products = zip(*layers, strict=True)
+        return cls(
+            list(chain.from_iterable(norms)), layers[0].eps, *(list(chain.from_iterable(each)) for each in products)
+        )
+
+
 def compute_layer(
     h: Tensor,
-    norms: Sequence[Tensor],
-    eps: float,
-    products: Sequence[LayerProduct],
+    operands: LayerOperands,
     cos: Tensor,
     sin: Tensor,
     slots: Tensor,
@@ -43,17 +70,35 @@ def compute_layer(
 ) -> Tensor:
     """h + attention, + feed-forward: (num_tokens, dim) bfloat16 or float32 -> as h, which is not changed.
 
-    norms: the weights (dim,) of both, as h. products: of queries, keys and values side by side; of the attention's
-    output; of gate and up side by side; of down. The rest is what `attend_rows` takes; `table` names every row, and
-    keys and values are stored. Raises RuntimeError for other shapes and types.
+    The rest is what `attend_rows` takes; `table` names every row, and keys and values are stored. Raises RuntimeError
+    for other shapes and types.
     """
-    weights, biases, formats, outputs = zip(*products, strict=True)
     stored = (keys, values, key_scale, value_scale)
-    return _compute_layer(h, *norms, eps, weights, biases, formats, outputs, cos, sin, slots, *stored, table)
+    return _compute_layer(h, *operands.norms, *operands[1:], cos, sin, slots, *stored, table)
+
+
+def compute_layers(
+    h: Tensor,
+    operands: LayerOperands,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    key_scales: Sequence[Tensor],
+    value_scales: Sequence[Tensor],
+    table: Tensor,
+) -> Tensor:
+    """The same of several layers, one behind the other, each with its keys and values; scales may be none."""
+    return _compute_layers(h, *operands, cos, sin, slots, keys, values, key_scales, value_scales, table)
 
 
 if COMPILED:
 
     @torch.library.register_fake("llama::compute_layer")
+    def _(h: Tensor, *_: object) -> Tensor:
+        return torch.empty_like(h)
+
+    @torch.library.register_fake("llama::compute_layers")
     def _(h: Tensor, *_: object) -> Tensor:
         return torch.empty_like(h)

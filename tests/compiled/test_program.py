@@ -9,7 +9,7 @@ from support.checkpoints import sample, write_hf, write_sentencepiece
 from support.tiny import tiny_args, tiny_model
 
 from llama import SamplingParams
-from llama.attention import choose_backend, layer_caches
+from llama.attention import StepCache, choose_backend
 from llama.cache import CacheShape, KVCache, Span
 from llama.compiled import choose_program, program
 from llama.compiled.graph import StepGraph
@@ -53,7 +53,7 @@ def step_of(
         first_row += num_rows
         wanted.append(first_row - 1)
     tokens = torch.tensor([(7 * row * row + 3) % 256 for row in range(first_row)])
-    caches = layer_caches(cache, spans, choose_backend(cache, model.norm.weight.dtype))
+    caches = StepCache.of(cache, spans, choose_backend(cache, model.norm.weight.dtype))
     limits = torch.full_like(tokens, 300) if model.params.rope_scaling is not None else None
     return (tokens, torch.tensor(positions), caches, torch.tensor(wanted), limits), cache
 

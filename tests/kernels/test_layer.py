@@ -7,7 +7,7 @@ import torch
 from support.threads import threads
 from support.tiny import tiny_args, tiny_model
 
-from llama.attention import LayerCache, choose_backend, layer_caches
+from llama.attention import LayerCache, StepCache, choose_backend
 from llama.cache import CacheShape, KVCache, Span
 from llama.kernels import layer as kernel
 from llama.kernels import library
@@ -57,7 +57,7 @@ def computed(layer: TransformerBlock, kv_dtype: torch.dtype | None = None) -> li
     h = torch.randn(44, 256, generator=generator).to(dtype)
     positions = torch.tensor([position for span in SPANS for position in range(span.start, span.context)])
     rotary = Rotary.at(positions, rope_frequencies(32, 10000.0, None))
-    [one] = layer_caches(cache, SPANS, choose_backend(cache, dtype))
+    [one] = StepCache.of(cache, SPANS, choose_backend(cache, dtype))
     before = h.clone()
     out = layer(h, rotary, one)
     assert torch.equal(h, before)

@@ -59,8 +59,25 @@ def attend_rows_of_int8() -> Call:
 
 def compute_layer() -> Call:
     h, norms, rest = torch.ones(1, COLUMNS), [torch.ones(COLUMNS)] * 2, step()
+    one = operands(norms)
+    return lambda: layer.compute_layer(h, one, *rest)
+
+
+def operands(norms: list[torch.Tensor]) -> layer.LayerOperands:
     products = [product(outputs) for outputs in (8 * 16, COLUMNS, 2 * COLUMNS, COLUMNS)]
-    return lambda: layer.compute_layer(h, norms, 1e-5, products, *rest)
+    return layer.LayerOperands.of(norms, 1e-5, products)
+
+
+def compute_layers(dtype: torch.dtype = torch.float32) -> Call:
+    h, norms = torch.ones(1, COLUMNS), [torch.ones(COLUMNS)] * 2
+    cos, sin, slots, keys, values, key_scale, value_scale, table = step(dtype)
+    three = layer.LayerOperands.joined([operands(norms)] * 3)
+    stored = [[] if one is None else [one] * 3 for one in (keys, values, key_scale, value_scale)]
+    return lambda: layer.compute_layers(h, three, cos, sin, slots, *stored, table)
+
+
+def compute_layers_of_int8() -> Call:
+    return compute_layers(torch.int8)
 
 
 def add_low_rank() -> Call:
@@ -81,6 +98,8 @@ def add_low_rank() -> Call:
         attend_rows,
         attend_rows_of_int8,
         compute_layer,
+        compute_layers,
+        compute_layers_of_int8,
         add_low_rank,
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
+from operator import attrgetter, is_, itemgetter
 from typing import Protocol
 
 import torch
@@ -35,7 +37,8 @@ class LayerStack:
         self.layers = layers
         self.joints = [joint for layer in layers for joint in layer.products]
         self._operands: LayerOperands | None = None
-        self._gathered: list[tuple[dict[str, Tensor], Tensor]] = []  # where each weight stood, and which it was
+        self._places: list[dict[str, Tensor]] = []  # where each weight stood, under its name
+        self._weights: list[Tensor] = []  # and which it was
 
     def compute(self, h: Tensor, rotary: Rotary, caches: StepCache) -> Tensor:
         """(num_tokens, dim) -> (num_tokens, dim); each layer stores the step's keys and values in its cache."""
@@ -51,11 +54,12 @@ class LayerStack:
     def operands(self) -> LayerOperands | None:
         """Of all layers, as they are now; None where one has to be called: it is not whole, something is added to a
         product, or somebody has hooked it."""
-        if any(joint.added is not None for joint in self.joints):
+        # maps, whose loops are not the interpreter's: this is asked at every step
+        if not all(map(is_, map(attrgetter("added"), self.joints), repeat(None))):
             return None
-        if any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.layers):
+        if any(map(any, map(attrgetter("_forward_hooks", "_forward_pre_hooks"), self.layers))):
             return None
-        if self._operands is None or any(stored["weight"] is not weight for stored, weight in self._gathered):
+        if not (self._operands and all(map(is_, map(itemgetter("weight"), self._places), self._weights))):
             self._operands = self._gather()
         return self._operands
 
@@ -70,8 +74,6 @@ class LayerStack:
         operands = LayerOperands.joined(parts)
         norms = [norm for layer in self.layers for norm in (layer.attention_norm, layer.ffn_norm)]
         modules = [*norms, *(joint.joint for joint in self.joints)]
-        self._gathered = [
-            (module._parameters if "weight" in module._parameters else module._buffers, weight)
-            for module, weight in zip(modules, [*operands.norms, *operands.weights], strict=True)
-        ]
+        self._places = [one._parameters if "weight" in one._parameters else one._buffers for one in modules]
+        self._weights = [*operands.norms, *operands.weights]
         return operands

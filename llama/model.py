@@ -173,6 +173,7 @@ class Transformer(nn.Module):
         self.fixed_rows: int | None = None
         self.added_to_embedding = self.added_to_output = None  # as a `Joint`'s `added`
         self._cache: ContiguousCache | None = None  # what forward() remembers between calls
+        self._freqs: torch.Tensor | None = None
 
     @property
     def cache_shape(self) -> CacheShape:
@@ -214,7 +215,7 @@ class Transformer(nn.Module):
         each token's request may reach, for rope scaling that depends on it.
         """
         args, scaling = self.params, self.params.rope_scaling
-        freqs = rope_frequencies(args.head_dim, args.rope_theta, scaling, positions.device, limits=limits)
+        freqs = self._frequencies(positions.device, limits)
         rotary = Rotary.at(positions, freqs, 1.0 if scaling is None else scaling.magnitude)
         if self.stage.is_first:
             h = self.tok_embeddings(tokens).to(self.norm.weight.dtype)
@@ -227,6 +228,17 @@ class Transformer(nn.Module):
             return self.norm(h)
         self.stage.send(h)
         return h
+
+    def _frequencies(self, device: torch.device, limits: torch.Tensor | None) -> torch.Tensor:
+        """See `rope_frequencies`; kept from step to step where they depend on no limits."""
+        args, scaling = self.params, self.params.rope_scaling
+        known = self._freqs
+        if known is not None and known.device == device and not torch.compiler.is_exporting():
+            return known
+        freqs = rope_frequencies(args.head_dim, args.rope_theta, scaling, device, limits=limits)
+        if not (scaling is not None and scaling.by_limit) and not torch.compiler.is_exporting():
+            self._freqs = freqs
+        return freqs
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """(rows, dim) -> (rows, vocab_size) float32"""

@@ -62,6 +62,13 @@ class Settings:
         """The string at `key`; `default` where it is absent or null."""
         return self._take(key, default, (str,), "a string")
 
+    def texts(self, key: str) -> tuple[str, ...]:
+        """The list of strings at `key`; none where it is absent or null."""
+        value = self._take(key, (), (list,), "a list of strings")
+        if not all(type(text) is str for text in value):
+            raise self.error(key, value, "a list of strings is allowed")
+        return tuple(value)
+
     def section(self, key: str) -> Settings | None:
         """The object at `key` as settings of its own; None where it is absent or null."""
         value = self._take(key, None, (dict,), "an object")

@@ -19,9 +19,9 @@ def serves_weight(weight: Tensor) -> bool:
 def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, variant: str = "auto") -> Tensor:
     """x @ weight.T + bias, all of one dtype: x (..., columns), weight (outputs, columns) -> (..., outputs).
 
-    Up to 64 rows by the kernel of the widest instruction set, which adds in float32; more rows, and whatever it does
-    not take, by the matrix library. Of up to 64 a row's result does not depend on the others. `variant`: one of
-    `library.instruction_sets()`, for any number of rows.
+    Up to 64 rows, 8 with AVX-512, by the kernel of the widest instruction set, which adds in float32; more rows, and
+    whatever it does not take, by the matrix library. In the kernel a row's result does not depend on the others.
+    `variant`: one of `library.instruction_sets()`, for any number of rows.
     """
     if serves_weight(weight) and x.dtype == weight.dtype:
         return _dense_linear(x, weight, bias, variant)

@@ -273,6 +273,8 @@ def test_keys_that_are_not_there_mean_what_they_mean_to_transformers(tmp_path, t
             {"architectures": ["LlamaForSequenceClassification"]},
             "'LlamaForSequenceClassification' is not supported",
         ),
+        ({"architectures": 1e-5}, "architectures is 1e-05, but a list of strings is allowed"),
+        ({"architectures": ["LlamaForCausalLM", []]}, "but a list of strings is allowed"),
         ({"rope_scaling": {"rope_type": "su", "factor": 4.0}}, "rope scaling 'su' is not supported"),
         ({"rope_scaling": {"rope_type": "yarn"}}, r"rope_scaling\.factor is missing"),
         (

@@ -103,7 +103,7 @@ def open_huggingface(path: Path, decode: Decode = plain_arrays) -> Checkpoint:
     _validate_names(found, files)
     weights = list(_weights(args, decode(settings, args, files)))
     defaults, more_stop_ids, _ = generation_config(path)
-    is_base = any(name.endswith("Model") for name in settings.values.get("architectures") or ())
+    is_base = any(name.endswith("Model") for name in settings.texts("architectures"))
     has_head = args.tie_word_embeddings or not is_base or any(one.name == "output.weight" for one in weights)
     return assemble(
         path,
@@ -164,8 +164,7 @@ def _refuse_other_architectures(settings: Settings) -> None:
     kind = settings.text("model_type", "llama")
     if kind not in DEFAULTS:
         raise CheckpointError(f"{settings.file}: model_type {shown(kind)} is not supported; llama and mistral are")
-    settings.ignore("architectures")
-    for name in settings.values.get("architectures") or ():
+    for name in settings.texts("architectures"):
         if name not in ARCHITECTURES:
             raise CheckpointError(
                 f"{settings.file}: the architecture {shown(name)} is not supported; {', '.join(ARCHITECTURES)} are"

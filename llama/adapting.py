@@ -24,6 +24,7 @@ from llama.lora import (
     Site,
     WholeEmbedding,
     WholeOutput,
+    site_at,
 )
 from llama.model import Transformer
 from llama.parallel import share
@@ -74,7 +75,7 @@ def add_always(adapter: Adapter, model: Transformer) -> None:
     places = adapters_of(model).places
     for place, changes in changes_of(adapter, model).items():
         owner, attribute = places[place]
-        site = getattr(owner, attribute) or Site()
+        site = site_at(owner, attribute)
         site.always.extend(changes)
         setattr(owner, attribute, site)
 

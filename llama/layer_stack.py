@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import repeat
 from operator import attrgetter, is_, itemgetter
 from typing import Protocol
 
@@ -53,11 +52,10 @@ class LayerStack:
 
     def operands(self) -> LayerOperands | None:
         """Of all layers, as they are now; None where one has to be called: it is not whole, something is added to a
-        product, or somebody has hooked it."""
+        product in this step, or somebody has hooked it."""
         # maps, whose loops are not the interpreter's: this is asked at every step
-        if not all(map(is_, map(attrgetter("added"), self.joints), repeat(None))):
-            return None
-        if any(map(any, map(attrgetter("_forward_hooks", "_forward_pre_hooks"), self.layers))):
+        is_changed = any(map(attrgetter("added"), self.joints))
+        if is_changed or any(map(any, map(attrgetter("_forward_hooks", "_forward_pre_hooks"), self.layers))):
             return None
         if not (self._operands and all(map(is_, map(itemgetter("weight"), self._places), self._weights))):
             self._operands = self._gather()

@@ -186,7 +186,8 @@ class Joint:
         self.siblings = owner._modules  # and not `owner`: weights in a circle would outlive their model
         self.names = names
         self.joint: AnyLinear | None = None
-        self.added: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None  # changes y that was made of x
+        self.added: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None  # changes y that was made of x;
+        # false in a step in which it changes nothing
 
     @property
     def linears(self) -> list[AnyLinear]:
@@ -199,11 +200,11 @@ class Joint:
             y = results[0] if len(results) == 1 else torch.cat(results, dim=-1)
         else:
             y = self.joint(x)
-        return y if self.added is None else self.added(y, x)
+        return self.added(y, x) if self.added else y
 
     def for_layer(self) -> LayerProduct | None:
-        """See `AnyLinear.for_layer`; None too where something is added to the product."""
-        return None if self.joint is None or self.added is not None else self.joint.for_layer()
+        """See `AnyLinear.for_layer`; None too where something is added to the product in this step."""
+        return None if self.joint is None or self.added else self.joint.for_layer()
 
     def prepare(self, fixed_rows: int | None = None) -> None:
         """Joins the parts, or each with itself where they are of different kinds, and prepares the result."""

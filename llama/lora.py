@@ -123,6 +123,10 @@ class Site:
         self.changes: dict[int, Sequence[Change]] = {}
         self._plans: dict[tuple[int, tuple[Run, ...]], list[tuple[slice | None, Change]]] = {}
 
+    def __bool__(self) -> bool:
+        """Whether it changes anything in this step."""
+        return bool(self.always) or any(adapter in self.changes for adapter, _ in self.rows.runs)
+
     def __call__(self, y: Tensor, x: Tensor) -> Tensor:
         """y (num_tokens, out), changed in place."""
         plan = self._plans.get((y.shape[0], self.rows.runs))
@@ -150,6 +154,12 @@ class Site:
             self._plans.clear()
         self._plans[num_rows, self.rows.runs] = plan
         return plan
+
+
+def site_at(owner: object, attribute: str) -> Site:
+    """The site in that place, or a new one, which is not there yet."""
+    site = getattr(owner, attribute)
+    return Site() if site is None else site
 
 
 def in_one_call(parts: Iterable[tuple[int, int, Sequence[Change]]]) -> Iterator[tuple[slice | None, Change]]:
@@ -224,7 +234,7 @@ class Adapters:
         loaded = LoadedAdapter(name, next(self._numbers), digest)
         for place, some in changes.items():
             owner, attribute = self.places[place]
-            site = getattr(owner, attribute) or Site()
+            site = site_at(owner, attribute)
             site.rows = self._wanted_rows if place == self.OUTPUT else self._rows
             site.changes[loaded.number] = some
             setattr(owner, attribute, site)

@@ -8,7 +8,9 @@ from torch import nn
 from llama.attention import StepCache, choose_backend
 from llama.cache import KVCache, Span
 from llama.kernels import library
+from llama.kernels.lowrank import Factors
 from llama.layer_stack import LayerStack
+from llama.lora import LowRankChange, Site
 from llama.model import Transformer, TransformerBlock
 from llama.quantization import LowBitLinear
 
@@ -86,6 +88,22 @@ def test_what_is_added_to_a_product_is_added_as_long_as_it_is_there():
     model.layers[1].feed_forward.down.added = None
     assert is_at_once(model)
     assert_same(computed(model), before)
+
+
+def test_an_adapter_that_no_row_of_the_step_asks_for_costs_nothing():
+    model, change = (
+        prepared("sym_int4"),
+        LowRankChange(Factors.of([(torch.ones(2, 256), torch.ones(128, 2))], [0]), None),
+    )
+    before = computed(model)
+    model.layers[1].feed_forward.down.added = site = Site()
+    site.changes[1] = [change]
+    assert is_at_once(model)
+    site.rows.runs = ((1, 1), (0, 3))
+    assert not is_at_once(model)
+    changed = computed(model)[0]
+    assert not torch.equal(changed[0], before[0][0])
+    assert torch.equal(changed[1:], before[0][1:])
 
 
 @pytest.mark.parametrize("place", ["layers.2.attention_norm", "layers.1.feed_forward.w2"])

@@ -3,9 +3,11 @@
     python benchmarks/quality.py                                  # prints it
     python benchmarks/quality.py --write docs/quantization.md     # puts it between the marks in that file
     python benchmarks/quality.py --rows unpacked,sym_int4,nf4 --tokens 1024 --rounds 1        # a quick look
+    python benchmarks/quality.py --quality-only --llamacpp PYTHON      # no speed; beside llama.cpp on the same files
 
 The model is the embedded default. Each row is measured in a child process of its own, which builds the model, runs one
 prompt and one answer, and only then builds the baseline beside it: the same weights unpacked (quantization="none").
+PYTHON is one that has llama-cpp-python 0.3.36; without it the column of llama.cpp stays empty.
 
     bits per weight    of the linears, scales included
     file               the weights that `save_low_bit` writes; of the unpacked model, in bfloat16
@@ -14,6 +16,8 @@ prompt and one answer, and only then builds the baseline beside it: the same wei
     perplexity         of a text that every Python carries, its own manual (`pydoc_data.topics`), in windows of 512
                        tokens that do not overlap, as by `llama perplexity --window 512 --stride 512`
     KL                 KL(baseline || row) in nats, the mean over all positions
+    llama.cpp's KL     the same of llama.cpp's predictions from a GGUF file with the row's bytes, over the same tokens:
+                       on the CPU, without flash attention; of formats that llama.cpp has
     same top           share of the positions where both find the same token likeliest
     prefill, decode    the baseline's median time over the row's, in turns in one process; the row's tokens a second
     own weights        |W - packed W| / |W| over all linears of the model
@@ -31,7 +35,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import closing, contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import sha256
@@ -42,7 +46,8 @@ from pydoc_data.topics import topics
 import torch
 import torch.nn.functional as F
 from common.machine import Memory, machine
-from common.peers import Peer
+from common.packed import is_ggml, write_packed
+from common.peers import LLAMACPP, Peer
 from common.timing import alternate, median, report
 from common.works import Work, run_ours
 
@@ -74,8 +79,9 @@ ROWS: dict[str, dict[str, str]] = {
 }  # what `Llama.build` is told
 START, END = "<!-- quality table: benchmarks/quality.py writes it -->", "<!-- end of the quality table -->"
 HEADS = (
-    *("weights", "bits per weight", "file, MiB", "memory, MiB (peak)", "perplexity", "KL, nats", "same top"),
-    *("prefill, ratio (tokens/s)", "decode, ratio (tokens/s)", "own weights", "random weights"),
+    *("weights", "bits per weight", "file, MiB", "memory, MiB (peak)", "perplexity", "KL, nats"),
+    *("llama.cpp's KL, nats", "same top", "prefill, ratio (tokens/s)", "decode, ratio (tokens/s)"),
+    *("own weights", "random weights"),
 )
 
 
@@ -99,6 +105,8 @@ def cut(tokens: list[int], bos: list[int], window: int) -> list[list[int]]:
 
 
 # ---- quality
+
+Logits = Callable[[list[int]], torch.Tensor]  # a window's tokens -> (tokens, vocab_size) float32
 
 
 @dataclass(frozen=True)
@@ -125,16 +133,43 @@ def window_logits(llm: Llama, window: list[int]) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def compare(llm: Llama, baseline: Llama, windows: Sequence[list[int]]) -> Quality:
+def compare(model: Logits, baseline: Logits, windows: Sequence[list[int]]) -> Quality:
     """Over every position of the windows that has a token behind it."""
     cost, divergence, same, count = 0.0, 0.0, 0, 0
     for window in windows:
-        ours, theirs = (window_logits(model, window)[:-1].log_softmax(-1) for model in (llm, baseline))
+        ours, theirs = (logits(window)[:-1].log_softmax(-1) for logits in (model, baseline))
         cost += F.nll_loss(ours, torch.tensor(window[1:]), reduction="sum").item()
         divergence += F.kl_div(ours, theirs, log_target=True, reduction="sum").item()
         same += (ours.argmax(-1) == theirs.argmax(-1)).sum().item()
         count += len(ours)
     return Quality(torch.tensor(cost / count).exp().item(), divergence / count, same / count)
+
+
+@contextmanager
+def peer_logits(peer: Peer, path: Path) -> Iterator[Logits]:
+    """llama.cpp's of a GGUF file, as long as the context lasts; each window's cross the disk."""
+    with closing(peer), tempfile.TemporaryDirectory() as folder:
+        vocab_size = peer.ask(do="load", path=str(path), threads=torch.get_num_threads())["vocab_size"]
+        target = Path(folder) / "logits"
+
+        def logits(window: list[int]) -> torch.Tensor:
+            peer.ask(do="logits", tokens=window, to=str(target))
+            return torch.frombuffer(bytearray(target.read_bytes()), dtype=torch.float32).view(-1, vocab_size)
+
+        yield logits
+
+
+def llamacpp_quality(python: str, row: str, baseline: Logits, windows: Sequence[list[int]]) -> Quality | None:
+    """llama.cpp's on the row's bytes; None where it has no such type."""
+    if row != "as stored" and not (row in FORMATS and is_ggml(row)):
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        path = default_model()
+        if row in FORMATS:
+            path = Path(folder) / f"{row}.gguf"
+            write_packed(default_model(), path, row)
+        with peer_logits(Peer(python, LLAMACPP), path) as logits:
+            return compare(logits, baseline, windows)
 
 
 def packing_error(format: str, weights: Iterable[torch.Tensor]) -> float:
@@ -188,13 +223,14 @@ class Figures:
     held: int  # bytes
     peak: int
     quality: Quality
-    prefill: Speed
-    decode: Speed
+    llamacpp: Quality | None = None
+    prefill: Speed | None = None
+    decode: Speed | None = None
 
     @classmethod
     def from_json(cls, fields: dict) -> Figures:
-        quality, prefill, decode = (fields.pop(name) for name in ("quality", "prefill", "decode"))
-        return cls(**fields, quality=Quality(**quality), prefill=Speed(**prefill), decode=Speed(**decode))
+        kinds = {"quality": Quality, "llamacpp": Quality, "prefill": Speed, "decode": Speed}
+        return cls(**fields | {name: kind(**fields[name]) for name, kind in kinds.items() if fields[name]})
 
 
 def build(options: dict[str, str], dtype: str) -> Llama:
@@ -210,20 +246,22 @@ def bits_per_weight(llm: Llama) -> float:
     return sum(map(mul, bits, sizes)) / sum(sizes)
 
 
-def measure(row: str, dtype: str, num_tokens: int, rounds: int) -> Figures:
+def measure(row: str, dtype: str, num_tokens: int, rounds: int, llamacpp: str | None) -> Figures:
+    """No speed without `rounds`, and nothing of llama.cpp without a Python that has it."""
     with Memory() as memory:
         llm = build(ROWS[row], dtype)
         run_ours(llm, WORKS["decode"])
     baseline = build(BASELINE, dtype)
     bos = [llm.tokenizer.bos_id] if llm.tokenizer.add_bos else []
     windows = cut(read_text(llm.tokenizer, num_tokens), bos, WINDOW)
+    truth = partial(window_logits, baseline)
     return Figures(
         bits_per_weight(llm),
         memory.held,
         memory.peak,
-        compare(llm, baseline, windows),
-        race(llm, baseline, "prefill", rounds),
-        race(llm, baseline, "decode", rounds),
+        compare(partial(window_logits, llm), truth, windows),
+        llamacpp_quality(llamacpp, row, truth, windows) if llamacpp else None,
+        *(race(llm, baseline, name, rounds) for name in WORKS if rounds),
     )
 
 
@@ -269,27 +307,32 @@ class Line:
     def cells(self) -> list[str]:
         row, figures = self.row, self.figures
         bits = FORMATS[row].bits_per_weight if row in FORMATS else figures.bits_per_weight
-        model = ["–"] * 6
+        model = ["–"] * 7
         if figures:
             quality = figures.quality
             model = [
                 f"{figures.held / 2**20:.0f} ({figures.peak / 2**20:.0f})",
                 f"{quality.perplexity:.3f}",
                 f"{quality.divergence:.4f}",
+                f"{figures.llamacpp.divergence:.4f}" if figures.llamacpp else "–",
                 f"{quality.agreement:.1%}",
-                *(f"{s.ratio:.2f} ({s.tokens_per_second:.0f})" for s in (figures.prefill, figures.decode)),
+                *(
+                    f"{s.ratio:.2f} ({s.tokens_per_second:.0f})" if s else "–"
+                    for s in (figures.prefill, figures.decode)
+                ),
             ]
         size = "–" if self.file_bytes is None else f"{self.file_bytes / 2**20:.1f}"
         errors = ("–" if error is None else f"{error:.4f}" for error in (self.own_error, self.random_error))
         return [row, f"{bits:.4g}", size, *model, *errors]
 
 
-def make_line(row: str, dtype: str, num_tokens: int, rounds: int) -> Line:
+def make_line(row: str, **request: object) -> Line:
+    """`request`: what `measure` is told."""
     random_error = packing_error(row, random_weights()) if row in FORMATS else None
     if not fits(row):
         return Line(row, random_error=random_error)
     child = Peer(sys.executable, __file__, "--child")
-    figures = Figures.from_json(child.ask(row=row, dtype=dtype, num_tokens=num_tokens, rounds=rounds))
+    figures = Figures.from_json(child.ask(row=row, **request))
     child.close()
     return Line(
         row,
@@ -332,6 +375,8 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--tokens", type=int, default=5120, help="of the text, which has 22,500")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quality-only", action="store_const", const=0, dest="rounds", help="leave out speed")
+    parser.add_argument("--llamacpp", metavar="PYTHON", help="one that has llama-cpp-python")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -342,8 +387,9 @@ def main() -> None:
     tokenizer = Tokenizer(str(default_model()))
     tokens = read_text(tokenizer, options.tokens)
     limits, lines = machine(), []
+    request = {"dtype": options.dtype, "num_tokens": options.tokens, "rounds": options.rounds}
     for row in options.rows.split(","):
-        lines.append(make_line(row, options.dtype, options.tokens, options.rounds))
+        lines.append(make_line(row, **request, llamacpp=options.llamacpp))
         print(*lines[-1].cells(), sep=" | ", file=sys.stderr, flush=True)
     dtype = choose_dtype(options.dtype, open_checkpoint(default_model()).dtype, torch.device("cpu"))
     table = to_markdown(lines) + "\n\n" + caption(limits, str(dtype), tokens, tokenizer.decode(tokens))

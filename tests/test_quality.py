@@ -1,16 +1,23 @@
 """The pieces of `benchmarks/quality.py`, on tiny models."""
 
 import importlib
+import json
 import mmap
+import sys
 import time
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from support import slow
+from support.checkpoints import write_gguf
 from support.tiny import ByteTokenizer, tiny_args, tiny_model, tiny_weights
 
 from llama import Llama
+from llama.bench.sides import CHILDREN
+from llama.checkpoint import open_checkpoint, untied
 from llama.perplexity import perplexity
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -31,26 +38,69 @@ def llm() -> Llama:
     return Llama(tiny_model(ARGS), ByteTokenizer(), chat_format="llama2")
 
 
+@pytest.fixture(scope="module")
+def logits(quality, llm):
+    return partial(quality.window_logits, llm)
+
+
 @pytest.fixture
 def windows(quality) -> list[list[int]]:
     return quality.cut(list(TEXT.encode()), [ByteTokenizer.bos_id], 32)
 
 
-def test_a_model_agrees_with_itself(quality, llm, windows):
-    found = quality.compare(llm, llm, windows)
+def test_a_model_agrees_with_itself(quality, llm, logits, windows):
+    found = quality.compare(logits, logits, windows)
     assert (found.divergence, found.agreement) == (0, 1)
     assert found.perplexity == pytest.approx(perplexity(llm, TEXT, 32, 31).perplexity, rel=1e-4)
 
 
-def test_divergence_and_agreement_by_their_definitions(quality, llm, windows):
+def test_divergence_and_agreement_by_their_definitions(quality, logits, windows):
     other = Llama(tiny_model(ARGS, seed=1), ByteTokenizer(), chat_format="llama2")
-    found = quality.compare(other, llm, windows)
+    found = quality.compare(partial(quality.window_logits, other), logits, windows)
     scores = [
         torch.cat([slow.logits(tiny_weights(ARGS, seed), ARGS, part)[:-1] for part in windows]) for seed in (0, 1)
     ]
     base, ours = (s.double().log_softmax(-1) for s in scores)
     assert found.divergence == pytest.approx((base.exp() * (base - ours)).sum(-1).mean().item(), rel=1e-4)
     assert found.agreement == (base.argmax(-1) == ours.argmax(-1)).double().mean().item()
+
+
+def test_another_program_s_logits_come_through_a_file(quality, tmp_path):
+    script = tmp_path / "program.py"
+    script.write_text(
+        "import array\nfrom lines import answer_lines\n"
+        "def load(path, threads): return {'vocab_size': 3}\n"
+        "def logits(tokens, to):\n"
+        "    with open(to, 'wb') as file:\n"
+        "        file.write(array.array('f', [token + i / 4 for token in tokens for i in range(3)]))\n"
+        "    return {'file': to}\n"
+        "answer_lines(load=load, logits=logits)\n"
+    )
+    peer = quality.Peer(sys.executable, script, PYTHONPATH=str(CHILDREN))
+    with quality.peer_logits(peer, tmp_path / "model.gguf") as logits:
+        assert logits([5, 7]).tolist() == [[5, 5.25, 5.5], [7, 7.25, 7.5]]
+        assert logits([1]).tolist() == [[1, 1.25, 1.5]]
+
+
+def test_llama_cpp_reads_the_very_blocks_that_are_multiplied(quality, tmp_path):
+    args = tiny_args(multiple_of=32, tie_word_embeddings=True)
+    source = write_gguf(tmp_path / "source.gguf", args, tiny_weights(args), vocabulary=True)
+    quality.write_packed(source, tmp_path / "packed.gguf", "q5_1")
+    model, packed = untied(open_checkpoint(source)), open_checkpoint(tmp_path / "packed.gguf")
+    stored = {weight.name: weight for weight in model.weights()}
+    assert packed.args == model.args
+    assert {weight.name for weight in packed.weights()} == stored.keys() >= {"output.weight", "tok_embeddings.weight"}
+    for weight in packed.weights():
+        plain = stored[weight.name].read()
+        if quality.is_linear(weight.name):
+            assert torch.equal(weight.read_packed()[0], quality.FORMATS["q5_1"].quantize(plain)), weight.name
+        else:
+            assert torch.equal(weight.read(), plain), weight.name
+
+
+@pytest.mark.parametrize("row", ["unpacked", "sym_int4", "nf4", "int8 cache"])
+def test_what_llama_cpp_has_no_type_for_is_not_asked_of_it(quality, row):
+    assert quality.llamacpp_quality("no python", row, None, []) is None
 
 
 def test_windows_hold_every_token_once(quality):
@@ -92,18 +142,26 @@ def test_a_row_shows_what_there_is(quality):
         100 << 20,
         120 << 20,
         quality.Quality(12.3456, 0.01234, 0.987),
+        quality.Quality(12.4, 0.0234, 0.98),
         quality.Speed(500.4, 1.234),
         quality.Speed(40.2, 2.5),
     )
     line = quality.Line("sym_int4", figures, 80 << 20, 0.09, 0.0954)
     assert line.cells() == [
-        *("sym_int4", "4.25", "80.0", "100 (120)", "12.346", "0.0123", "98.7%"),
+        *("sym_int4", "4.25", "80.0", "100 (120)", "12.346", "0.0123", "0.0234", "98.7%"),
         *("1.23 (500)", "2.50 (40)", "0.0900", "0.0954"),
     ]
+    untimed = quality.Line("nf4", quality.Figures(4.25, 1 << 20, 1 << 20, quality.Quality(12.3456, 0.01234, 0.987)))
+    assert untimed.cells() == ["nf4", "4.25", "–", "1 (1)", "12.346", "0.0123", "–", "98.7%", *["–"] * 4]
     wide = quality.Line("q6_k", random_error=0.02)
-    assert wide.cells() == ["q6_k", "6.562", *["–"] * 8, "0.0200"]
+    assert wide.cells() == ["q6_k", "6.562", *["–"] * 9, "0.0200"]
     table = quality.to_markdown([line, wide]).splitlines()
     assert [row.count("|") for row in table] == [len(quality.HEADS) + 1] * 4
+
+
+def test_figures_come_back_from_json(quality):
+    figures = quality.Figures(4.25, 1, 2, quality.Quality(12.0, 0.1, 0.9), decode=quality.Speed(40.0, 2.5))
+    assert quality.Figures.from_json(json.loads(json.dumps(asdict(figures)))) == figures
 
 
 def test_the_table_stands_between_the_marks_of_the_document(quality):

@@ -1,13 +1,14 @@
 """llama.cpp, as `lines.py` says, and its fork ik_llama.cpp: run by an interpreter that has llama-cpp-python 0.3.36, or
 ik-llama-cpp-python, and need not have torch.
 
-"pack" writes a file with every matrix in one type, the output layer too. "run" takes `num_tokens` also as one number a
-prompt, and `flash`, whether attention is flash attention. All prompts are
-computed in batches of up to 2048 tokens, whatever their sequences; then every step decodes one token of every sequence
-that is not done. The next token is the likeliest one, found by numpy in microseconds: no sampler runs. Every sequence
-has a key/value stream of its own, as `llama.h` advises where prefixes are not shared: in one unified buffer each would
-be masked out for all others. Streams are computed together only where their numbers are neighbours, so sequences are
-numbered by how much they generate: those under way are 0 ... k - 1.
+"pack" writes a file with every matrix in one type, the output layer too. "logits" writes what follows each of `tokens`
+to the file `to`: float32, (tokens, vocab_size). "run" takes `num_tokens` also as one number a prompt, and `flash`,
+whether attention is flash attention. All prompts are computed in batches of up to 2048 tokens, whatever their
+sequences; then every step decodes one token of every sequence that is not done. The next token is the likeliest one,
+found by numpy in microseconds: no sampler runs. Every sequence has a key/value stream of its own, as `llama.h` advises
+where prefixes are not shared: in one unified buffer each would be masked out for all others. Streams are computed
+together only where their numbers are neighbours, so sequences are numbered by how much they generate: those under way
+are 0 ... k - 1.
 """
 
 from __future__ import annotations
@@ -92,6 +93,16 @@ class Context:
 
     def decode(self, entries: Sequence[Entry]) -> dict[int, int]:
         """Computes one batch; the likeliest next token by sequence, where logits were wanted."""
+        self._compute(entries)
+        return {entry[2]: int(self._logits(i).argmax()) for i, entry in enumerate(entries) if entry[3]}
+
+    def logits(self, tokens: list[int]) -> Iterator[np.ndarray]:
+        """What follows each token of one sequence: (vocab_size,), good until the next one is asked for."""
+        for chunk in chunks([(token, position, 0, True) for position, token in enumerate(tokens)], BATCH):
+            self._compute(chunk)
+            yield from (self._logits(i) for i in range(len(chunk)))
+
+    def _compute(self, entries: Sequence[Entry]) -> None:
         batch = self.batch
         batch.n_tokens = len(entries)
         for i, (token, position, sequence, wanted) in enumerate(entries):
@@ -100,11 +111,10 @@ class Context:
         status = cpp.llama_decode(self.context, batch)
         if status != 0:
             raise RuntimeError(f"llama_decode gave status {status} for a batch of {len(entries)}")
-        return {sequence: self._likeliest(i) for i, (_, _, sequence, wanted) in enumerate(entries) if wanted}
 
-    def _likeliest(self, index: int) -> int:
-        logits = cpp.llama_get_logits_ith(self.context, index)
-        return int(np.ctypeslib.as_array(logits, (self.vocab_size,)).argmax())
+    def _logits(self, index: int) -> np.ndarray:
+        """Of one entry of the last batch, in llama.cpp's own memory."""
+        return np.ctypeslib.as_array(cpp.llama_get_logits_ith(self.context, index), (self.vocab_size,))
 
     def prefill(self, prompts: list[list[int]]) -> list[list[int]]:
         """The first token after each prompt, as a list of one."""
@@ -173,8 +183,17 @@ def run(prompts: list[list[int]], num_tokens: int | list[int], flash: bool) -> d
     return {"first_seconds": first, "step_seconds": steps, "tokens": answers}
 
 
+def logits(tokens: list[int], to: str) -> dict:
+    context = MODEL[0].context(1, len(tokens), flash=False)
+    with open(to, "wb") as file:
+        for row in context.logits(tokens):
+            row.tofile(file)
+    context.close()
+    return {}
+
+
 if not IS_FORK:
     silent = cpp.llama_log_callback(lambda level, text, user_data: None)  # its log would go to standard error
     cpp.llama_log_set(silent, None)
 cpp.llama_backend_init()
-answer_lines(load=load, run=run, pack=pack)
+answer_lines(load=load, run=run, logits=logits, pack=pack)

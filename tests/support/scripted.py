@@ -58,11 +58,11 @@ def scripted_llm(texts: Sequence[str], says: Callable[[str], str], **changes: An
     llm = Llama(tiny_model(args), tokenizer, chat_format="llama2")
     admit = llm.engine.admit
 
-    def scripted(inbox: Inbox, place: int, query: Query, *strict: bool) -> Any:
+    def scripted(inbox: Inbox, place: int, query: Query, strict: bool = False) -> Any:
         if query.pooling is None and query.refusal is None:
             script = Script(tokenizer, len(query.tokens), says(tokenizer.decode(list(query.tokens))))
             query = replace(query, params=replace(query.params, logits_processors=(script,)))
-        return admit(inbox, place, query, *strict)
+        return admit(inbox, place, query, strict)
 
     llm.engine.admit = scripted
     return llm

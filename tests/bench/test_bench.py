@@ -176,6 +176,18 @@ def test_a_sides_memory_is_its_own_and_not_that_of_whoever_started_it(tmp_path):
     assert 1 << 20 < found < len(held) // 2
 
 
+def test_what_a_peers_library_prints_is_not_taken_for_an_answer(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, sys; sys.path.append({str(sides.CHILDREN)!r}); import lines\n"
+        "def run():\n    os.write(1, b'[loaded\\n')\n    print('half')\n    return {'done': True}\n"
+        "lines.answer_lines(run=run)\n"
+    )
+    peer = Peer(sys.executable, script)
+    assert peer.ask(do="run") == {"done": True}
+    peer.close()
+
+
 def test_the_fastest_of_a_peers_settings_is_measured(monkeypatch):
     side = sides.Side("script.py", "gguf", "a package", settings=({"flash": True}, {"flash": False}))
     monkeypatch.setitem(SIDES, "llamacpp", side)

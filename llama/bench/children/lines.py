@@ -16,22 +16,23 @@ sampled: the likeliest token comes next, and no end ends it. Whatever a person c
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
 
 
 def answer_lines(**handlers: Callable[..., dict]) -> None:
-    """Answers until standard input ends; what handlers print goes to standard error."""
+    """Answers until standard input ends; what handlers print, and what C libraries do, goes to standard error."""
     handlers = {"memory": memory, **handlers}
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
     for line in sys.stdin:
         request = json.loads(line)
-        with redirect_stdout(sys.stderr):
-            try:
-                answer = handlers[request.pop("do")](**request)
-            except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
-                answer = {"error": f"{error}" or type(error).__name__}
-        print(json.dumps(answer), flush=True)
+        try:
+            answer = handlers[request.pop("do")](**request)
+        except (ImportError, MemoryError, OSError, RuntimeError, ValueError) as error:
+            answer = {"error": f"{error}" or type(error).__name__}
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 def memory() -> dict:

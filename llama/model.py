@@ -133,7 +133,9 @@ class TransformerBlock(nn.Module):
 
     def operands(self) -> LayerOperands | None:
         """For the operator that computes a layer; None where that cannot make one of the products."""
-        products = [product.for_layer() for product in self.products] if self.is_whole else [None]
+        if not self.is_whole:
+            return None
+        products = [product.for_layer() for product in self.products]
         if None in products:
             return None
         return LayerOperands.of((self.attention_norm.weight, self.ffn_norm.weight), self.norm_eps, products)
@@ -232,11 +234,11 @@ class Transformer(nn.Module):
     def _frequencies(self, device: torch.device, limits: torch.Tensor | None) -> torch.Tensor:
         """See `rope_frequencies`; kept from step to step where they depend on no limits."""
         args, scaling = self.params, self.params.rope_scaling
-        known = self._freqs
-        if known is not None and known.device == device and not torch.compiler.is_exporting():
-            return known
+        is_kept = not (scaling is not None and scaling.by_limit) and not torch.compiler.is_exporting()
+        if is_kept and self._freqs is not None and self._freqs.device == device:
+            return self._freqs
         freqs = rope_frequencies(args.head_dim, args.rope_theta, scaling, device, limits=limits)
-        if not (scaling is not None and scaling.by_limit) and not torch.compiler.is_exporting():
+        if is_kept:
             self._freqs = freqs
         return freqs
 

@@ -28,9 +28,10 @@ using torch::headeronly::ScalarType;
 
 constexpr int64_t kUnit = 16;               // columns that the kernel takes at a time
 constexpr int64_t kBytesPerThread = 65536;  // of the weight: less is not worth waking a thread for
-// Up to so many rows the kernel is faster than the library: measured with AVX2. Where a library may have AVX-512 few rows
-// still wait for memory alone; what more cost there is not known.
-constexpr int64_t kFewRows = 64, kFewRowsAvx512 = 8;
+
+// Up to so many rows the kernel is faster than the library: measured with AVX2. Where the library may have AVX-512 some
+// rows still wait for memory alone; what more cost there is not known.
+int64_t most_rows() { return has_avx512() ? 8 : 64; }
 
 Tensor library_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   using torch::stable::detail::from;
@@ -74,7 +75,7 @@ Tensor dense_linear(Tensor x, Tensor weight, std::optional<Tensor> bias, Text va
   STD_TORCH_CHECK(!bias || (bias->numel() == weight.size(0) && bias->scalar_type() == x.scalar_type()),
                   "dense_linear: the bias is not one number of x's type for each output");
   const Shape s{x.numel() / x.size(-1), x.size(-1), weight.size(0)};
-  if ((variant == "auto" && s.rows > (has_avx512() ? kFewRowsAvx512 : kFewRows)) || !weight.is_contiguous()) return library_product(x, weight, bias);
+  if ((variant == "auto" && s.rows > most_rows()) || !weight.is_contiguous()) return library_product(x, weight, bias);
   if (!x.is_contiguous()) x = torch::stable::contiguous(x);
   std::vector<int64_t> size(x.sizes().begin(), x.sizes().end());
   size.back() = s.outputs;

@@ -1,8 +1,8 @@
 // A few rows times plain weights, written once over `Simd` and included by every instruction-set file inside its own
 // namespace, behind lowrank_kernels.h. Arithmetic is float32; a row's sums are made in one order, whatever the others.
 
-// Up to four rows: one row of the weight after the other, as memory is read fastest, without fetching ahead, which costs
-// where there is one stream. More rows: four rows of the weight, which stay in the cache, for each row.
+// Up to four rows: one row of the weight after the other, as memory is read fastest, without fetching ahead, which
+// costs where there is one stream. More rows: four rows of the weight, which stay in the cache, for each row.
 template <class T>
 void dense_product(const float* x, int64_t rows, int64_t columns, const T* weight, int64_t outputs, float* y,
                    int64_t stride) {

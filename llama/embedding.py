@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama.kernels.formats import FORMATS
+from llama.kernels.lowbit import lowbit_rows
 from llama.linear import StoredWeight
 from llama.parallel import ALONE, TensorParallel, share
 
@@ -66,8 +67,7 @@ class LowBitEmbedding(Embedding):
         self.dtype = dtype or torch.float32
 
     def rows(self, local: torch.Tensor) -> torch.Tensor:
-        numbers = self.format.numbers(self.weight.index_select(0, local))
-        return numbers.view(local.shape[0], self.dim).to(self.dtype)
+        return lowbit_rows(self.weight, local, self.format).to(self.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.format.name}, {self.num_rows} rows of {self.dim}"

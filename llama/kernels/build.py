@@ -16,6 +16,7 @@ SOURCES = (
     "elementwise.cpp",
     "layer.cpp",
     "layout.cpp",
+    "lookup.cpp",
     "lowbit.cpp",
     "lowbit_avx512.cpp",
     "lowbit_avx2.cpp",

@@ -8,6 +8,7 @@ tile filled with zero rows. It has the same bytes as the published layout, and `
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import accumulate, chain
 
 import torch
@@ -22,7 +23,7 @@ TILE = 16  # rows that lie side by side in the kernel layout: the 32-bit lanes o
 STANDS_OUT = 2  # times the row's mean: so large is the peak of a block that is rounded twice
 TILES_AT_ONCE = 64  # rows are put back 1024 at a time, so that temporaries stay small
 
-_lowbit_linear, _to_tiles = (library.operator(name) for name in ("lowbit_linear", "to_tiles"))
+_lowbit_linear, _lowbit_rows, _to_tiles = map(library.operator, ("lowbit_linear", "lowbit_rows", "to_tiles"))
 
 
 def variants() -> list[str]:
@@ -63,6 +64,25 @@ def lowbit_linear_twin(
     return F.linear(rounded, weight, bias).to(x.dtype)
 
 
+def lowbit_rows(table: Tensor, rows: Tensor, form: LowBitFormat) -> Tensor:
+    """Rows (n,) int64 of a table in the published layout, uint8 (rows, bytes), as numbers: float32 (n, columns).
+
+    Bit for bit what the format says, by whatever way.
+    """
+    if _lowbit_rows is not None and table.is_cpu and form.levels is None and form.name in library.formats():
+        return _lowbit_rows(table, rows, form.name, field_numbers(form))
+    return form.dequantize(table.index_select(0, rows))
+
+
+if _lowbit_rows is not None:
+
+    @torch.library.register_fake("llama::lowbit_rows")
+    def _(table: Tensor, rows: Tensor, format: str, fields: Sequence[int]) -> Tensor:
+        form = FORMATS[format]
+        columns = table.shape[1] // form.block_bytes * form.block
+        return table.new_empty((rows.shape[0], columns), dtype=torch.float32)
+
+
 def round_activations(x: Tensor, form: LowBitFormat) -> Tensor:
     """float32 (rows, columns) as the integer kernels see it: rounded to 255 even steps within each group of columns,
     the largest magnitude kept. Of a block that stands out, whose groups' peaks sum to more than `STANDS_OUT` times the
@@ -87,8 +107,7 @@ def to_tiles(parts: Sequence[Tensor], form: LowBitFormat) -> Tensor:
 
     By the compiled operator, in one thread up to some megabytes: models load while other threads are at work.
     """
-    fields = [(start, field.size, field.unit, field.bit_planes) for field, start in in_kernel_order(form)]
-    return _to_tiles(parts, list(chain.from_iterable(fields)), form.block_bytes)
+    return _to_tiles(parts, field_numbers(form), form.block_bytes)
 
 
 def to_tiles_twin(packed: Tensor, form: LowBitFormat) -> Tensor:
@@ -126,6 +145,13 @@ def in_kernel_order(form: LowBitFormat) -> list[tuple[Field, int]]:
     """The fields, and where each starts in a published block."""
     starts = accumulate((field.size for field in form.fields), initial=0)
     return sorted(zip(form.fields, starts, strict=False), key=lambda place: -place[0].size)
+
+
+@cache
+def field_numbers(form: LowBitFormat) -> list[int]:
+    """The fields as the compiled operators take them: of each its start, its size, its unit, whether bits move."""
+    fields = [(start, field.size, field.unit, int(field.bit_planes)) for field, start in in_kernel_order(form)]
+    return list(chain.from_iterable(fields))
 
 
 def regions(form: LowBitFormat, flat: Tensor, tiles: int, blocks: int) -> Iterator[tuple[Field, int, Tensor]]:

@@ -69,6 +69,27 @@ def test_the_kernel_layout_is_what_its_twin_makes(name, rows):
 
 
 @compiled
+@pytest.mark.parametrize("count", [0, 1, 16, 40])
+@pytest.mark.parametrize("name", FORMATS)
+def test_rows_that_are_looked_up_are_what_the_format_says_to_the_last_bit(name, count):
+    form = FORMATS[name]
+    generator = torch.Generator().manual_seed(count)
+    table = torch.randint(0, 256, (70, 5 * form.block_bytes), generator=generator).to(torch.uint8)
+    numbers = form.dequantize(table)
+    finite = numbers.isfinite().all(dim=-1).nonzero().squeeze(-1)  # scales are random bytes, too
+    rows = finite[torch.randint(0, len(finite), (count,), generator=generator)]
+    assert torch.equal(lowbit.lowbit_rows(table, rows, form), numbers[rows])
+
+
+@compiled
+@pytest.mark.parametrize("row", [-1, 3])
+def test_a_row_that_is_not_in_the_table_is_refused(row):
+    table = torch.zeros(3, FORMATS["q8_0"].block_bytes, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=f"row {row} is not in the table"):
+        lowbit.lowbit_rows(table, torch.tensor([0, row]), FORMATS["q8_0"])
+
+
+@compiled
 def test_several_threads_make_the_same_kernel_layout():
     form = FORMATS["sym_int5"]
     packed = torch.arange(50000 * 4 * form.block_bytes).to(torch.uint8).view(50000, -1)  # 8 MB

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <vector>
 
+#include "layout.h"
 #include "lowbit.h"
 #include "tensors.h"
 
@@ -23,10 +24,6 @@ using torch::stable::Tensor;
 
 constexpr int64_t kBytesPerThread = 1 << 22;  // less is not worth waiting for another thread on a busy machine
 
-struct Field {
-  int64_t start, size, unit, bit_planes;  // bytes; the last is 0 or 1
-};
-
 // One bit a column, 32 of them: byte c gets columns c, c + 4, ... c + 28.
 uint32_t planes(uint32_t bits) {
   uint32_t out = 0;
@@ -35,9 +32,8 @@ uint32_t planes(uint32_t bits) {
   return out;
 }
 
-// One field of a block of 16 rows, `at` bytes into each: [unit][row].
 template <class Unit, bool bit_planes = false>
-void interleave(const uint8_t* const* rows, int64_t at, int64_t size, uint8_t* out) {
+void interleave_units(const uint8_t* const* rows, int64_t at, int64_t size, uint8_t* out) {
   for (int64_t i = 0; i < size; i += sizeof(Unit)) {
     for (int64_t row = 0; row < kTile; ++row, out += sizeof(Unit)) {
       Unit unit;
@@ -48,12 +44,6 @@ void interleave(const uint8_t* const* rows, int64_t at, int64_t size, uint8_t* o
   }
 }
 
-auto interleave_of(const Field& field) {
-  if (field.bit_planes) return &interleave<uint32_t, true>;
-  if (field.unit == 4) return &interleave<uint32_t>;
-  return field.unit == 2 ? &interleave<uint16_t> : &interleave<uint8_t>;
-}
-
 // Reading weights from large pages is a fifth faster. Nothing has been written to them yet.
 void ask_for_large_pages(void* memory, int64_t size) {
   constexpr uintptr_t page = 4096;
@@ -61,10 +51,30 @@ void ask_for_large_pages(void* memory, int64_t size) {
   if (begin < end) madvise((void*)begin, end - begin, MADV_HUGEPAGE);  // advice: it may be declined
 }
 
-// parts: uint8 (rows, bytes), one below the other. fields: start, size, unit and bit_planes of each, in the order of
-// the kernel layout.
+}  // namespace
+
+std::vector<Field> fields_of(const std::vector<int64_t>& numbers) {
+  STD_TORCH_CHECK(numbers.size() % 4 == 0, "a field is four numbers");
+  std::vector<Field> fields;
+  for (size_t i = 0; i < numbers.size(); i += 4)
+    fields.push_back({numbers[i], numbers[i + 1], numbers[i + 2], numbers[i + 3]});
+  return fields;
+}
+
+void interleave(const Field& field, const uint8_t* const* rows, int64_t block, uint8_t* out) {
+  const auto copy = field.bit_planes ? &interleave_units<uint32_t, true>
+                    : field.unit == 4 ? &interleave_units<uint32_t>
+                    : field.unit == 2 ? &interleave_units<uint16_t>
+                                      : &interleave_units<uint8_t>;
+  copy(rows, block + field.start, field.size, out);
+}
+
+namespace {
+
+// parts: uint8 (rows, bytes), one below the other. fields: see `fields_of`.
 Tensor to_tiles(std::vector<Tensor> parts, std::vector<int64_t> fields, int64_t block_bytes) {
-  STD_TORCH_CHECK(!parts.empty() && fields.size() % 4 == 0 && block_bytes > 0, "to_tiles takes rows of blocks");
+  STD_TORCH_CHECK(!parts.empty() && block_bytes > 0, "to_tiles takes rows of blocks");
+  const std::vector<Field> of_block = fields_of(fields);
   const int64_t row_bytes = parts[0].size(-1), blocks = row_bytes / block_bytes;
   std::vector<const uint8_t*> rows;
   for (auto& part : parts) {
@@ -85,13 +95,11 @@ Tensor to_tiles(std::vector<Tensor> parts, std::vector<int64_t> fields, int64_t 
   const int64_t grain = std::max<int64_t>(1, kBytesPerThread / std::max<int64_t>(1, kTile * row_bytes));
   torch::stable::parallel_for(0, tiles, grain, [&](int64_t begin, int64_t end) {
     int64_t region = 0;
-    for (size_t i = 0; i < fields.size(); i += 4) {
-      const Field field{fields[i], fields[i + 1], fields[i + 2], fields[i + 3]};
-      const auto copy = interleave_of(field);
+    for (const Field& field : of_block) {
       for (int64_t tile = begin; tile < end; ++tile)
         for (int64_t block = 0; block < blocks; ++block)
-          copy(&rows[tile * kTile], block * block_bytes + field.start, field.size,
-               out + region + (tile * blocks + block) * kTile * field.size);
+          interleave(field, &rows[tile * kTile], block * block_bytes,
+                     out + region + (tile * blocks + block) * kTile * field.size);
       region += tiles * blocks * kTile * field.size;
     }
   });

@@ -263,6 +263,8 @@ void tiled_product(const Kernel& kernel, const Shape& s, const uint8_t* packed, 
 
 }  // namespace
 
+const Kernel* best_kernel(const std::string& format) { return find_kernel(best_instructions(), format); }
+
 // x (..., columns) bfloat16 or float32; packed: interleaved bytes; bias float32 (outputs); -> (..., outputs) as x.
 Tensor lowbit_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, Text format, int64_t outputs, Text variant) {
   const bool bfloat16 = x.scalar_type() == ScalarType::BFloat16;

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <span>
+#include <string>
 
 // A kernel is one function without small loops: its values live in registers.
 #define LLAMA_INLINE __attribute__((always_inline))
@@ -93,5 +94,8 @@ struct NamedKernel {
 namespace avx512 { std::span<const NamedKernel> kernels(); }
 namespace avx2 { std::span<const NamedKernel> kernels(); }
 namespace scalar { std::span<const NamedKernel> kernels(); }
+
+// Of the widest instructions that this processor has; none for a format that is not served.
+const Kernel* best_kernel(const std::string& format);
 
 }  // namespace llama

@@ -14,16 +14,24 @@ inline std::vector<int64_t> strides_of(const std::vector<int64_t>& size) {  // w
   return strides;
 }
 
-// A contiguous tensor of x's type on the CPU, with nothing in it. torch::stable::new_empty finds its operator by name
-// at every call, which takes longer than a small kernel.
-inline torch::stable::Tensor empty_like(const torch::stable::Tensor& x, const std::vector<int64_t>& size) {
+// A contiguous tensor on the CPU, with nothing in it. torch::stable::new_empty finds its operator by name at every call,
+// which takes longer than a small kernel.
+inline torch::stable::Tensor empty_of(int32_t type, const std::vector<int64_t>& size) {
   const auto strides = strides_of(size);
-  int32_t type;
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(size.size(), size.data(), strides.data(), type,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   return torch::stable::Tensor(handle);
+}
+
+inline torch::stable::Tensor empty_floats(const std::vector<int64_t>& size) {
+  return empty_of(aoti_torch_dtype_float32(), size);
+}
+
+inline torch::stable::Tensor empty_like(const torch::stable::Tensor& x, const std::vector<int64_t>& size) {
+  int32_t type;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &type));
+  return empty_of(type, size);
 }
 
 // The same numbers in another shape; x is contiguous.

@@ -23,7 +23,10 @@
 namespace llama {
 namespace {
 
-constexpr int64_t kPartsPerThread = 8;
+// Each thread's parts, largest first, in eighths of its share: long runs of memory are read fastest, and the small ones
+// in the end let threads finish together.
+constexpr int64_t kSizes[] = {4, 2, 1, 1}, kRounds = 4, kEighths = 8;
+constexpr int64_t kMostThreads = 0xffff / kRounds;  // the ticket has room for the parts of so many
 constexpr int kLooks = 300;  // for something to do before a thread sleeps: some microseconds
 
 // Linux' own sleep, which may end early. gcc's std::atomic::wait first gives its time slice away, and on a busy machine
@@ -46,6 +49,16 @@ inline void pause() {
 #endif
 }
 
+// Where part `number` of a loop of `count` begins, which so many threads share.
+int64_t border(int64_t number, int64_t count, int64_t threads) {
+  int64_t eighths = 0;
+  for (const int64_t size : kSizes) {
+    const int64_t some = std::min(number, threads);
+    eighths += some * size, number -= some;
+  }
+  return count * eighths / (kEighths * threads);
+}
+
 struct Team {
   std::mutex in_use;  // by the thread whose loop it is
   int num_helpers = 0;
@@ -61,6 +74,7 @@ struct Team {
   std::atomic<Part> part{nullptr};
   std::atomic<void*> context{nullptr};
   std::atomic<int64_t> count{0};
+  std::atomic<int64_t> threads{0};
 
   // False where no part is left.
   bool take_part() {
@@ -70,8 +84,9 @@ struct Team {
     const Part f = part.load(std::memory_order_relaxed);
     void* with = context.load(std::memory_order_relaxed);
     const int64_t all = count.load(std::memory_order_relaxed);
+    const int64_t among = threads.load(std::memory_order_relaxed);
     if (!ticket.compare_exchange_strong(now, now + 1, std::memory_order_acq_rel)) return true;
-    f(all * next / parts, all * (next + 1) / parts, with);
+    f(border(next, all, among), border(next + 1, all, among), with);
     if (num_done.fetch_add(1) + 1 == parts && is_waited_for.load()) wake_all(num_done);
     return true;
   }
@@ -121,7 +136,7 @@ Team& team() {
 }  // namespace
 
 void share(int64_t count, int64_t grain, Part part, void* context) {
-  const int64_t threads = count > grain ? torch::stable::get_num_threads() : 1;
+  const int64_t threads = count > grain ? std::min<int64_t>(torch::stable::get_num_threads(), kMostThreads) : 1;
   std::unique_lock<std::mutex> lock(team().in_use, std::defer_lock);
   if (threads < 2 || !lock.try_lock()) {  // others have a loop of their own: two at a time would be no faster
     if (count > 0) part(0, count, context);
@@ -131,7 +146,8 @@ void share(int64_t count, int64_t grain, Part part, void* context) {
   t.part.store(part, std::memory_order_relaxed);
   t.context.store(context, std::memory_order_relaxed);
   t.count.store(count, std::memory_order_relaxed);
-  t.run(std::min({count, kPartsPerThread * threads, (int64_t)0xffff}), (int)threads - 1);
+  t.threads.store(threads, std::memory_order_relaxed);
+  t.run(kRounds * threads, (int)threads - 1);
 }
 
 }  // namespace llama

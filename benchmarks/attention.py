@@ -21,7 +21,7 @@ from common.timing import alternate, median, report
 from llama.attention import CompiledRows, StepCache, Tiles
 from llama.cache import CacheShape, KVCache, Span
 from llama.device import DTYPES
-from llama.rotary import Rotary, rope_frequencies
+from llama.rotary import Rotary, rope_frequencies, turning_rates
 
 SHAPES = {"SmolLM2": (9, 3, 64), "1.1B": (32, 4, 64)}  # heads, key heads, head_dim
 ROWS = (2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -44,7 +44,7 @@ def ratio(shape: tuple[int, int, int], rows: int, context: int, dtype: torch.dty
     for store in cache.layers[0]:
         store.numbers.normal_()
     positions = torch.arange(context - rows, context)
-    rotary = Rotary.at(positions, rope_frequencies(head_dim, 10000.0, None))
+    rotary = Rotary.at(positions, turning_rates(rope_frequencies(head_dim, 10000.0, None)))
     qkv = torch.randn(rows, heads + 2 * kv_heads, head_dim).to(dtype)
     spans = [Span(0, rows, context, ((0, context),))]
     sides = {}

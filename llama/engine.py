@@ -369,16 +369,15 @@ class Engine:
     def _turns(self, step: Step, output: Output, num_logits: Sequence[int]) -> list[Turn]:
         """The choices whose next tokens the step decides. Prompts are scored and pooled on the way."""
         turns: list[Turn] = []
-        states = output.states.split([part.count for part in step.slices])
-        logits = output.logits.split(list(num_logits))
-        end = num_sampled = 0
-        for part, part_states, part_logits in zip(step.slices, states, logits, strict=True):
+        num_states = end = num_sampled = 0
+        for part, num_own in zip(step.slices, num_logits, strict=True):
             first, *others = self._choices[part.request]  # the others' prompt is the same
-            end += part_logits.shape[0]
+            num_states += part.count
+            end += num_own
             if first.pool is not None:
-                first.pool.take(part.start, part_states)
+                first.pool.take(part.start, output.states[num_states - part.count : num_states])
             if first.wants_prompt_logprobs:
-                first.score_prompt(part.start, part_logits)
+                first.score_prompt(part.start, output.logits[end - num_own : end])
             count = part.num_sampled
             if not count:
                 continue

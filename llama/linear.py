@@ -83,7 +83,26 @@ def in_tiles(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, n
     return torch.cat([product(tile) for tile in filled.split(num_rows)])[: len(x)]
 
 
-class Linear(nn.Module):
+class Counted:
+    """Counts how often any of its kind was given another part: who gathered their weights looks at `num_set` alone.
+
+    To look at all of them, at every step, would take as long as a layer.
+    """
+
+    num_set = 0
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        Counted.num_set += 1
+
+
+class CountedModule(Counted, nn.Module):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        Counted.num_set += 1  # `to` and the like put other tensors into their places
+        return super()._apply(fn, recurse)
+
+
+class Linear(CountedModule):
     """`x @ weight.T + bias`, weight (out_features, in_features).
 
     `prepare` may store the weight in the order that the processor multiplies fastest; `weight` is None from then on.
@@ -175,7 +194,7 @@ class Linear(nn.Module):
             args[-1].append(f"{prefix}weight is prepared for its product; weights are loaded before `prepare`")
 
 
-class Joint:
+class Joint(Counted):
     """A product of a layer: linears over one input, with separate names and one result. It may have one part only.
 
     Not a module, so that its parts keep their own names (`wq`, `wk`, `wv`) in `owner`'s state dict. Until `prepare`,

@@ -17,9 +17,9 @@ from llama.kernels.dense import dense_linear
 from llama.kernels.elementwise import rms_norm, swiglu
 from llama.kernels.layer import LayerOperands
 from llama.layer_stack import LayerStack
-from llama.linear import Joint, Linear, in_tiles
+from llama.linear import CountedModule, Joint, Linear, in_tiles
 from llama.parallel import ALONE, SINGLE, ModelParallel, TensorParallel, share, share_size
-from llama.rotary import RopeScaling, Rotary, rope_frequencies
+from llama.rotary import RopeScaling, Rotary, rope_frequencies, turning_rates
 
 
 @dataclass
@@ -59,7 +59,7 @@ class ModelArgs:
             self.hidden_dim = self.multiple_of * ((hidden_dim + self.multiple_of - 1) // self.multiple_of)
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(CountedModule):
     """x / rms(x) * weight; normalised in float32 and cast back before the product, as in the reference."""
 
     def __init__(self, dim: int, eps: float = 1e-6):
@@ -111,7 +111,7 @@ class FeedForward(nn.Module):
         return self.parallel.all_reduce(self.down(swiglu(self.gate_up(x))))
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(CountedModule):
     def __init__(self, args: ModelArgs, parallel: TensorParallel = ALONE):
         super().__init__()
         self.attention = Attention(args, parallel)
@@ -175,7 +175,7 @@ class Transformer(nn.Module):
         self.fixed_rows: int | None = None
         self.added_to_embedding = self.added_to_output = None  # as a `Joint`'s `added`
         self._cache: ContiguousCache | None = None  # what forward() remembers between calls
-        self._freqs: torch.Tensor | None = None
+        self._rates: torch.Tensor | None = None
 
     @property
     def cache_shape(self) -> CacheShape:
@@ -217,8 +217,8 @@ class Transformer(nn.Module):
         each token's request may reach, for rope scaling that depends on it.
         """
         args, scaling = self.params, self.params.rope_scaling
-        freqs = self._frequencies(positions.device, limits)
-        rotary = Rotary.at(positions, freqs, 1.0 if scaling is None else scaling.magnitude)
+        rates = self._turning_rates(positions.device, limits)
+        rotary = Rotary.at(positions, rates, 1.0 if scaling is None else scaling.magnitude)
         if self.stage.is_first:
             h = self.tok_embeddings(tokens).to(self.norm.weight.dtype)
             if self.added_to_embedding is not None:
@@ -231,16 +231,16 @@ class Transformer(nn.Module):
         self.stage.send(h)
         return h
 
-    def _frequencies(self, device: torch.device, limits: torch.Tensor | None) -> torch.Tensor:
-        """See `rope_frequencies`; kept from step to step where they depend on no limits."""
+    def _turning_rates(self, device: torch.device, limits: torch.Tensor | None) -> torch.Tensor:
+        """Of `rope_frequencies`; kept from step to step where they depend on no limits."""
         args, scaling = self.params, self.params.rope_scaling
         is_kept = not (scaling is not None and scaling.by_limit) and not torch.compiler.is_exporting()
-        if is_kept and self._freqs is not None and self._freqs.device == device:
-            return self._freqs
-        freqs = rope_frequencies(args.head_dim, args.rope_theta, scaling, device, limits=limits)
+        if is_kept and self._rates is not None and self._rates.device == device:
+            return self._rates
+        rates = turning_rates(rope_frequencies(args.head_dim, args.rope_theta, scaling, device, limits=limits))
         if is_kept:
-            self._freqs = freqs
-        return freqs
+            self._rates = rates
+        return rates
 
     def logits(self, states: torch.Tensor) -> torch.Tensor:
         """(rows, dim) -> (rows, vocab_size) float32"""

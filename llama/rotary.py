@@ -153,6 +153,11 @@ def rope_factors(head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
     return (plain / stretched).float()
 
 
+def turning_rates(freqs: Tensor) -> Tensor:
+    """Frequencies (..., head_dim / 2) as `Rotary.at` takes them: (..., head_dim), each with a minus and with a plus."""
+    return torch.stack((-freqs, freqs), -1).flatten(-2)
+
+
 @dataclass(frozen=True)
 class Rotary:
     """A step's rotations in real numbers: with neighbouring pairs (a, b) of x and their angle t,
@@ -163,13 +168,13 @@ class Rotary:
     sin: Tensor
 
     @classmethod
-    def at(cls, positions: Tensor, freqs: Tensor, magnitude: float = 1.0) -> Rotary:
-        """positions (num_tokens,), freqs (head_dim / 2,) or (num_tokens, head_dim / 2); vectors grow by `magnitude`."""
-        angles = (positions.float().unsqueeze(-1) * freqs).unsqueeze(1)
+    def at(cls, positions: Tensor, rates: Tensor, magnitude: float = 1.0) -> Rotary:
+        """positions (num_tokens,) int64; rates: what `turning_rates` makes; vectors grow by `magnitude`."""
+        angles = (positions.unsqueeze(-1) * rates).unsqueeze(1)  # a minus in front of t leaves cos t as it is
         cos, sin = angles.cos(), angles.sin()
         if magnitude != 1.0:
             cos, sin = cos * magnitude, sin * magnitude
-        return cls(torch.stack((cos, cos), -1).flatten(-2), torch.stack((-sin, sin), -1).flatten(-2))
+        return cls(cos, sin)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotates x (num_tokens, heads, head_dim) in float32; the result has x's dtype."""

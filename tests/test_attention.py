@@ -8,7 +8,7 @@ import torch
 from llama.attention import CompiledRows, FixedRows, LayerCache, StepCache, Tiles, choose_backend
 from llama.cache import CacheShape, KVCache, Span
 from llama.kernels import library
-from llama.rotary import Rotary, rope_frequencies
+from llama.rotary import Rotary, rope_frequencies, turning_rates
 
 compiled = pytest.mark.skipif(not library.AVAILABLE, reason="the kernels were not compiled")
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def attended(dtype: torch.dtype, kv_dtype: torch.dtype, window: int | None, plan
         store.put(torch.arange(192), rows)
     qkv = torch.randn(35, 6 + 2 + 2, 32, generator=generator).to(dtype)
     positions = torch.tensor([position for span in SPANS for position in range(span.start, span.context)])
-    rotary = Rotary.at(positions, rope_frequencies(32, 10000.0, None))
+    rotary = Rotary.at(positions, turning_rates(rope_frequencies(32, 10000.0, None)))
     [layer] = StepCache.of(cache, SPANS, plan)
     return layer.attend(qkv, rotary), layer
 

@@ -13,6 +13,7 @@ from llama.rotary import (
     YarnScaling,
     rope_factors,
     rope_frequencies,
+    turning_rates,
 )
 
 
@@ -45,7 +46,7 @@ def test_yarn_keeps_fast_frequencies_divides_slow_ones_and_lengthens_vectors():
     assert torch.equal(stretched[-1], plain[-1] / 8)
     assert YarnScaling(8.0, 4096).magnitude == pytest.approx(1 + 0.1 * math.log(8))
     assert YarnScaling(8.0, 4096, attention_factor=0.7).magnitude == 0.7
-    rotary = Rotary.at(torch.arange(5), stretched, 1.5)
+    rotary = Rotary.at(torch.arange(5), turning_rates(stretched), 1.5)
     x = torch.randn(5, 2, 64)
     torch.testing.assert_close(rotary(x).norm(dim=-1), 1.5 * x.norm(dim=-1))
 

@@ -7,7 +7,7 @@ from support.threads import threads
 from llama.kernels import library
 from llama.kernels.attention import attend_rows, attend_rows_twin, row_table, store_rows
 from llama.kernels.elementwise import rotate_twin
-from llama.rotary import Rotary, rope_frequencies
+from llama.rotary import Rotary, rope_frequencies, turning_rates
 
 compiled = pytest.mark.skipif(not library.AVAILABLE, reason="the kernels were not compiled")
 VARIANTS = ["avx512_vnni", "avx2", "scalar"]
@@ -20,7 +20,7 @@ def needs(variant: str) -> None:
 
 
 def angles(positions: list[int], head_dim: int) -> Rotary:
-    return Rotary.at(torch.tensor(positions), rope_frequencies(head_dim, 10000.0, None))
+    return Rotary.at(torch.tensor(positions), turning_rates(rope_frequencies(head_dim, 10000.0, None)))
 
 
 def problem(heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, int8: bool, tokens: int = 4):

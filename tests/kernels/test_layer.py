@@ -13,7 +13,7 @@ from llama.kernels import layer as kernel
 from llama.kernels import library
 from llama.model import TransformerBlock
 from llama.quantization import LowBitLinear
-from llama.rotary import Rotary, rope_frequencies
+from llama.rotary import Rotary, rope_frequencies, turning_rates
 
 pytestmark = pytest.mark.skipif(not library.AVAILABLE, reason="the kernels were not compiled")
 SPANS = [Span(0, 1, 40, ((64, 48),)), Span(1, 3, 10, ((16, 8), (0, 8))), Span(4, 40, 50, ((112, 64),))]
@@ -56,7 +56,7 @@ def computed(layer: TransformerBlock, kv_dtype: torch.dtype | None = None) -> li
         store.put(torch.arange(192), torch.randn(192, 2, 32, generator=generator).to(dtype))
     h = torch.randn(44, 256, generator=generator).to(dtype)
     positions = torch.tensor([position for span in SPANS for position in range(span.start, span.context)])
-    rotary = Rotary.at(positions, rope_frequencies(32, 10000.0, None))
+    rotary = Rotary.at(positions, turning_rates(rope_frequencies(32, 10000.0, None)))
     [one] = StepCache.of(cache, SPANS, choose_backend(cache, dtype))
     before = h.clone()
     out = layer(h, rotary, one)

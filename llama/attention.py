@@ -105,11 +105,13 @@ class StepCache:
 
     backend: Backend
     layers: Sequence[tuple[Store, Store]]
+    kept: layer.KeptStores | None = None  # the same, where the operator for all layers finds them
 
     @classmethod
     def of(cls, cache: KVCache, spans: Sequence[Span], plan: Callable[..., Backend]) -> StepCache:
         """For a step made of `spans`; `plan` is what `choose_backend` chose for the cache."""
-        return cls(plan(spans, cache.slots(spans), cache.shape.sliding_window), cache.layers)
+        backend = plan(spans, cache.slots(spans), cache.shape.sliding_window)
+        return cls(backend, cache.layers, cache.kept if computes_layers(backend) else None)
 
     def __iter__(self) -> Iterator[LayerCache]:
         return (LayerCache(self.backend, keys, values) for keys, values in self.layers)
@@ -117,15 +119,12 @@ class StepCache:
     @property
     def computes_layers(self) -> bool:
         """Whether `compute_layers` serves the step."""
-        return computes_layers(self.backend)
+        return self.kept is not None
 
-    def compute_layers(self, h: Tensor, operands: layer.LayerOperands, rotary: Rotary) -> Tensor:
+    def compute_layers(self, h: Tensor, layers: layer.KeptLayers, rotary: Rotary) -> Tensor:
         """All layers in one operator: see `compute_layers`."""
-        keys, values = ([pair[which] for pair in self.layers] for which in (0, 1))
-        scales = [[store.scales for store in stores if store.scales is not None] for stores in (keys, values)]
-        stored = ([store.numbers for store in stores] for stores in (keys, values))
         backend = self.backend
-        return layer.compute_layers(h, operands, rotary.cos, rotary.sin, backend.slots, *stored, *scales, backend.table)
+        return layer.compute_layers(h, layers, self.kept, rotary.cos, rotary.sin, backend.slots, backend.table)
 
 
 @dataclass(frozen=True)

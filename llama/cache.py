@@ -14,6 +14,7 @@ from itertools import accumulate, chain
 import torch
 
 from llama.kernels.attention import store_rows
+from llama.kernels.layer import KeptStores
 
 Extent = tuple[int, int]  # (first slot, number of slots)
 
@@ -140,6 +141,17 @@ class KVCache:
             (Store.empty(size, device, dtype), Store.empty(size, device, dtype)) for _ in range(shape.n_layers)
         ]
         """Keys and values of each layer."""
+        self._kept: tuple[Sequence, KeptStores] | None = None  # of which layers
+
+    @property
+    def kept(self) -> KeptStores:
+        """Its layers, as the compiled operator for all of them takes them."""
+        if self._kept is None or self._kept[0] is not self.layers:
+            keys, values = zip(*self.layers, strict=True)
+            numbers = ([store.numbers for store in stores] for stores in (keys, values))
+            scales = ([store.scales for store in stores if store.scales is not None] for stores in (keys, values))
+            self._kept = self.layers, KeptStores(*numbers, *scales)
+        return self._kept[1]
 
     def slots(self, spans: Sequence[Span]) -> torch.Tensor:
         """Where a step made of `spans` stores its tokens: (num_tokens,) int64."""

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter, is_, itemgetter
 from typing import Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from llama.attention import LayerCache, StepCache
-from llama.kernels.layer import LayerOperands
-from llama.linear import Joint
+from llama.kernels.layer import KeptLayers, LayerOperands
+from llama.linear import Counted, Joint
 from llama.rotary import Rotary
 
 
 class Layer(Protocol):
     """A `TransformerBlock`, as far as a stack knows it."""
 
-    attention_norm: nn.Module
-    ffn_norm: nn.Module
     products: Sequence[Joint]
 
     def __call__(self, x: Tensor, rotary: Rotary, cache: LayerCache) -> Tensor:
@@ -34,44 +30,35 @@ class LayerStack:
 
     def __init__(self, layers: Sequence[Layer]):
         self.layers = layers
-        self.joints = [joint for layer in layers for joint in layer.products]
-        self._operands: LayerOperands | None = None
-        self._places: list[dict[str, Tensor]] = []  # where each weight stood, under its name
-        self._weights: list[Tensor] = []  # and which it was
+        self._num_set: int | None = None  # what `Counted` said when the rest was looked at
+        self._kept: KeptLayers | None = None
+        self._is_gathered = False
+        self._added: list[object] = []  # what may change a product
+        self._hooks: list[dict] = []
 
     def compute(self, h: Tensor, rotary: Rotary, caches: StepCache) -> Tensor:
         """(num_tokens, dim) -> (num_tokens, dim); each layer stores the step's keys and values in its cache."""
-        # a package calls one layer after the other: it would not know which tensors of a list were changed
-        if caches.computes_layers and not torch.compiler.is_exporting():
-            operands = self.operands()
-            if operands is not None:
-                return caches.compute_layers(h, operands, rotary)
+        # a package has nothing kept: it calls one layer after the other
+        if caches.computes_layers and (kept := self.kept()) is not None:
+            return caches.compute_layers(h, kept, rotary)
         for layer, cache in zip(self.layers, caches, strict=True):
             h = layer(h, rotary, cache)
         return h
 
-    def operands(self) -> LayerOperands | None:
-        """Of all layers, as they are now; None where one has to be called: it is not whole, something is added to a
-        product in this step, or somebody has hooked it."""
-        # maps, whose loops are not the interpreter's: this is asked at every step
-        is_changed = any(map(attrgetter("added"), self.joints))
-        if is_changed or any(map(any, map(attrgetter("_forward_hooks", "_forward_pre_hooks"), self.layers))):
+    def kept(self) -> KeptLayers | None:
+        """All layers' operands, as they are now; None where one has to be called: it is not whole, something is added
+        to a product in this step, or somebody has hooked it."""
+        if self._num_set != Counted.num_set:
+            self._num_set, self._is_gathered = Counted.num_set, False
+            joints = [joint for layer in self.layers for joint in layer.products]
+            self._added = [joint.added for joint in joints if joint.added is not None]
+            self._hooks = [hooks for layer in self.layers for hooks in (layer._forward_hooks, layer._forward_pre_hooks)]
+        if any(self._added) or any(self._hooks):
             return None
-        if not (self._operands and all(map(is_, map(itemgetter("weight"), self._places), self._weights))):
-            self._operands = self._gather()
-        return self._operands
+        if not self._is_gathered:
+            self._kept, self._is_gathered = self._gather(), True
+        return self._kept
 
-    def _gather(self) -> LayerOperands | None:
-        parts = []
-        for layer in self.layers:
-            if (part := layer.operands()) is None:
-                return None
-            parts.append(part)
-        if not parts:
-            return None
-        operands = LayerOperands.joined(parts)
-        norms = [norm for layer in self.layers for norm in (layer.attention_norm, layer.ffn_norm)]
-        modules = [*norms, *(joint.joint for joint in self.joints)]
-        self._places = [one._parameters if "weight" in one._parameters else one._buffers for one in modules]
-        self._weights = [*operands.norms, *operands.weights]
-        return operands
+    def _gather(self) -> KeptLayers | None:
+        parts = [layer.operands() for layer in self.layers]
+        return None if None in parts or not parts else KeptLayers(*LayerOperands.joined(parts))

@@ -18,7 +18,7 @@ from llama.embedding import Embedding, LowBitEmbedding
 from llama.kernels import library, lowbit
 from llama.kernels.formats import FORMATS, LowBitError, LowBitFormat, row_chunks
 from llama.kernels.layer import LayerProduct
-from llama.linear import StoredWeight, in_tiles
+from llama.linear import CountedModule, StoredWeight, in_tiles
 
 
 def resolve_format(
@@ -44,7 +44,7 @@ def resolve_format(
 Product = Callable[["LowBitLinear", Tensor], Tensor]  # (..., in_features) -> (..., out_features) in x's dtype
 
 
-class LowBitLinear(nn.Module):
+class LowBitLinear(CountedModule):
     """A linear layer whose weight stays packed: `weight` uint8 (out_features, bytes) in the published layout.
 
     `prepare` chooses how the product is made where the weight is: compiled kernels on a CPU, Triton's on a GPU, and

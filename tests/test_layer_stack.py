@@ -1,5 +1,9 @@
 """All layers in one operator: what they give one by one, bit for bit, and never with weights that are there no more."""
 
+import copy
+import gc
+import weakref
+
 import pytest
 import torch
 from support.tiny import tiny_args, tiny_model
@@ -48,7 +52,7 @@ def computed(model: Transformer, kv_dtype: torch.dtype | None = None) -> list[to
 
 def one_by_one(model: Transformer, kv_dtype: torch.dtype | None = None) -> list[torch.Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LayerStack, "operands", lambda self: None)
+        patch.setattr(LayerStack, "kept", lambda self: None)
         return computed(model, kv_dtype)
 
 
@@ -136,3 +140,51 @@ def test_a_layer_that_somebody_looks_at_is_called():
 
 def test_layers_that_fix_their_number_of_rows_are_called():
     assert not is_at_once(prepared(fixed_rows=16))
+
+
+def test_what_is_kept_is_gathered_again_only_when_something_was_set():
+    model = prepared()
+    computed(model)
+    kept = model.stack.kept()
+    computed(model)
+    assert model.stack.kept() is kept
+    model.norm.eps = model.norm.eps
+    assert model.stack.kept() is not kept
+
+
+def test_weights_that_were_moved_are_those_that_are_used():
+    model = prepared("sym_int4")
+    before = computed(model)
+    model.layers[0].feed_forward._apply(torch.clone)
+    model.layers[0].feed_forward.w2.weight.bitwise_xor_(1)
+    assert not torch.equal(computed(model)[0], before[0])
+    assert_same(computed(model), one_by_one(model))
+
+
+def test_a_copy_of_a_model_has_weights_and_a_cache_of_its_own():
+    model = prepared()
+    model.forward(torch.tensor([[5, 9, 2]]), 0)
+    copied = copy.deepcopy(model)
+    with torch.inference_mode():
+        for layer in copied.layers:
+            layer.attention_norm.weight.zero_()
+            layer.ffn_norm.weight.zero_()
+    assert not torch.equal(copied.forward(torch.tensor([[7]]), 3), model.forward(torch.tensor([[7]]), 3))
+    stored = [store.numbers[:, :4] for pair in model._cache.layers for store in pair]
+    before = [numbers.clone() for numbers in stored]
+    copied.forward(torch.tensor([[8, 8]]), 1)
+    assert_same(stored, before)
+
+
+def test_what_is_kept_goes_with_its_owner():
+    model = prepared()
+    weight = weakref.ref(model.layers[0].feed_forward.w1.weight)
+    computed(model)
+    number = model.stack.kept().number
+    del model
+    gc.collect()
+    assert weight() is None
+    cache = KVCache(tiny_model(tiny_args()).cache_shape, 16, torch.device("cpu"), torch.float32)
+    h, cos = torch.ones(1, 128), torch.ones(1, 1, 32)
+    with pytest.raises(RuntimeError, match=f"nothing is kept under the number {number}"):
+        torch.ops.llama.compute_layers(h, number, cache.kept.number, cos, cos, torch.tensor([0]), torch.tensor([0]))

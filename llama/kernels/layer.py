@@ -6,9 +6,10 @@ work. What it computes is what these operators compute one after the other, bit 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
+from weakref import finalize
 
 import torch
 from torch import Tensor
@@ -16,7 +17,9 @@ from torch import Tensor
 from llama.kernels import library
 
 _compute_layer, _compute_layers = (library.operator(name) for name in ("compute_layer", "compute_layers"))
-COMPILED = _compute_layer is not None and _compute_layers is not None
+_keep_layers, _forget_layers = (library.operator(name) for name in ("keep_layers", "forget_layers"))
+_keep_stores, _forget_stores = (library.operator(name) for name in ("keep_stores", "forget_stores"))
+COMPILED = None not in (_compute_layer, _compute_layers, _keep_layers, _keep_stores)
 
 
 class LayerProduct(NamedTuple):
@@ -56,6 +59,33 @@ class LayerOperands(NamedTuple):
         )
 
 
+class Kept:
+    """Tensors that the operator finds again by a number: to hand them over at every step takes as long as a layer."""
+
+    keep: ClassVar[Callable[..., int]]
+    forget: ClassVar[Callable[[int], None]]
+
+    def __init__(self, *given: object):
+        self.given = given
+        self.number = type(self).keep(*given)
+        finalize(self, type(self).forget, self.number).atexit = False
+
+    def __reduce__(self) -> tuple:
+        return type(self), self.given  # a copy has a number of its own
+
+
+class KeptLayers(Kept):
+    """What `LayerOperands` are made of, of all layers."""
+
+    keep, forget = _keep_layers, _forget_layers
+
+
+class KeptStores(Kept):
+    """Keys, values and their scales: lists with one tensor a layer, as `attend_rows` takes it; scales may be none."""
+
+    keep, forget = _keep_stores, _forget_stores
+
+
 def compute_layer(
     h: Tensor,
     operands: LayerOperands,
@@ -78,27 +108,14 @@ def compute_layer(
 
 
 def compute_layers(
-    h: Tensor,
-    operands: LayerOperands,
-    cos: Tensor,
-    sin: Tensor,
-    slots: Tensor,
-    keys: Sequence[Tensor],
-    values: Sequence[Tensor],
-    key_scales: Sequence[Tensor],
-    value_scales: Sequence[Tensor],
-    table: Tensor,
+    h: Tensor, layers: KeptLayers, stores: KeptStores, cos: Tensor, sin: Tensor, slots: Tensor, table: Tensor
 ) -> Tensor:
-    """The same of several layers, one behind the other, each with its keys and values; scales may be none."""
-    return _compute_layers(h, *operands, cos, sin, slots, keys, values, key_scales, value_scales, table)
+    """The same of several layers, one behind the other, each with its keys and values."""
+    return _compute_layers(h, layers.number, stores.number, cos, sin, slots, table)
 
 
 if COMPILED:
 
     @torch.library.register_fake("llama::compute_layer")
-    def _(h: Tensor, *_: object) -> Tensor:
-        return torch.empty_like(h)
-
-    @torch.library.register_fake("llama::compute_layers")
     def _(h: Tensor, *_: object) -> Tensor:
         return torch.empty_like(h)

@@ -38,6 +38,12 @@ def lowbit_linear() -> Call:
     return lambda: lowbit.lowbit_linear(x, *weight)
 
 
+def lowbit_rows() -> Call:
+    form, rows = FORMATS["q8_0"], torch.tensor([1, 0])
+    table = torch.zeros(2, 2 * form.block_bytes, dtype=torch.uint8)
+    return lambda: lowbit.lowbit_rows(table, rows, form)
+
+
 def dense_linear(rows: int = 1) -> Call:
     x, weight, bias = torch.ones(rows, COLUMNS), torch.ones(16, COLUMNS), torch.ones(16)
     return lambda: dense.dense_linear(x, weight, bias)
@@ -71,9 +77,9 @@ def operands(norms: list[torch.Tensor]) -> layer.LayerOperands:
 def compute_layers(dtype: torch.dtype = torch.float32) -> Call:
     h, norms = torch.ones(1, COLUMNS), [torch.ones(COLUMNS)] * 2
     cos, sin, slots, keys, values, key_scale, value_scale, table = step(dtype)
-    three = layer.LayerOperands.joined([operands(norms)] * 3)
-    stored = [[] if one is None else [one] * 3 for one in (keys, values, key_scale, value_scale)]
-    return lambda: layer.compute_layers(h, three, cos, sin, slots, *stored, table)
+    three = layer.KeptLayers(*layer.LayerOperands.joined([operands(norms)] * 3))
+    stores = layer.KeptStores(*([] if one is None else [one] * 3 for one in (keys, values, key_scale, value_scale)))
+    return lambda: layer.compute_layers(h, three, stores, cos, sin, slots, table)
 
 
 def compute_layers_of_int8() -> Call:
@@ -93,6 +99,7 @@ def add_low_rank() -> Call:
     [
         rms_norm,
         lowbit_linear,
+        lowbit_rows,
         dense_linear,
         dense_linear_of_many_rows,
         attend_rows,

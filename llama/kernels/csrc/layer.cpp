@@ -9,6 +9,7 @@
 #include <optional>
 #include <vector>
 
+#include "kept.h"
 #include "operators.h"
 #include "tensors.h"
 #include "text.h"
@@ -56,42 +57,90 @@ Tensor one_layer(Tensor h, const Tensor& attention_norm, const Tensor& ffn_norm,
   return add_to(h, products[down](swiglu(products[gate_up](rms_norm(h, ffn_norm, eps)))));
 }
 
-// h (tokens, dim); of each layer both norms; weights, biases, formats and outputs of its products: qkv, out, gate_up,
-// down; keys and values, and their scales, or none; -> (tokens, dim) as h
-Tensor compute_layers(Tensor h, std::vector<Tensor> norms, double eps, std::vector<Tensor> weights,
-                      std::vector<std::optional<Tensor>> biases, std::vector<Text> formats,
-                      std::vector<int64_t> outputs, Tensor cos, Tensor sin, Tensor slots, std::vector<Tensor> keys,
-                      std::vector<Tensor> values, std::vector<Tensor> key_scales, std::vector<Tensor> value_scales,
-                      Tensor table) {
-  const size_t layers = keys.size(), count = layers * kProducts, scales = key_scales.size();
-  STD_TORCH_CHECK(h.dim() == 2 && norms.size() == 2 * layers && values.size() == layers && weights.size() == count &&
-                      biases.size() == count && formats.size() == count && outputs.size() == count &&
-                      (scales == 0 || scales == layers) && value_scales.size() == scales,
-                  "compute_layers takes rows, and of each layer two norms, four products, keys and values");
-  const Step step{cos, sin, slots, table};
+struct Layer {
+  Tensor attention_norm, ffn_norm;
+  Product products[kProducts];
+};
+
+struct Layers {
+  double eps;
+  std::vector<Layer> layers;
+};
+
+// Never destroyed: numbers are given back until the process ends.
+Kept<Layers>& kept_layers() {
+  static auto& kept = *new Kept<Layers>;
+  return kept;
+}
+Kept<std::vector<Stores>>& kept_stores() {
+  static auto& kept = *new Kept<std::vector<Stores>>;
+  return kept;
+}
+
+Layers layers_of(std::vector<Tensor> norms, double eps, std::vector<Tensor> weights,
+                 std::vector<std::optional<Tensor>> biases, std::vector<Text> formats, std::vector<int64_t> outputs) {
+  const size_t layers = norms.size() / 2, count = layers * kProducts;
+  STD_TORCH_CHECK(norms.size() == 2 * layers && weights.size() == count && biases.size() == count &&
+                      formats.size() == count && outputs.size() == count,
+                  "a layer has two norms and four products");
+  Layers all{eps, {}};
   for (size_t i = 0; i < layers; ++i) {
     const auto product = [&](size_t which) {
       which += i * kProducts;
       return Product{weights[which], biases[which], formats[which], outputs[which]};
     };
-    const Product products[kProducts] = {product(qkv), product(out), product(gate_up), product(down)};
-    Stores stores{keys[i], values[i], {}, {}};
-    if (scales) stores.key_scale = key_scales[i], stores.value_scale = value_scales[i];
-    h = one_layer(h, norms[2 * i], norms[2 * i + 1], eps, products, step, stores);
+    all.layers.push_back(
+        {norms[2 * i], norms[2 * i + 1], {product(qkv), product(out), product(gate_up), product(down)}});
+  }
+  return all;
+}
+
+Tensor compute(Tensor h, const Layers& all, const std::vector<Stores>& stores, const Step& step) {
+  STD_TORCH_CHECK(h.dim() == 2 && all.layers.size() == stores.size(),
+                  "layers take rows, and as many keys and values as there are layers");
+  for (size_t i = 0; i < stores.size(); ++i) {
+    const Layer& layer = all.layers[i];
+    h = one_layer(h, layer.attention_norm, layer.ffn_norm, all.eps, layer.products, step, stores[i]);
   }
   return h;
 }
 
-// The same of one: exported programs do not know which tensors of a list an operator changes.
+// Of each layer both norms; weights, biases, formats and outputs of its products: qkv, out, gate_up, down
+int64_t keep_layers(std::vector<Tensor> norms, double eps, std::vector<Tensor> weights,
+                    std::vector<std::optional<Tensor>> biases, std::vector<Text> formats,
+                    std::vector<int64_t> outputs) {
+  return kept_layers().add(layers_of(norms, eps, weights, biases, formats, outputs));
+}
+
+// Of each layer keys and values; and of each, or of none, their scales
+int64_t keep_stores(std::vector<Tensor> keys, std::vector<Tensor> values, std::vector<Tensor> key_scales,
+                    std::vector<Tensor> value_scales) {
+  const size_t layers = keys.size(), scales = key_scales.size();
+  STD_TORCH_CHECK(values.size() == layers && value_scales.size() == scales && (scales == 0 || scales == layers),
+                  "a layer has keys and values, and scales for both or none");
+  std::vector<Stores> all;
+  for (size_t i = 0; i < layers; ++i) {
+    all.push_back({keys[i], values[i], {}, {}});
+    if (scales) all[i].key_scale = key_scales[i], all[i].value_scale = value_scales[i];
+  }
+  return kept_stores().add(std::move(all));
+}
+
+void forget_layers(int64_t layers) { kept_layers().remove(layers); }
+void forget_stores(int64_t stores) { kept_stores().remove(stores); }
+
+// h (tokens, dim) -> (tokens, dim)
+Tensor compute_layers(Tensor h, int64_t layers, int64_t stores, Tensor cos, Tensor sin, Tensor slots, Tensor table) {
+  return compute(h, *kept_layers().at(layers), *kept_stores().at(stores), {cos, sin, slots, table});
+}
+
+// One layer, with all that it takes: exported programs see what an operator reads and changes.
 Tensor compute_layer(Tensor h, Tensor attention_norm, Tensor ffn_norm, double eps, std::vector<Tensor> weights,
                      std::vector<std::optional<Tensor>> biases, std::vector<Text> formats,
                      std::vector<int64_t> outputs, Tensor cos, Tensor sin, Tensor slots, Tensor keys, Tensor values,
                      std::optional<Tensor> key_scale, std::optional<Tensor> value_scale, Tensor table) {
-  std::vector<Tensor> key_scales, value_scales;
-  if (key_scale) key_scales = {*key_scale};
-  if (value_scale) value_scales = {*value_scale};
-  return compute_layers(h, {attention_norm, ffn_norm}, eps, weights, biases, formats, outputs, cos, sin, slots, {keys},
-                        {values}, key_scales, value_scales, table);
+  return compute(h, layers_of({attention_norm, ffn_norm}, eps, weights, biases, formats, outputs),
+                 {{keys, values, key_scale, value_scale}}, {cos, sin, slots, table});
 }
 
 }  // namespace
@@ -101,14 +150,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llama, m) {
       "compute_layer(Tensor h, Tensor attention_norm, Tensor ffn_norm, float eps, Tensor[] weights, Tensor?[] biases, "
       "str[] formats, int[] outputs, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys, Tensor(b!) values, "
       "Tensor(c!)? key_scale, Tensor(d!)? value_scale, Tensor table) -> Tensor");
+  m.def("keep_layers(Tensor[] norms, float eps, Tensor[] weights, Tensor?[] biases, str[] formats, int[] outputs) -> int");
+  m.def("keep_stores(Tensor[] keys, Tensor[] values, Tensor[] key_scales, Tensor[] value_scales) -> int");
+  m.def("forget_layers(int layers) -> ()");
+  m.def("forget_stores(int stores) -> ()");
   m.def(
-      "compute_layers(Tensor h, Tensor[] norms, float eps, Tensor[] weights, Tensor?[] biases, str[] formats, "
-      "int[] outputs, Tensor cos, Tensor sin, Tensor slots, Tensor(a!)[] keys, Tensor(b!)[] values, "
-      "Tensor(c!)[] key_scales, Tensor(d!)[] value_scales, Tensor table) -> Tensor");
+      "compute_layers(Tensor h, int layers, int stores, Tensor cos, Tensor sin, Tensor slots, Tensor table) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(llama, CPU, m) {
   m.impl("compute_layer", TORCH_BOX(&compute_layer));
   m.impl("compute_layers", TORCH_BOX(&compute_layers));
+}
+STABLE_TORCH_LIBRARY_IMPL(llama, CompositeExplicitAutograd, m) {
+  m.impl("keep_layers", TORCH_BOX(&keep_layers));
+  m.impl("keep_stores", TORCH_BOX(&keep_stores));
+  m.impl("forget_layers", TORCH_BOX(&forget_layers));
+  m.impl("forget_stores", TORCH_BOX(&forget_stores));
 }
 
 }  // namespace llama

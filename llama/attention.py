@@ -32,10 +32,10 @@ which tiles use and the operator does not: 16 rows is where a tile's fixed cost 
 SHORT_SCORES = 1 << 20  # of one head: with 4096 tokens 256 rows took 0.90 and 0.99, and 512 rows 1.27 and 0.96
 SHORT_CONTEXT = 4096
 """Tokens that rows see, up to which that holds. More leave the processor's cache from row to row, and only a few rows
-are faster one by one (4 rows at 8192 tokens: 0.82 and 0.85; 8 rows: 1.15 and 1.09; 16 rows: 1.54 and 1.47). 8 are a
+are faster one by one (4 rows at 8192 tokens: 0.82 and 0.85; 8 rows: 1.15 and 1.09; 16 rows: 1.54 and 1.47). 16 are a
 token and the guesses behind it: one by one they have the bits that each would have alone.
 """
-LONG_CONTEXT_ROWS = 8
+LONG_CONTEXT_ROWS = 16
 FEW_ROWS = 64  # up to which the keys are the left factor of the scores
 TILE_ROWS = 128  # query rows whose scores exist at one time
 TILE_SCORES = 1 << 24  # and the most scores that one tile may hold

@@ -22,17 +22,23 @@ from llama.runner import Pack, Runner
 from llama.sampling import sample
 
 
-class Drafter(Protocol):
-    """What guesses. `odds`: how often a guess is right, before anything is known of a choice.
+@dataclass(frozen=True)
+class Guesses:
+    """Tokens that may come next, and the odds that each is right, those before it being so: as such guesses are."""
 
-    `is_free`: guessing takes no time worth counting, so that more may be asked for than is used.
+    tokens: Sequence[int] = ()
+    odds: Sequence[float] = ()
+
+
+class Drafter(Protocol):
+    """What guesses. `odds`: how often its guesses are right, which says how many to ask for, since they take time;
+    None where they take none worth counting, and more may be asked for than are used.
     """
 
-    odds: float
-    is_free: bool
+    odds: float | None
 
-    def propose(self, rooms: Mapping[Choice, int]) -> dict[Choice, list[int]]:
-        """For each choice tokens that may come next, at most so many: fewer or none where it has no idea.
+    def propose(self, rooms: Mapping[Choice, int]) -> dict[Choice, Guesses]:
+        """For each choice at most so many: fewer or none where it has no idea.
 
         The cache's slots for them are there, behind the request's own.
         """
@@ -45,12 +51,13 @@ class NGrams:
     """
 
     SIZES = (3, 2)  # the longer one is the better sign
+    MOST = 16  # tokens that are compared to say how good a sign it is
 
     def __init__(self) -> None:
         self._follower: dict[tuple[int, ...], int] = {}  # the position behind its latest occurrence
         self._num_read = 0
 
-    def following(self, tokens: Sequence[int], most: int) -> list[int]:
+    def following(self, tokens: Sequence[int], most: int) -> Guesses:
         """Up to `most` tokens for behind `tokens`, which begin with all that was given before.
 
         What followed may reach into what is guessed: a text that repeats itself goes on so.
@@ -60,8 +67,10 @@ class NGrams:
             start = self._follower.get(tuple(tokens[-size:]))
             if start is not None:
                 seen = tokens[start : start + most]
-                return (seen * -(-most // len(seen)))[:most]
-        return []
+                behind, there = tokens[-self.MOST :], tokens[max(0, start - self.MOST) : start]
+                length = count_equal(behind[::-1], there[::-1])
+                return Guesses((seen * -(-most // len(seen)))[:most], [odds_behind(length + i) for i in range(most)])
+        return Guesses()
 
     def _read(self, tokens: Sequence[int]) -> None:
         """Notes all runs that a token follows."""
@@ -72,16 +81,25 @@ class NGrams:
         self._num_read = len(tokens)
 
 
+def odds_behind(length: int) -> float:
+    """How often a text goes on as it did behind the same tokens, so many of them.
+
+    SmolLM2's answers, of 8 prompts in its own words and 4 about a text, at temperature 1 and greedily: of the tokens
+    behind 2 that stood there before 0.31 to 0.47 were the same, behind 3 0.44 to 0.82, behind 4 0.52 to 0.82, behind 8
+    0.92 to 1, behind 12 and more 0.97 to 1.
+    """
+    return 1 - 2 * length**-1.5
+
+
 class Lookup:
     """Guesses that an answer goes on as its prompt, or itself, did behind the same words."""
 
-    odds = 0.4
-    is_free = True
+    odds = None
 
     def __init__(self) -> None:
         self._ngrams: WeakKeyDictionary[Choice, NGrams] = WeakKeyDictionary()
 
-    def propose(self, rooms: Mapping[Choice, int]) -> dict[Choice, list[int]]:
+    def propose(self, rooms: Mapping[Choice, int]) -> dict[Choice, Guesses]:
         found = {}
         for choice, room in rooms.items():
             ngrams = self._ngrams.setdefault(choice, NGrams())
@@ -115,7 +133,6 @@ class DraftModel:
     """
 
     odds = 0.8
-    is_free = False
 
     def __init__(self, runner: Runner, vocab_size: int, max_seq_len: int, max_step_tokens: int = 512):
         """`vocab_size`: of the large model. `max_step_tokens`: how much of prompts it reads each time it is asked."""
@@ -126,7 +143,7 @@ class DraftModel:
         self._held: WeakKeyDictionary[Request, Held] = WeakKeyDictionary()
         self._digests: dict[int, bytes] = {}  # by block: of the tokens whose keys and values fill it
 
-    def propose(self, rooms: Mapping[Choice, int]) -> dict[Choice, list[int]]:
+    def propose(self, rooms: Mapping[Choice, int]) -> dict[Choice, Guesses]:
         guesses: dict[Choice, list[int]] = {choice: [] for choice in rooms}
         parts = self._unread(rooms)
         while parts:
@@ -142,7 +159,7 @@ class DraftModel:
                 room = min(rooms[choice], self.max_seq_len - len(request.tokens))
                 if len(own) < room:
                     parts[choice] = Slice(request, len(request.tokens) + len(own) - 1, [token])
-        return guesses
+        return {choice: Guesses(own, [self.odds] * len(own)) for choice, own in guesses.items()}
 
     def _unread(self, rooms: Mapping[Choice, int]) -> dict[Choice, Slice]:
         """What is to be read of the requests' own tokens: at least the last, and of long prompts the next part."""

@@ -11,24 +11,27 @@ guesses have been right lately. Both are learned on the way: nothing is measured
 
 from __future__ import annotations
 
+import math
 import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
 from statistics import median
 from weakref import WeakKeyDictionary
 
 from llama.choice import Choice, Turn
-from llama.drafters import Drafter
+from llama.drafters import Drafter, Guesses
 from llama.request import Request, Slice, Step
 from llama.sampling import Sampled
 from llama.scheduler import Scheduler
 
-MOST_GUESSES = 7  # behind one token: products of more than 8 rows take longer with each of them
+MOST_GUESSES = 15  # behind one token: no step of more rows brings tokens faster, and 16 are attended row by row
 MOST_REQUESTS = 32  # in a step that guesses: with more, rows cost what they are worth
 WORTHWHILE = 1.05  # how much faster tokens must seem to come: less is lost where an estimate errs
-LEARNING = 0.15  # the weight of a guess's outcome in the odds
+LEARNING = 0.9  # of what came as no surprise at all: three that fail halve low odds
 FORGETTING = 0.01  # how far the odds go back, in a step without a guess, to what they were at first
 
 
@@ -43,7 +46,7 @@ class StepCosts:
 
     A step is compared with the latest that tried no guess, so that neither a context that grows nor a machine that is
     busy now and then counts. A size that was not compared three times lately is thought to cost what makes it worth a
-    try: a tenth more for each row up to eight, and above as much as its rows.
+    try: a tenth more for each row up to eight, and above four fifths of what its rows are more.
     """
 
     NUM_KEPT = 15
@@ -102,24 +105,30 @@ class StepCosts:
 
     @staticmethod
     def _expected(num_rows: int) -> float:
-        return (0.9 + 0.1 * min(num_rows, 8)) * max(1, num_rows / 8)
+        return (0.9 + 0.1 * min(num_rows, 8)) * (1 + 0.8 * max(0, num_rows / 8 - 1))
 
 
 @dataclass
 class Outlook:
-    """What is known of one choice's guesses."""
+    """How much more often one choice's guesses are right than such guesses are: by so much in log-odds.
 
-    first_odds: float
-    odds: float  # that one is right, those before it being so
-    guesses: Sequence[int] = ()  # the latest, tried or not
+    Learned guess by guess, as logistic regression learns a constant.
+    """
+
+    more: float = 0.0
+    guesses: Guesses = field(default_factory=Guesses)  # the latest, tried or not
+
+    def odds(self, usual: float) -> float:
+        """Of a guess that is usually right so often, more than never and less than always."""
+        return 1 / (1 + (1 / usual - 1) * math.exp(-self.more))
 
     def judge(self, came: Sequence[int]) -> None:
         """`came`: the tokens that the step brought, at least one."""
-        if not self.guesses:  # so that what did not pay is tried again some time
-            self.odds += FORGETTING * (self.first_odds - self.odds)
-        for guess, token in zip(self.guesses, came, strict=False):
-            self.odds += LEARNING * ((guess == token) - self.odds)
-        self.guesses = ()
+        if not self.guesses.tokens:  # so that what did not pay is tried again some time
+            self.more -= FORGETTING * self.more
+        for guess, usual, token in zip(self.guesses.tokens, self.guesses.odds, came, strict=False):
+            self.more += LEARNING * ((guess == token) - self.odds(usual))
+        self.guesses = Guesses()
 
 
 class Speculation:
@@ -150,18 +159,19 @@ class Speculation:
         if not 0 < self._num_rows <= MOST_REQUESTS or single is None:
             return step
         rooms = {choice: room for part in slices for choice, room in self._rooms(part, choices[part.request])}
-        if not self.drafter.is_free:
-            rooms = self._fit(len(slices), rooms, median(self._rounds) if self._rounds else 0.0)
+        if self.drafter.odds is not None:
+            odds = {choice: [self.drafter.odds] * room for choice, room in rooms.items()}
+            rooms = self._fit(len(slices), odds, median(self._rounds) if self._rounds else 0.0)
         granted = scheduler.make_room({choice.request: room for choice, room in rooms.items()})
         rooms = {choice: granted[choice.request] for choice in rooms if choice.request in granted}
         guesses = self._propose(rooms, single)
-        tried = self._fit(len(slices), {choice: len(own) for choice, own in guesses.items()})
+        tried = self._fit(len(slices), {choice: own.odds for choice, own in guesses.items()})
         if not tried:
             return step
         self._num_guesses = sum(tried.values())
         self.num_drafts += len(tried)
         self.num_draft_tokens += self._num_guesses
-        return scheduler.widen({choice.request: guesses[choice][:count] for choice, count in tried.items()})
+        return scheduler.widen({choice.request: guesses[choice].tokens[:count] for choice, count in tried.items()})
 
     def learn(self, turns: Sequence[Turn], sampled: Sampled, seconds: float) -> None:
         """What the step brought, and how long it took the model and the sampler."""
@@ -182,27 +192,30 @@ class Speculation:
         return [(choices[0], min(room, MOST_GUESSES))]
 
     def _outlook(self, choice: Choice) -> Outlook:
-        return self._outlooks.setdefault(choice, Outlook(self.drafter.odds, self.drafter.odds))
+        return self._outlooks.setdefault(choice, Outlook())
 
-    def _propose(self, rooms: Mapping[Choice, int], single: float) -> dict[Choice, list[int]]:
+    def _propose(self, rooms: Mapping[Choice, int], single: float) -> dict[Choice, Guesses]:
         started = self.clock()
         guesses = self.drafter.propose(rooms)
-        num_rounds = max(map(len, guesses.values()), default=0)
+        num_rounds = max((len(own.tokens) for own in guesses.values()), default=0)
         if num_rounds:
             self._rounds.append((self.clock() - started) / num_rounds / single)
         for choice, own in guesses.items():
             self._outlook(choice).guesses = own
         return guesses
 
-    def _fit(self, num_requests: int, rooms: Mapping[Choice, int], round_cost: float = 0.0) -> dict[Choice, int]:
-        """How many of so many guesses to try of each choice, that tokens may come fastest; no entry for none.
+    def _fit(
+        self, num_requests: int, guesses: Mapping[Choice, Sequence[float]], round_cost: float = 0.0
+    ) -> dict[Choice, int]:
+        """How many guesses to try of each choice, that tokens may come fastest; no entry for none.
 
-        round_cost: what it takes to have one more guess of each, of the time of one row's step.
+        guesses: how often each is usually right. round_cost: what it takes to have one more guess of each, of the time
+        of one row's step.
         """
         candidates = []
-        for choice, room in rooms.items():
-            odds = self._outlook(choice).odds
-            candidates += [(odds**depth, depth, choice) for depth in range(1, room + 1)]
+        for choice, usual in guesses.items():
+            right = accumulate(map(self._outlook(choice).odds, usual), mul)  # with all before it
+            candidates += [(odds, depth, choice) for depth, odds in enumerate(right, 1)]
         candidates.sort(key=lambda candidate: -candidate[0])  # stable: a choice's own stay in order
         most, num_tried = WORTHWHILE * num_requests / self.costs(num_requests), 0
         num_tokens, num_rounds = float(num_requests), 0

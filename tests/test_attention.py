@@ -50,10 +50,10 @@ def test_short_spans_give_the_same_in_compiled_rows_and_in_tiles(dtype, kv_dtype
 
 
 def test_a_span_is_shorter_where_its_request_is_long():
-    spans = [Span(0, rows, context, ((0, context),)) for rows in (8, 9, 64, 65) for context in (4096, 4097)]
+    spans = [Span(0, rows, context, ((0, context),)) for rows in (16, 17, 64, 65) for context in (4096, 4097)]
     longer = CompiledRows.plan(spans, torch.arange(0), None, short=64).tiles.spans
     assert [(span.num_rows, span.context) for span in longer] == [
-        (9, 4097),
+        (17, 4097),
         (64, 4097),
         (65, 4096),
         (65, 4097),

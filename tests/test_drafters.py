@@ -8,7 +8,7 @@ from support.tiny import ByteTokenizer, tiny_args, tiny_model
 
 from llama.answer import Query
 from llama.choice import Choice
-from llama.drafters import DraftModel, NGrams
+from llama.drafters import DraftModel, Guesses, NGrams
 from llama.engine import Engine
 from llama.runner import BLOCK_SIZE, Runner
 from llama.sampling_params import SamplingParams
@@ -37,24 +37,31 @@ def looked_up(tokens: list[int], most: int) -> list[int]:
 )
 def test_ngrams_that_grow_with_a_text_find_what_a_search_finds(tokens, additions, most):
     ngrams = NGrams()
-    assert ngrams.following(tokens, most) == looked_up(tokens, most)
+    assert [*ngrams.following(tokens, most).tokens] == looked_up(tokens, most)
     for added in additions:
         tokens += added
-        assert ngrams.following(tokens, most) == looked_up(tokens, most)
+        assert [*ngrams.following(tokens, most).tokens] == looked_up(tokens, most)
 
 
 def test_three_tokens_are_a_better_sign_than_two():
     tokens = [1, 2, 3, 50, 9, 2, 3, 60, 1, 2, 3]
-    assert NGrams().following(tokens, 2) == [50, 9]
-    assert NGrams().following([*tokens[1:8], 2, 3], 2) == [60, 2]
+    assert NGrams().following(tokens, 2).tokens == [50, 9]
+    assert NGrams().following([*tokens[1:8], 2, 3], 2).tokens == [60, 2]
 
 
 def test_a_text_that_repeats_itself_is_guessed_beyond_its_end():
-    assert NGrams().following([5, 6, 5, 6, 5, 6], 7) == [5, 6, 5, 6, 5, 6, 5]
+    assert NGrams().following([5, 6, 5, 6, 5, 6], 7).tokens == [5, 6, 5, 6, 5, 6, 5]
 
 
 def test_nothing_is_guessed_in_a_text_without_repetition():
-    assert NGrams().following([1, 2, 3, 4], 7) == []
+    assert NGrams().following([1, 2, 3, 4], 7) == Guesses()
+
+
+def test_the_more_tokens_are_as_they_were_the_likelier_is_it_that_the_next_is_too():
+    text = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    odds = [NGrams().following([*text, 50, *text[first:7]], 2).odds for first in (5, 4, 0)]
+    assert odds[0][0] < odds[0][1] == odds[1][0] < odds[1][1] < odds[2][0] < odds[2][1] < 1
+    assert odds[0][0] == pytest.approx(0.29, abs=0.01)
 
 
 # ---- a draft model
@@ -106,7 +113,7 @@ def asked(engine: Engine, choice: Choice, room: int) -> list[int]:
     rooms = engine.scheduler.make_room({choice.request: room})
     guesses = engine.speculation.drafter.propose({choice: rooms[choice.request]})
     engine.scheduler.cancel(engine.scheduler._step)
-    return guesses[choice]
+    return guesses[choice].tokens
 
 
 def take(engine: Engine, choice: Choice, tokens: list[int]) -> None:

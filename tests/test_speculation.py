@@ -14,7 +14,7 @@ from support.tiny import ByteTokenizer, tiny_args, tiny_model
 
 from llama import SamplingParams
 from llama.answer import Completion, Logprob, Query
-from llama.drafters import Drafter, DraftModel, Lookup
+from llama.drafters import Drafter, DraftModel, Guesses, Lookup
 from llama.engine import Engine
 from llama.runner import BLOCK_SIZE, Runner
 from llama.scheduler import Scheduler
@@ -38,8 +38,7 @@ class SameCosts:
 class Told:
     """Guesses what it was told will come, by the prompt's length; wrongly at some places, if at all."""
 
-    odds = 0.99
-    is_free = True
+    odds = None
 
     def __init__(self, answers: dict[int, list[int]], wrong: float = 0.0):
         self.answers = answers
@@ -52,7 +51,8 @@ class Told:
             request = choice.request
             done = len(request.tokens) - request.num_prompt_tokens
             guesses = self.answers[request.num_prompt_tokens][done : done + room]
-            found[choice] = [(g + 1) % 256 if self.chance.random() < self.wrong else g for g in guesses]
+            guesses = [(g + 1) % 256 if self.chance.random() < self.wrong else g for g in guesses]
+            found[choice] = Guesses(guesses, [0.99] * len(guesses))
         return found
 
 
@@ -222,9 +222,9 @@ def test_right_guesses_save_steps():
     sizes = []
     while engine.has_work:
         sizes.append(len(engine.step()))
-    assert sizes == [1, 8, 8, 8, 5]  # the first brings the prompt; the last has no room for more
-    assert engine.stats().num_draft_tokens == engine.stats().num_accepted_tokens == 7 + 7 + 7 + 4
-    assert engine.stats().num_drafts == 4
+    assert sizes == [1, 16, 13]  # the first brings the prompt; the last has no room for more
+    assert engine.stats().num_draft_tokens == engine.stats().num_accepted_tokens == 15 + 12
+    assert engine.stats().num_drafts == 2
 
 
 @pytest.mark.parametrize("end", [dict(stop_token_ids=True), dict(stop=True), dict(max_tokens=6)])
@@ -298,7 +298,7 @@ def test_nothing_is_guessed_in_a_step_that_reads_a_prompt():
     engine.add(Query(list(range(100, 180)), params(**GREEDY, max_tokens=1)))
     sizes = [len(engine.step()) for _ in range(7)]
     assert sizes[:5] == [1] * 5
-    assert max(sizes) == 8
+    assert max(sizes) == 16
 
 
 def test_prompts_of_one_token_may_ask_for_a_vector_or_several_answers():
@@ -315,12 +315,10 @@ def test_prompts_of_one_token_may_ask_for_a_vector_or_several_answers():
 # ---- what pays
 
 
-def paying(drafter: Drafter, costs: dict[int, float], odds: float) -> tuple[Speculation, object]:
-    speculation = Speculation(drafter)
+def paying(costs: dict[int, float]) -> tuple[Speculation, object]:
+    speculation = Speculation(Lookup())
     show(speculation.costs, costs)
-    choice = Named()
-    speculation._outlooks[choice] = Outlook(odds, odds)
-    return speculation, choice
+    return speculation, Named()
 
 
 def show(seen: StepCosts, costs: dict[int, float]) -> None:
@@ -352,20 +350,18 @@ STEEP = {1: 1.0, 2: 1.79, 3: 2.39, 4: 2.09, 5: 2.19, 6: 2.26, 8: 2.29}
     ],
 )
 def test_as_many_are_tried_as_make_tokens_come_fastest(costs, odds, expected):
-    speculation, choice = paying(Lookup(), costs, odds)
-    assert speculation._fit(1, {choice: 7}) == ({choice: expected} if expected else {})
+    speculation, choice = paying(costs)
+    assert speculation._fit(1, {choice: [odds] * 7}) == ({choice: expected} if expected else {})
 
 
 def test_the_likeliest_guesses_of_all_choices_come_first():
-    speculation, sure = paying(Lookup(), {1: 1.0, 2: 1.0, 3: 1.05, 4: 1.1, 5: 1.6, 8: 3.0}, 0.9)
-    doubtful = Named()
-    speculation._outlooks[doubtful] = Outlook(0.3, 0.3)
-    assert speculation._fit(2, {doubtful: 7, sure: 7}) == {sure: 2}
+    speculation, sure = paying({1: 1.0, 2: 1.0, 3: 1.05, 4: 1.1, 5: 1.6, 8: 3.0})
+    assert speculation._fit(2, {Named(): [0.3] * 7, sure: [0.9] * 7}) == {sure: 2}
 
 
 def test_a_slow_drafter_is_asked_for_less():
-    speculation, choice = paying(Lookup(), FLAT, 0.8)
-    counts = [speculation._fit(1, {choice: 7}, round_cost).get(choice, 0) for round_cost in (0.0, 0.2, 0.9)]
+    speculation, choice = paying(FLAT)
+    counts = [speculation._fit(1, {choice: [0.8] * 7}, round_cost).get(choice, 0) for round_cost in (0.0, 0.2, 0.9)]
     assert counts[0] > counts[1] > counts[2] == 0
 
 
@@ -380,7 +376,7 @@ def test_costs_are_found_whatever_else_the_machine_does():
     assert costs(2) == pytest.approx(STEEP[2], rel=0.2)
     assert costs(8) == pytest.approx(STEEP[8], rel=0.2)
     assert costs(2) < costs(4) < costs(5) < costs(8)  # between what was seen
-    assert costs(16) == pytest.approx(2 * costs(8))
+    assert costs(16) == pytest.approx(1.8 * costs(8))
 
 
 def test_a_size_that_was_dear_once_is_tried_again_after_a_while():
@@ -393,18 +389,28 @@ def test_a_size_that_was_dear_once_is_tried_again_after_a_while():
 
 
 def test_odds_follow_what_comes_whether_it_was_tried_or_not():
-    outlook = Outlook(0.4, 0.4)
+    outlook = Outlook()
+    assert outlook.odds(0.4) == pytest.approx(0.4)
     for _ in range(20):
-        outlook.guesses = [5, 6, 7]
+        outlook.guesses = Guesses([5, 6, 7], [0.4] * 3)
         outlook.judge([5])  # of three guesses none was tried
-    assert outlook.odds > 0.9
+    assert outlook.odds(0.4) > 0.9
     for _ in range(20):
-        outlook.guesses = [5, 6, 7]
+        outlook.guesses = Guesses([5, 6, 7], [0.4] * 3)
         outlook.judge([6])
-    assert outlook.odds < 0.1
+    assert outlook.odds(0.4) < 0.1 < outlook.odds(0.9)
     for _ in range(500):
         outlook.judge([1])
-    assert outlook.odds == pytest.approx(0.4, abs=0.01)
+    assert outlook.odds(0.4) == pytest.approx(0.4, abs=0.01)
+
+
+def test_what_was_to_be_expected_changes_no_odds():
+    outlook, often = Outlook(), random.Random(3)
+    for _ in range(2000):
+        usual = often.choice([0.3, 0.6, 0.9])
+        outlook.guesses = Guesses([5], [usual])
+        outlook.judge([5 if often.random() < usual else 6])
+    assert abs(outlook.more) < 1.5
 
 
 def test_guesses_that_do_not_pay_are_not_tried():
@@ -421,7 +427,7 @@ def test_now_and_then_a_step_is_plain_to_compare_others_with():
     engine, _ = told()
     engine.speculation.costs = costs = StepCosts()
     answers(engine, ([1, 2, 3], params(**GREEDY)))
-    assert [rows for _, rows, _ in costs._plain] == [1, 1, 1]  # then 8 rows at a time
+    assert [rows for _, rows, _ in costs._plain] == [1, 1, 1]  # then 16 rows at a time
     assert costs.single is not None
     for _ in range(StepCosts.LATELY):
         costs.record(8, 1.0, guessed=True)

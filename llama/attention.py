@@ -121,10 +121,12 @@ class StepCache:
         """Whether `compute_layers` serves the step."""
         return self.kept is not None
 
-    def compute_layers(self, h: Tensor, layers: layer.KeptLayers, rotary: Rotary) -> Tensor:
+    def compute_layers(
+        self, h: Tensor, layers: layer.KeptLayers, additions: layer.KeptAdditions | None, rotary: Rotary
+    ) -> Tensor:
         """All layers in one operator: see `compute_layers`."""
-        backend = self.backend
-        return layer.compute_layers(h, layers, self.kept, rotary.cos, rotary.sin, backend.slots, backend.table)
+        slots, table = self.backend.slots, self.backend.table
+        return layer.compute_layers(h, layers, additions, self.kept, rotary.cos, rotary.sin, slots, table)
 
 
 @dataclass(frozen=True)

@@ -222,8 +222,8 @@ class Joint(Counted):
         return self.added(y, x) if self.added else y
 
     def for_layer(self) -> LayerProduct | None:
-        """See `AnyLinear.for_layer`; None too where something is added to the product in this step."""
-        return None if self.joint is None or self.added else self.joint.for_layer()
+        """See `AnyLinear.for_layer`; without what is `added`."""
+        return None if self.joint is None else self.joint.for_layer()
 
     def prepare(self, fixed_rows: int | None = None) -> None:
         """Joins the parts, or each with itself where they are of different kinds, and prepares the result."""

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.kernels.lowrank import Factors, Group, LowRankRows, add_low_rank_twin
-from llama.linear import in_tiles
+from llama.linear import Counted, in_tiles
 
 MOST_ROWS = 64  # of one adapter in a step that the kernel takes: a matrix library does more of them faster
 MOST_PLANS = 64  # that a place keeps: of steps that differ in whose rows they have
@@ -111,7 +111,7 @@ class StepRows:
         self.runs: tuple[Run, ...] = ()
 
 
-class Site:
+class Site(Counted):
     """One place of a model where adapters change a result: `changes` by their numbers, `rows` says whose rows they are.
 
     Steps are alike, so plans of what is to be done are kept. Of an adapter's changes those of low rank are the last.
@@ -137,9 +137,14 @@ class Site:
                 change.apply(y[rows], x[rows])
         return y
 
+    def additions(self, num_rows: int) -> list[LowRankRows] | None:
+        """What it adds in this step, of so many rows; None where it does anything else."""
+        plan = [change for _, change in self._planned(num_rows)]
+        return plan if all(isinstance(change, LowRankRows) for change in plan) else None
+
     def remove(self, number: int) -> None:
         """Lets go of an adapter's changes."""
-        self.changes.pop(number, None)
+        self.changes = {other: changes for other, changes in self.changes.items() if other != number}
         self._plans.clear()
 
     def _planned(self, num_rows: int) -> list[tuple[slice | None, Change]]:

@@ -126,13 +126,14 @@ class TransformerBlock(CountedModule):
 
     def forward(self, x: torch.Tensor, rotary: Rotary, cache: LayerCache) -> torch.Tensor:
         """(num_tokens, dim) -> (num_tokens, dim)"""
-        if cache.computes_layers and (operands := self.operands()) is not None:
+        is_changed = any(product.added for product in self.products)
+        if cache.computes_layers and not is_changed and (operands := self.operands()) is not None:
             return cache.compute_layer(x, operands, rotary)
         h = x + self.attention(self.attention_norm(x), rotary, cache)
         return h + self.feed_forward(self.ffn_norm(h))
 
     def operands(self) -> LayerOperands | None:
-        """For the operator that computes a layer; None where that cannot make one of the products."""
+        """For the operator that computes a layer, without what is added to products; None where it cannot make one."""
         if not self.is_whole:
             return None
         products = [product.for_layer() for product in self.products]

@@ -14,7 +14,7 @@ from llama.cache import KVCache, Span
 from llama.kernels import library
 from llama.kernels.lowrank import Factors
 from llama.layer_stack import LayerStack
-from llama.lora import LowRankChange, Site
+from llama.lora import ColumnChange, LowRankChange, Site, StepRows
 from llama.model import Transformer, TransformerBlock
 from llama.quantization import LowBitLinear
 
@@ -52,7 +52,7 @@ def computed(model: Transformer, kv_dtype: torch.dtype | None = None) -> list[to
 
 def one_by_one(model: Transformer, kv_dtype: torch.dtype | None = None) -> list[torch.Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LayerStack, "kept", lambda self: None)
+        patch.setattr(LayerStack, "plan", lambda self, num_rows: None)
         return computed(model, kv_dtype)
 
 
@@ -94,20 +94,72 @@ def test_what_is_added_to_a_product_is_added_as_long_as_it_is_there():
     assert_same(computed(model), before)
 
 
-def test_an_adapter_that_no_row_of_the_step_asks_for_costs_nothing():
-    model, change = (
-        prepared("sym_int4"),
-        LowRankChange(Factors.of([(torch.ones(2, 256), torch.ones(128, 2))], [0]), None),
-    )
+def low_rank(outputs: int, columns: int, seed: int = 0, place: int = 0) -> LowRankChange:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(4, columns, generator=generator), torch.randn(outputs, 4, generator=generator)
+    return LowRankChange(Factors.of([(a, b / 64)], [place]), None)
+
+
+def adapted(model: Transformer, changes: dict[str, dict[int, list]]) -> StepRows:
+    """Adapters' changes at some joints of layer 1, and what says whose the rows are."""
+    rows = StepRows()
+    for name, by_adapter in changes.items():
+        site = Site()
+        site.rows, site.changes = rows, by_adapter
+        owner, attribute = name.split(".")
+        getattr(getattr(model.layers[1], owner), attribute).added = site
+    return rows
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("format", ["sym_int4", PLAIN])
+def test_what_adapters_of_low_rank_add_is_added_in_the_same_call(format, dtype):
+    if dtype == torch.bfloat16 and not format and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        pytest.skip("plain weights are in the matrix library's order here")
+    model = prepared(format, dtype)
     before = computed(model)
-    model.layers[1].feed_forward.down.added = site = Site()
-    site.changes[1] = [change]
+    one, other = low_rank(256, 128), low_rank(128, 256, seed=1)
+    rows = adapted(
+        model,
+        {
+            "attention.qkv": {1: [one], 2: [low_rank(64, 128, seed=2, place=128)]},
+            "feed_forward.gate_up": {2: [one, low_rank(256, 128, seed=3, place=256)]},
+            "feed_forward.down": {1: [other]},
+        },
+    )
     assert is_at_once(model)
-    site.rows.runs = ((1, 1), (0, 3))
+    assert_same(computed(model), before)
+    for runs in [((1, 4),), ((1, 1), (0, 3)), ((0, 1), (2, 3)), ((2, 1), (1, 3)), ((1, 4),)]:
+        rows.runs = runs
+        assert is_at_once(model)
+        assert_same(computed(model), one_by_one(model))
+        assert not torch.equal(computed(model)[0], before[0])
+    rows.runs = ()
+    assert_same(computed(model), before)
+
+
+def test_changes_that_the_operator_does_not_know_are_made_one_by_one():
+    model = prepared("sym_int4")
+    rows = adapted(model, {"feed_forward.down": {1: [ColumnChange(torch.full((128,), 2.0)), low_rank(128, 256)]}})
+    assert is_at_once(model)
+    rows.runs = ((1, 4),)
     assert not is_at_once(model)
-    changed = computed(model)[0]
-    assert not torch.equal(changed[0], before[0][0])
-    assert torch.equal(changed[1:], before[0][1:])
+    assert_same(computed(model), one_by_one(model))
+
+
+def test_what_an_adapter_added_goes_with_it():
+    model = prepared("sym_int4")
+    change = low_rank(128, 256)
+    factors = weakref.ref(change.factors.numbers)
+    rows = adapted(model, {"feed_forward.down": {1: [change], 2: [low_rank(128, 256, seed=1)]}})
+    rows.runs = ((1, 4),)
+    computed(model)
+    del change
+    rows.runs = ((2, 4),)
+    model.layers[1].feed_forward.down.added.remove(1)
+    computed(model)
+    gc.collect()
+    assert factors() is None
 
 
 @pytest.mark.parametrize("place", ["layers.2.attention_norm", "layers.1.feed_forward.w2"])
@@ -145,11 +197,11 @@ def test_layers_that_fix_their_number_of_rows_are_called():
 def test_what_is_kept_is_gathered_again_only_when_something_was_set():
     model = prepared()
     computed(model)
-    kept = model.stack.kept()
+    plan = model.stack.plan(4)
     computed(model)
-    assert model.stack.kept() is kept
+    assert model.stack.plan(4) is plan
     model.norm.eps = model.norm.eps
-    assert model.stack.kept() is not kept
+    assert model.stack.plan(4) is not plan
 
 
 def test_weights_that_were_moved_are_those_that_are_used():
@@ -180,11 +232,11 @@ def test_what_is_kept_goes_with_its_owner():
     model = prepared()
     weight = weakref.ref(model.layers[0].feed_forward.w1.weight)
     computed(model)
-    number = model.stack.kept().number
+    number = model.stack.plan(4).layers.number
     del model
     gc.collect()
     assert weight() is None
     cache = KVCache(tiny_model(tiny_args()).cache_shape, 16, torch.device("cpu"), torch.float32)
     h, cos = torch.ones(1, 128), torch.ones(1, 1, 32)
     with pytest.raises(RuntimeError, match=f"nothing is kept under the number {number}"):
-        torch.ops.llama.compute_layers(h, number, cache.kept.number, cos, cos, torch.tensor([0]), torch.tensor([0]))
+        torch.ops.llama.compute_layers(h, number, 0, cache.kept.number, cos, cos, torch.tensor([0]), torch.tensor([0]))

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from llama.kernels import library
+from llama.kernels.lowrank import LowRankRows
 
 _compute_layer, _compute_layers = (library.operator(name) for name in ("compute_layer", "compute_layers"))
 _keep_layers, _forget_layers = (library.operator(name) for name in ("keep_layers", "forget_layers"))
 _keep_stores, _forget_stores = (library.operator(name) for name in ("keep_stores", "forget_stores"))
-COMPILED = None not in (_compute_layer, _compute_layers, _keep_layers, _keep_stores)
+_keep_additions, _forget_additions = (library.operator(name) for name in ("keep_additions", "forget_additions"))
+COMPILED = None not in (_compute_layer, _compute_layers, _keep_layers, _keep_stores, _keep_additions)
 
 
 class LayerProduct(NamedTuple):
@@ -86,6 +88,19 @@ class KeptStores(Kept):
     keep, forget = _keep_stores, _forget_stores
 
 
+class KeptAdditions(Kept):
+    """What adapters add to products: see `of`."""
+
+    keep, forget = _keep_additions, _forget_additions
+
+    @classmethod
+    def of(cls, num_products: int, additions: Sequence[tuple[int, LowRankRows]]) -> KeptAdditions:
+        """To products, by their place among those of all layers."""
+        factors = [part for _, one in additions for part in one.factors]
+        numbers = [(place, len(one.factors), len(one.layout), *one.layout) for place, one in additions]
+        return cls(num_products, factors, list(chain.from_iterable(numbers)))
+
+
 def compute_layer(
     h: Tensor,
     operands: LayerOperands,
@@ -108,10 +123,18 @@ def compute_layer(
 
 
 def compute_layers(
-    h: Tensor, layers: KeptLayers, stores: KeptStores, cos: Tensor, sin: Tensor, slots: Tensor, table: Tensor
+    h: Tensor,
+    layers: KeptLayers,
+    additions: KeptAdditions | None,
+    stores: KeptStores,
+    cos: Tensor,
+    sin: Tensor,
+    slots: Tensor,
+    table: Tensor,
 ) -> Tensor:
     """The same of several layers, one behind the other, each with its keys and values."""
-    return _compute_layers(h, layers.number, stores.number, cos, sin, slots, table)
+    number = 0 if additions is None else additions.number
+    return _compute_layers(h, layers.number, number, stores.number, cos, sin, slots, table)
 
 
 if COMPILED:

@@ -79,7 +79,7 @@ def compute_layers(dtype: torch.dtype = torch.float32) -> Call:
     cos, sin, slots, keys, values, key_scale, value_scale, table = step(dtype)
     three = layer.KeptLayers(*layer.LayerOperands.joined([operands(norms)] * 3))
     stores = layer.KeptStores(*([] if one is None else [one] * 3 for one in (keys, values, key_scale, value_scale)))
-    return lambda: layer.compute_layers(h, three, stores, cos, sin, slots, table)
+    return lambda: layer.compute_layers(h, three, None, stores, cos, sin, slots, table)
 
 
 def compute_layers_of_int8() -> Call:

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "lowrank.h"
+#include "operators.h"
 #include "processor.h"
 #include "team.h"
 #include "tensors.h"
@@ -25,7 +26,7 @@ using torch::stable::Tensor;
 constexpr int64_t kTile = 16;
 constexpr int64_t kNumbersPerThread = 16384;  // less is not worth waking a thread for
 
-struct Part {  // b of some neighbouring outputs: [panel][rank][16]
+struct Panels {  // b of some neighbouring outputs: [panel][rank][16]
   int64_t ranks, column, columns;
   const void* b;
   int64_t first_rank;
@@ -35,7 +36,7 @@ struct Change {  // one adapter's, for its rows
   int64_t first_row, rows, ranks;
   bool bfloat16;
   const void* a;  // [rank][column]
-  std::vector<Part> parts;
+  std::vector<Panels> parts;
   float* h;  // [row][rank]
 };
 
@@ -67,7 +68,7 @@ std::vector<Change> read_layout(const std::vector<Tensor>& factors, const std::v
     change.rows = take(rows - change.first_row);
     change.parts.resize(take(outputs));
     int64_t size = 0;
-    for (Part& part : change.parts) {
+    for (Panels& part : change.parts) {
       part.first_rank = change.ranks;
       part.ranks = take(numbers.numel());
       part.column = take(outputs);
@@ -78,7 +79,7 @@ std::vector<Change> read_layout(const std::vector<Tensor>& factors, const std::v
     }
     STD_TORCH_CHECK(size == numbers.numel(), "add_low_rank: factors have the wrong size");
     const char* b = (const char*)change.a + change.ranks * columns * (bfloat16 ? 2 : 4);
-    for (Part& part : change.parts) {
+    for (Panels& part : change.parts) {
       part.b = b;
       b += part.ranks * part.columns * (bfloat16 ? 2 : 4);
     }
@@ -102,6 +103,8 @@ void in_pieces(const std::vector<int64_t>& sizes, int64_t work, F&& f) {
     }
   });
 }
+
+}  // namespace
 
 // y (rows, outputs), changed in place; x (rows, columns) of the same type: bfloat16 or float32.
 void add_low_rank(Tensor y, Tensor x, std::vector<Tensor> factors, std::vector<int64_t> layout, Text variant) {
@@ -130,13 +133,13 @@ void add_low_rank(Tensor y, Tensor x, std::vector<Tensor> factors, std::vector<i
   for (const Change& c : changes) num_h += c.rows * c.ranks, most_rows = std::max(most_rows, c.rows);
   std::vector<float> memory(num_h);
   std::vector<int64_t> num_ranks, num_panels;
-  std::vector<std::pair<const Change*, const Part*>> places;
+  std::vector<std::pair<const Change*, const Panels*>> places;
   float* h = memory.data();
   for (Change& c : changes) {
     c.h = h;
     h += c.rows * c.ranks;
     num_ranks.push_back(c.ranks);
-    for (const Part& part : c.parts) {
+    for (const Panels& part : c.parts) {
       num_panels.push_back(part.columns / kTile);
       places.push_back({&c, &part});
     }
@@ -172,8 +175,6 @@ void add_low_rank(Tensor y, Tensor x, std::vector<Tensor> factors, std::vector<i
     }
   });
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(llama, m) {
   m.def("add_low_rank(Tensor(a!) y, Tensor x, Tensor[] factors, int[] layout, str variant) -> ()");

@@ -10,7 +10,7 @@ from torch import Tensor
 from llama.attention import LayerCache, StepCache
 from llama.kernels.layer import KeptAdditions, KeptLayers, LayerOperands
 from llama.linear import Counted, Joint
-from llama.lora import Site, StepRows
+from llama.lora import MOST_PLANS, Site, StepRows
 from llama.rotary import Rotary
 
 
@@ -26,10 +26,7 @@ class Layer(Protocol):
         """For the operator that computes a layer, without what is added to products; None where it cannot make one."""
 
 
-MOST_PLANS = 64  # that are kept: of steps that differ in whose rows they have
-
-
-class Plan(NamedTuple):
+class StepOperands(NamedTuple):
     """What the operator for all layers computes with in a step."""
 
     layers: KeptLayers
@@ -44,7 +41,7 @@ class LayerStack:
         self._num_set: int | None = None  # what `Counted` said when the rest was looked at
         self._hooks: list[dict] = []
         self._rows: list[StepRows] = []  # which tell who changes products in a step
-        self._plans: dict[tuple, Plan | None] = {}
+        self._plans: dict[tuple, StepOperands | None] = {}
         self._kept: KeptLayers | None = None
 
     def compute(self, h: Tensor, rotary: Rotary, caches: StepCache) -> Tensor:
@@ -56,7 +53,7 @@ class LayerStack:
             h = layer(h, rotary, cache)
         return h
 
-    def plan(self, num_rows: int) -> Plan | None:
+    def plan(self, num_rows: int) -> StepOperands | None:
         """For a step of so many rows; None where layers have to be called: one is not whole, somebody has hooked it, or
         a product is changed in a way that the operator does not know."""
         if self._num_set != Counted.num_set:
@@ -82,7 +79,7 @@ class LayerStack:
         """What may change each product, of all layers."""
         return [joint.added for layer in self.layers for joint in layer.products]
 
-    def _planned(self, num_rows: int) -> Plan | None:
+    def _planned(self, num_rows: int) -> StepOperands | None:
         if self._kept is None:
             return None
         added, additions = self._added(), []
@@ -92,4 +89,4 @@ class LayerStack:
                 if changes is None:
                     return None
                 additions += [(place, change) for change in changes]
-        return Plan(self._kept, KeptAdditions.of(len(added), additions) if additions else None)
+        return StepOperands(self._kept, KeptAdditions.of(len(added), additions) if additions else None)

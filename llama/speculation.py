@@ -66,20 +66,26 @@ class StepCosts:
     def record(self, num_rows: int, seconds: float, guessed: bool) -> None:
         """A step of so many rows, some of them guesses or none, took so long."""
         self._num_steps += 1
-        others = self._singles(num_rows)
-        if num_rows > 1 and len(others) >= self.NUM_NEEDED:
-            self._last_seen[num_rows] = self._num_steps
-            seen = self._seen.setdefault(num_rows, deque(maxlen=self.NUM_KEPT))
-            seen.append(seconds / median(others))
-            if len(seen) >= self.NUM_NEEDED:
-                self._known[num_rows] = median(seen)
         if not guessed:
             self._plain.append((self._num_steps, num_rows, seconds))
+        if num_rows > 1:
+            self._compare(num_rows, seconds)
         if self._num_steps % self.FOREVER == 0:
             for size in [size for size, last in self._last_seen.items() if last <= self._num_steps - self.FOREVER]:
                 del self._seen[size], self._last_seen[size]
                 self._known.pop(size, None)
-        self._sizes = sorted(self._known)
+            self._sizes = sorted(self._known)
+
+    def _compare(self, num_rows: int, seconds: float) -> None:
+        others = self._singles(num_rows)
+        if len(others) < self.NUM_NEEDED:
+            return
+        self._last_seen[num_rows] = self._num_steps
+        seen = self._seen.setdefault(num_rows, deque(maxlen=self.NUM_KEPT))
+        seen.append(seconds / median(others))
+        if len(seen) >= self.NUM_NEEDED:
+            self._known[num_rows] = median(seen)
+            self._sizes = sorted(self._known)
 
     @property
     def single(self) -> float | None:
@@ -153,25 +159,22 @@ class Speculation:
         """The scheduler's step, with guesses behind the requests' own tokens."""
         if self.drafter is None:
             return step
-        slices, single = step.slices, self.costs.single
+        slices = step.slices
         self._num_rows = len(slices) if all(part.count == part.num_sampled == 1 for part in slices) else 0
         self._num_guesses = 0
-        if not 0 < self._num_rows <= MOST_REQUESTS or single is None:
+        if not 0 < self._num_rows <= MOST_REQUESTS:
             return step
         rooms = {choice: room for part in slices for choice, room in self._rooms(part, choices[part.request])}
-        if self.drafter.odds is not None:
-            odds = {choice: [self.drafter.odds] * room for choice, room in rooms.items()}
-            rooms = self._fit(len(slices), odds, median(self._rounds) if self._rounds else 0.0)
-        granted = scheduler.make_room({choice.request: room for choice, room in rooms.items()})
-        rooms = {choice: granted[choice.request] for choice in rooms if choice.request in granted}
-        guesses = self._propose(rooms, single)
-        tried = self._fit(len(slices), {choice: own.odds for choice, own in guesses.items()})
-        if not tried:
+        guesses = self._look_up(rooms) if self.drafter.odds is None else self._ask(scheduler, rooms)
+        tried = self._fit(self._num_rows, guesses) if guesses and self.costs.single is not None else {}
+        granted = scheduler.make_room({choice.request: count for choice, count in tried.items()}) if tried else {}
+        if not granted:
             return step
-        self._num_guesses = sum(tried.values())
-        self.num_drafts += len(tried)
+        self._num_guesses = sum(granted.values())
+        self.num_drafts += len(granted)
         self.num_draft_tokens += self._num_guesses
-        return scheduler.widen({choice.request: guesses[choice].tokens[:count] for choice, count in tried.items()})
+        tokens = {choice.request: self._outlooks[choice].guesses.tokens for choice in tried}
+        return scheduler.widen({request: tokens[request][:count] for request, count in granted.items()})
 
     def learn(self, turns: Sequence[Turn], sampled: Sampled, seconds: float) -> None:
         """What the step brought, and how long it took the model and the sampler."""
@@ -194,15 +197,33 @@ class Speculation:
     def _outlook(self, choice: Choice) -> Outlook:
         return self._outlooks.setdefault(choice, Outlook())
 
-    def _propose(self, rooms: Mapping[Choice, int], single: float) -> dict[Choice, Guesses]:
+    def _look_up(self, rooms: Mapping[Choice, int]) -> dict[Choice, Sequence[float]]:
+        """How often each guess is right of a drafter that takes no time. Mostly there is none, which must be quick."""
+        return self._noted(self.drafter.propose(rooms))
+
+    def _ask(self, scheduler: Scheduler, rooms: Mapping[Choice, int]) -> dict[Choice, Sequence[float]]:
+        """The same of a drafter that takes time, asked for as many as pay."""
+        single = self.costs.single
+        if single is None:
+            return {}
+        odds = {choice: [self.drafter.odds] * room for choice, room in rooms.items()}
+        wanted = self._fit(self._num_rows, odds, median(self._rounds) if self._rounds else 0.0)
+        granted = scheduler.make_room({choice.request: room for choice, room in wanted.items()})
         started = self.clock()
-        guesses = self.drafter.propose(rooms)
+        guesses = self.drafter.propose(
+            {choice: granted[choice.request] for choice in wanted if choice.request in granted}
+        )
         num_rounds = max((len(own.tokens) for own in guesses.values()), default=0)
         if num_rounds:
             self._rounds.append((self.clock() - started) / num_rounds / single)
-        for choice, own in guesses.items():
+        return self._noted(guesses)
+
+    def _noted(self, guesses: Mapping[Choice, Guesses]) -> dict[Choice, Sequence[float]]:
+        """Keeps guesses to be judged, and gives their odds."""
+        found = {choice: own for choice, own in guesses.items() if own.tokens}
+        for choice, own in found.items():
             self._outlook(choice).guesses = own
-        return guesses
+        return {choice: own.odds for choice, own in found.items()}
 
     def _fit(
         self, num_requests: int, guesses: Mapping[Choice, Sequence[float]], round_cost: float = 0.0

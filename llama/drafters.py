@@ -40,7 +40,7 @@ class Drafter(Protocol):
     def propose(self, rooms: Mapping[Choice, int]) -> dict[Choice, Guesses]:
         """For each choice at most so many: fewer or none where it has no idea.
 
-        The cache's slots for them are there, behind the request's own.
+        Where guessing takes time, the cache's slots for them are there, behind the request's own.
         """
 
 

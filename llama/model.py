@@ -126,8 +126,8 @@ class TransformerBlock(CountedModule):
 
     def forward(self, x: torch.Tensor, rotary: Rotary, cache: LayerCache) -> torch.Tensor:
         """(num_tokens, dim) -> (num_tokens, dim)"""
-        is_changed = any(product.added for product in self.products)
-        if cache.computes_layers and not is_changed and (operands := self.operands()) is not None:
+        is_served = cache.computes_layers and not any(product.added for product in self.products)
+        if is_served and (operands := self.operands()) is not None:
             return cache.compute_layer(x, operands, rotary)
         h = x + self.attention(self.attention_norm(x), rotary, cache)
         return h + self.feed_forward(self.ffn_norm(h))

@@ -166,8 +166,10 @@ class Speculation:
             return step
         rooms = {choice: room for part in slices for choice, room in self._rooms(part, choices[part.request])}
         guesses = self._look_up(rooms) if self.drafter.odds is None else self._ask(scheduler, rooms)
-        tried = self._fit(self._num_rows, guesses) if guesses and self.costs.single is not None else {}
-        granted = scheduler.make_room({choice.request: count for choice, count in tried.items()}) if tried else {}
+        if not guesses:
+            return step
+        tried = self._fit(self._num_rows, guesses)
+        granted = scheduler.make_room({choice.request: count for choice, count in tried.items()})
         if not granted:
             return step
         self._num_guesses = sum(granted.values())
@@ -199,7 +201,8 @@ class Speculation:
 
     def _look_up(self, rooms: Mapping[Choice, int]) -> dict[Choice, Sequence[float]]:
         """How often each guess is right of a drafter that takes no time. Mostly there is none, which must be quick."""
-        return self._noted(self.drafter.propose(rooms))
+        found = self._noted(self.drafter.propose(rooms))
+        return found if found and self.costs.single is not None else {}
 
     def _ask(self, scheduler: Scheduler, rooms: Mapping[Choice, int]) -> dict[Choice, Sequence[float]]:
         """The same of a drafter that takes time, asked for as many as pay."""

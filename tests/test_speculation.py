@@ -14,11 +14,12 @@ from support.tiny import ByteTokenizer, tiny_args, tiny_model
 
 from llama import SamplingParams
 from llama.answer import Completion, Logprob, Query
+from llama.attention import LONG_CONTEXT_ROWS, SHORT_SPAN
 from llama.drafters import Drafter, DraftModel, Guesses, Lookup
 from llama.engine import Engine
 from llama.runner import BLOCK_SIZE, Runner
 from llama.scheduler import Scheduler
-from llama.speculation import Outlook, Speculation, StepCosts
+from llama.speculation import MOST_GUESSES, Outlook, Speculation, StepCosts
 
 GREEDY = dict(temperature=0.0, ignore_eos=True)
 
@@ -214,6 +215,10 @@ def told(wrong: float = 0.0, **fields) -> tuple[Engine, list[int]]:
     """An engine that guesses the 30 tokens which it will answer to [1, 2, 3], and those."""
     [[plain]] = answers(make_engine(), ([1, 2, 3], params(**GREEDY)))
     return make_engine(Told({3: plain.tokens}, wrong), **fields), plain.tokens
+
+
+def test_a_token_and_its_guesses_are_attended_row_by_row_at_any_context():
+    assert min(LONG_CONTEXT_ROWS, *SHORT_SPAN.values()) >= MOST_GUESSES + 1  # else their bits would not be their own
 
 
 def test_right_guesses_save_steps():

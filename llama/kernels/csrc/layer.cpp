@@ -194,7 +194,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llama, m) {
       "compute_layer(Tensor h, Tensor attention_norm, Tensor ffn_norm, float eps, Tensor[] weights, Tensor?[] biases, "
       "str[] formats, int[] outputs, Tensor cos, Tensor sin, Tensor slots, Tensor(a!) keys, Tensor(b!) values, "
       "Tensor(c!)? key_scale, Tensor(d!)? value_scale, Tensor table) -> Tensor");
-  m.def("keep_layers(Tensor[] norms, float eps, Tensor[] weights, Tensor?[] biases, str[] formats, int[] outputs) -> int");
+  m.def(
+      "keep_layers(Tensor[] norms, float eps, Tensor[] weights, Tensor?[] biases, str[] formats, int[] outputs) "
+      "-> int");
   m.def("keep_stores(Tensor[] keys, Tensor[] values, Tensor[] key_scales, Tensor[] value_scales) -> int");
   m.def("keep_additions(int products, Tensor[] factors, int[] numbers) -> int");
   m.def("forget_layers(int layers) -> ()");

@@ -37,7 +37,7 @@ struct Simd {
 
   static inline __m256i load_half(const uint8_t* at) { return _mm256_loadu_si256((const __m256i*)at); }
   static inline Bytes load(const uint8_t* at) {
-    __builtin_prefetch(at + kPrefetch, 0, 0);
+    __builtin_prefetch(at + kPrefetch, 0, 0);  // for once: past the caches that hold Python and the activations
     return {load_half(at), load_half(at + 32)};
   }
   static inline Bytes low(Bytes v) {

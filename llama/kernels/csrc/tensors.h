@@ -14,8 +14,8 @@ inline std::vector<int64_t> strides_of(const std::vector<int64_t>& size) {  // w
   return strides;
 }
 
-// A contiguous tensor on the CPU, with nothing in it. torch::stable::new_empty finds its operator by name at every call,
-// which takes longer than a small kernel.
+// A contiguous tensor on the CPU, with nothing in it. torch::stable::new_empty finds its operator by name at every
+// call, which takes longer than a small kernel.
 inline torch::stable::Tensor empty_of(int32_t type, const std::vector<int64_t>& size) {
   const auto strides = strides_of(size);
   AtenTensorHandle handle;

@@ -5,8 +5,8 @@
 
 One pass is every linear layer of the model once, fused as the engine fuses them; the time is the GPU's own, between
 two events, the median of all rounds, and both sides take turns. Each of several copies of a shape's weight is used in
-turn, more bytes than the cache holds, so that weights come from memory as they do in a model. Where a product is
-shorter than its launch, the launch is what is measured, as it is what a model waits for. Shares are of the card's
+turn, more bytes than the cache holds, so that weights come from memory as they do in a model. Products are launched
+by a graph, as in a model's decoding steps. Shares are of the card's
 own limits, measured in the same turns: a large copy's bandwidth for up to 16 rows, the rate of a large bfloat16
 product beyond.
 """
@@ -30,11 +30,17 @@ CACHE_BYTES = 128 << 20  # more than any card's cache
 
 
 def gpu_seconds(work: Callable[[], object], times: int = 20) -> float:
-    """Of one call, on the GPU, when `times` of them follow each other."""
+    """Of one call, on the GPU, when `times` of them follow each other in a graph, as in a model's steps."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            work()
+    graph.replay()
     start.record()
-    for _ in range(times):
-        work()
+    graph.replay()
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1000 / times

@@ -7,9 +7,9 @@ each request's rows look at that request's own. Keys and values are never repeat
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +17,12 @@ from torch import Tensor
 from llama.cache import Extent, KVCache, Span, Store, clip, first_seen
 from llama.kernels import layer
 from llama.kernels.attention import attend_rows, row_table
+from llama.kernels.cuda import serves_gpu
 from llama.kernels.library import serves
 from llama.rotary import Rotary
+
+if TYPE_CHECKING:
+    from llama.kernels.cuda.attention import RowTiles
 
 SHORT_SPAN = {torch.float32: 512, torch.bfloat16: 16}
 """Rows up to which a span goes through the compiled operator, by what the model computes in.
@@ -57,16 +61,20 @@ class Backend(Protocol):
 
 
 def choose_backend(
-    cache: KVCache, dtype: torch.dtype, fixed_rows: int | None = None
+    cache: KVCache, dtype: torch.dtype, fixed_rows: int | None = None, group: int = 1
 ) -> Callable[[Sequence[Span], Tensor, int | None], Backend]:
     """The `plan` of the backend that serves `cache` best for a model that computes in `dtype`.
 
-    With `fixed_rows` a row's bits depend on its own request and position alone (see `FixedRows`).
+    With `fixed_rows` a row's bits depend on its own request and position alone (see `FixedRows`). `group` query heads
+    share a key head, which tells how many rows a tile had best have on a GPU.
     """
     if fixed_rows is not None:
         return partial(FixedRows.plan, size=fixed_rows)
-    if serves(torch.empty(0, cache.shape.head_dim, device=cache.device, dtype=dtype)):
+    head = torch.empty(0, cache.shape.head_dim, device=cache.device, dtype=dtype)
+    if serves(head):
         return partial(CompiledRows.plan, short=SHORT_SPAN[dtype])
+    if serves_gpu(head):
+        return partial(Paged.plan, group=group)
     return Tiles.plan
 
 
@@ -157,6 +165,55 @@ class CompiledRows:
         out = attend_rows(qkv, rotary.cos, rotary.sin, self.slots, *stored, self.table)
         if self.tiles.spans:
             self.tiles.look(rotary(qkv[:, : -2 * keys.num_heads]), keys, values, out)
+        return out
+
+
+@dataclass(frozen=True)
+class Paged:
+    """Triton's kernels on a GPU, which find a request's tokens by a table: one call for short spans, one for long."""
+
+    slots: Tensor  # (num_tokens,) int64; -1: the row is none
+    runs: Tensor  # where each run of a span's tokens begins, as `run_table` makes it
+    short: RowTiles  # of short spans
+    long: RowTiles
+    window: int | None
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the step has one row of each of some requests."""
+        return self.short.rows == 1 and len(self.short.tiles) == len(self.slots)
+
+    def for_decoding(self, slots: Tensor, longest: int) -> Paged:
+        """Of a decoding step in which all rows are none, with room for as many as `slots` and contexts up to `longest`
+        tokens."""
+        from llama.kernels.cuda import attention as gpu
+
+        tiles = slots.new_zeros((len(slots), gpu.TILE_NUMBERS), dtype=torch.int32)
+        runs = slots.new_zeros((len(slots), longest // gpu.RUN), dtype=torch.int32)
+        return replace(self, slots=slots, runs=runs, short=replace(self.short, tiles=tiles, longest=longest))
+
+    @classmethod
+    def plan(cls, spans: Sequence[Span], slots: Tensor, window: int | None, group: int = 1) -> Paged:
+        """`group`: how many query heads share a key head."""
+        from llama.kernels.cuda import attention as gpu  # here, because Triton takes a moment to import
+
+        runs = gpu.run_table([list(clip(span.extents, 0, span.context)) for span in spans])
+        parts = [(span.first_row, span.num_rows, span.start, place) for place, span in enumerate(spans)]
+        tiles = []
+        for is_long in (False, True):
+            chosen = [part for part in parts if (part[1] > gpu.LONG_SPAN) == is_long]
+            rows = gpu.rows_of_tile(max((part[1] for part in chosen), default=1), group)
+            tiles.append(gpu.RowTiles.of(chosen, rows).to(slots.device))
+        return cls(slots, runs.to(slots.device), *tiles, window)
+
+    def attend(self, qkv: Tensor, rotary: Rotary, keys: Store, values: Store) -> Tensor:
+        from llama.kernels.cuda import attention as gpu
+
+        stored = (keys.numbers, values.numbers, keys.scales, values.scales)
+        q = gpu.store_rotated(qkv, rotary.cos, rotary.sin, self.slots, *stored)
+        out = torch.empty_like(q)
+        for tiles in (self.short, self.long):
+            gpu.attend(q, *stored, tiles, self.runs, self.window, out)
         return out
 
 

@@ -39,6 +39,7 @@ from llama.streams import tell
 from llama.tokenizer import Tokenizer
 from llama.vocabulary import TokenType
 
+STEP_TOKENS, STEP_TOKENS_ON_GPU = 512, 2048
 NO_DRAFT = "none"  # what `Llama.build(draft=)` takes besides a checkpoint and the names in DRAFTERS
 Draft = Transformer | str | None  # what guesses an engine's next tokens, on rank 0: a model, or a name
 
@@ -212,7 +213,7 @@ def make_engine(
         drafter = DRAFTERS[draft]()
     return Engine(
         Runner(model, num_blocks, BLOCK_SIZE, dtype, adapters_of(model), program),
-        Scheduler(num_blocks, BLOCK_SIZE, max_running=max_running or MAX_RUNNING),
+        Scheduler(num_blocks, BLOCK_SIZE, step_tokens(model.norm.weight.device), max_running or MAX_RUNNING),
         tokenizer,
         max_seq_len=model.params.max_seq_len,
         seed=seed,
@@ -220,6 +221,12 @@ def make_engine(
         can_generate=can_generate,
         drafter=drafter,
     )
+
+
+def step_tokens(device: torch.device) -> int:
+    """How many tokens a step has at most: so many that products are as fast as they can be, and answers wait no longer
+    than they must."""
+    return STEP_TOKENS if device.type == "cpu" else STEP_TOKENS_ON_GPU
 
 
 def load_draft(draft: str | Path | None, large: Loaded, **options: Any) -> Draft:

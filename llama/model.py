@@ -47,6 +47,11 @@ class ModelArgs:
     mlp_bias: bool = False  # biases on w1, w2, w3
     sliding_window: int | None = None  # a token sees this many tokens, itself included; None: all
 
+    @property
+    def group(self) -> int:
+        """Query heads that share a key head."""
+        return self.n_heads // self.n_kv_heads
+
     def __post_init__(self) -> None:
         if self.n_kv_heads is None:
             self.n_kv_heads = self.n_heads
@@ -295,7 +300,7 @@ class Transformer(nn.Module):
         cache.reserve(start_pos + seqlen)
         positions = torch.arange(start_pos, start_pos + seqlen, device=tokens.device).repeat(bsz)
         spans = [cache.span(row, start_pos, seqlen) for row in range(bsz)]
-        caches = StepCache.of(cache, spans, choose_backend(cache, weight.dtype))
+        caches = StepCache.of(cache, spans, choose_backend(cache, weight.dtype, group=self.params.group))
         limits = torch.full_like(positions, start_pos + seqlen)  # so far: a later call may stretch more
         states = self.hidden_states(tokens.reshape(-1), positions, caches, limits)
         cache.keep(bsz, start_pos + seqlen)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from llama.embedding import Embedding, LowBitEmbedding
 from llama.kernels import library, lowbit
+from llama.kernels.cuda import has_triton
 from llama.kernels.formats import FORMATS, LowBitError, LowBitFormat, row_chunks
 from llama.kernels.layer import LayerProduct
 from llama.linear import CountedModule, StoredWeight, in_tiles
@@ -48,9 +48,9 @@ class LowBitLinear(CountedModule):
     """A linear layer whose weight stays packed: `weight` uint8 (out_features, bytes) in the published layout.
 
     `prepare` chooses how the product is made where the weight is: compiled kernels on a CPU, Triton's on a GPU, and
-    PyTorch's operators where there is neither, which unpack some rows at a time. The compiled kernels need the weight
-    rearranged, in place of the published layout; there is only ever one of the two. `plain`, and with it `state_dict`,
-    always gives the published one. Inference only: no gradients.
+    PyTorch's operators where there is neither, which unpack some rows at a time. Kernels need the weight rearranged, in
+    place of the published layout; there is only ever one of the two. `plain`, and with it `state_dict`, always gives
+    the published one. Inference only: no gradients.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class LowBitLinear(CountedModule):
 
     def join_in(self, joint: LowBitLinear, rows: slice) -> None:
         """Gives up the own weight, which `joint` now holds: a view of it, or nothing where that is rearranged."""
-        if joint.prepared:
+        if joint.arranged:
             self.weight, self.joined = self.weight.new_empty(0), (joint, rows)
         else:
             self.weight = joint.weight[rows]
@@ -143,6 +143,11 @@ class LowBitLinear(CountedModule):
     def prepared(self) -> bool:
         """Whether the weight is in the compiled kernels' layout."""
         return self.product is compiled_product
+
+    @property
+    def arranged(self) -> bool:
+        """Whether the weight is in a layout of its product's own, and not in the published one."""
+        return self.product in (compiled_product, triton_product)
 
     def for_layer(self) -> LayerProduct | None:
         """See `AnyLinear.for_layer`; None too where a variant of the kernels is asked for."""
@@ -159,7 +164,7 @@ class LowBitLinear(CountedModule):
         other products are made in tiles of that many rows.
         """
         self.fixed_rows = fixed_rows
-        if not self.prepared:
+        if not self.arranged:
             self._arrange([self.weight])
         if fixed_rows is not None and self.prepared:
             self.variant = library.instruction_sets()[0]
@@ -168,8 +173,10 @@ class LowBitLinear(CountedModule):
     def _arrange(self, parts: list[Tensor]) -> None:
         """Takes a weight in parts, rows below rows in the published layout, as the fastest product reads it."""
         self.product = fastest_product(self.format, parts[0].device)
-        if self.prepared:
+        if self.product is compiled_product:
             self.weight = lowbit.to_tiles(parts, self.format)
+        elif self.product is triton_product:
+            self.weight = words_of(parts, self.format)
         else:
             self.weight = parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -178,9 +185,11 @@ class LowBitLinear(CountedModule):
         if self.joined is not None:
             joint, of_joint = self.joined
             return joint.plain(of_joint)[rows]
-        if not self.prepared:
-            return self.weight[rows]
-        return lowbit.from_tiles(self.weight, self.format, self.out_features, self.in_features, rows)
+        if self.product is compiled_product:
+            return lowbit.from_tiles(self.weight, self.format, self.out_features, self.in_features, rows)
+        if self.product is triton_product:
+            return published(self.weight, self.format, rows)
+        return self.weight[rows]
 
     def dequantize(self) -> Tensor:
         """The weight as float32 (out_features, in_features)."""
@@ -197,7 +206,7 @@ class LowBitLinear(CountedModule):
         destination[prefix + "weight"] = self.plain()
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
-        if self.prepared and prefix + "weight" in state_dict:  # what arrives is in the published layout
+        if self.arranged and prefix + "weight" in state_dict:  # what arrives is in the published layout
             shape = (self.out_features, self.format.packed_columns(self.in_features))
             self.weight, self.product = self.weight.new_empty(shape), product_in_chunks
         if self.joined is not None:
@@ -221,10 +230,24 @@ def compiled_product(linear: LowBitLinear, x: Tensor) -> Tensor:
 
 
 def triton_product(linear: LowBitLinear, x: Tensor) -> Tensor:
-    """By the Triton kernel, from the published layout."""
-    from llama.kernels import cuda  # here, because Triton takes a moment to import and only a GPU needs it
+    """By the Triton kernels, from their own layout."""
+    from llama.kernels.cuda import lowbit as gpu  # here, because Triton takes a moment to import
 
-    return cuda.packed_linear(x, linear.weight, linear.bias, linear.format.name)
+    return gpu.packed_linear(x, linear.weight, linear.bias, linear.format.name)
+
+
+def words_of(parts: Sequence[Tensor], form: LowBitFormat) -> Tensor:
+    """See `to_words` of the Triton kernels."""
+    from llama.kernels.cuda import lowbit as gpu
+
+    return gpu.to_words(parts, form)
+
+
+def published(weight: Tensor, form: LowBitFormat, rows: slice) -> Tensor:
+    """See `from_words` of the Triton kernels."""
+    from llama.kernels.cuda import lowbit as gpu
+
+    return gpu.from_words(weight, form, rows)
 
 
 def product_in_chunks(linear: LowBitLinear, x: Tensor) -> Tensor:
@@ -240,7 +263,7 @@ def fastest_product(form: LowBitFormat, device: torch.device) -> Product:
     """The product to use for weights of a format on `device`."""
     if device.type == "cpu" and form.name in library.formats():
         return compiled_product
-    if device.type == "cuda" and form.triton and find_spec("triton"):
+    if device.type == "cuda" and form.triton and has_triton():
         return triton_product
     return product_in_chunks
 

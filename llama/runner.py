@@ -138,7 +138,7 @@ class Runner:
         self.cache = KVCache(model.cache_shape, num_blocks * block_size, self.device, dtype)
         self.scaling = model.params.rope_scaling
         self.adapters = adapters or Adapters({})
-        self.plan = choose_backend(self.cache, model.norm.weight.dtype, model.fixed_rows)
+        self.plan = choose_backend(self.cache, model.norm.weight.dtype, model.fixed_rows, model.params.group)
 
     def salt(self, limit: int) -> bytes:
         """Requests that may reach `limit` tokens share keys only where this is equal."""

@@ -49,6 +49,8 @@ SHARED_NAMES = {
     "inspect": "the command, and what it calls",
     "perplexity": "the command, and what it calls",
     "push": "the command, and what it calls",
+    "rms_norm": "an operator, and the same on a GPU",
+    "swiglu": "an operator, and the same on a GPU",
     "verify": "the command, and what it calls",
 }
 MOST_LINES = 450

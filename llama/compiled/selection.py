@@ -8,6 +8,7 @@ from llama.model import Transformer
 from llama.streams import tell
 
 from .cache import PackageCache
+from .captured import CapturedStep, why_not_captured
 from .exported import ELSE, UNTRUSTED, Exported
 from .fingerprint import Fingerprint
 from .graph import StepGraph, why_not
@@ -21,20 +22,23 @@ def choose_program(
     compile: bool | None,
     exported: Exported | None = None,
     trust_compiled: bool = False,
-) -> CompiledStep | None:
-    """The package for a loaded model whose cache is of `kv_dtype`; None where the model computes by itself.
+) -> CompiledStep | CapturedStep | None:
+    """The program for a loaded model whose cache is of `kv_dtype`; None where the model computes by itself.
 
-    compile: True makes one if it is not in the person's cache; None takes one that is there, and for an exported model
-    wants it; False goes without. The package in an exported directory runs with `trust_compiled` alone. Raises
-    ValueError or RuntimeError, in one line.
+    On a GPU decoding steps are captured as graphs. Elsewhere it is a package: compile True makes one if it is not in
+    the person's cache, None takes one that is there, and for an exported model wants it. False goes without either. The
+    package in an exported directory runs with `trust_compiled` alone. Raises ValueError or RuntimeError, in one line.
     """
     if compile is False:
         return None
-    reason = why_not(model)
+    is_captured = model.norm.weight.device.type == "cuda" and exported is None
+    reason = why_not_captured(model) if is_captured else why_not(model)
     if reason is not None:
         if compile or exported:
             raise ValueError(f"this model does not run compiled: {reason}; leave compile out, or set it to False")
         return None
+    if is_captured:
+        return CapturedStep(model)
     cache = PackageCache()
     if not (compile or exported or cache.folder.is_dir()):
         return None

@@ -1,6 +1,7 @@
 """What lies between a layer's products, each in one pass over its numbers: norm, rotation, gate.
 
-Compiled on the CPU; elsewhere, and for other types and sizes, by PyTorch's operators, which define them.
+Compiled on the CPU, in Triton on a GPU; elsewhere, and for other types and sizes, by PyTorch's operators, which define
+them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama.kernels import library
+from llama.kernels.cuda import serves_gpu
 from llama.kernels.library import UNIT, operator, serves
 
 _rms_norm, _rotate, _swiglu = (operator(name) for name in ("rms_norm", "rotate", "swiglu"))
@@ -22,6 +24,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """
     if serves(x) and weight.dtype == x.dtype:
         return _rms_norm(x, weight, eps)
+    if serves_gpu(x) and weight.dtype == x.dtype:
+        from llama.kernels.cuda import elementwise as gpu  # here, because Triton takes a moment to import
+
+        return gpu.rms_norm(x, weight, eps)
     return F.rms_norm(x, weight.shape, None, eps) * weight
 
 
@@ -46,6 +52,10 @@ def swiglu(x: Tensor) -> Tensor:
     """silu(gate) * up of x (..., 2 * columns), the gate first: (..., columns). Shazeer 2020, arXiv:2002.05202."""
     if serves(x, 2 * UNIT):
         return _swiglu(x)
+    if serves_gpu(x):
+        from llama.kernels.cuda import elementwise as gpu
+
+        return gpu.swiglu(x)
     gate, up = x.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 

@@ -5,6 +5,8 @@
 
 #include <vector>
 
+#include "checked.h"
+
 namespace llama {
 
 inline std::vector<int64_t> strides_of(const std::vector<int64_t>& size) {  // where rows follow one another

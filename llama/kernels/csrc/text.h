@@ -5,6 +5,8 @@
 
 #include <string>
 
+#include "checked.h"
+
 namespace llama {
 
 struct Text : std::string {

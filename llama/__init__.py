@@ -1,7 +1,10 @@
 """A native-PyTorch engine for Llama models: any device, any checkpoint, any number of ranks."""
 
+import gc
 import importlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 # Between two parallel loops torch's threads (GNU OpenMP) wait for each other by spinning. Beside another busy process
@@ -28,16 +31,40 @@ _MODULES = {
 }
 
 
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """The garbage collector rests, and then takes all that there is for old.
+
+    What an import makes stays. Torch makes so much that the collector, which looks through it again and again for what
+    might be gone, takes a tenth of the start. Were it merely to rest, it would catch up as soon as it is back.
+    """
+    if not gc.isenabled():
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        if not gc.get_freeze_count():  # else these are somebody's, and not ours to thaw
+            gc.freeze()
+            gc.unfreeze()  # into the oldest generation
+        gc.enable()
+
+
 def __getattr__(name: str) -> object:
     """A public name, or a module of the package, as if it had been imported here."""
     module = f"llama.{_MODULES.get(name, name)}"
     try:
-        found = importlib.import_module(module)
+        with _without_collections():
+            found = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
         raise AttributeError(f"module 'llama' has no attribute {name!r}") from None
-    return getattr(found, name) if name in _MODULES else found
+    if name not in _MODULES:
+        return found
+    globals()[name] = getattr(found, name)  # so that the next one who asks finds it there
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -121,11 +121,10 @@ def complete(
 ) -> None:
     """Continue a text; the answer takes the shape of a schema, an expression or a grammar, if one is given."""
     from llama import terminal
-    from llama.files.text import read_text
 
     if prompt is None and sys.stdin.isatty():
         raise WrongCall("nothing to continue: give --prompt TEXT, or the text on standard input")
-    texts = {name: read_text(given) if isinstance(given, Path) else given for name, given in shape.items()}
+    texts = {name: read_shape(given) for name, given in shape.items()}
     llm, params = build_to_sample(model, load, sample | texts | {"echo": echo})
     prompt = llm.share(sys.stdin.read() if prompt is None and llm.rank == 0 else prompt)
     terminal.show(llm, llm.stream_text(prompt, params) if stream else [llm.complete([prompt], params)[0].text])
@@ -425,22 +424,31 @@ def bench(
 
 def build(model: str | None, load: dict[str, Any]) -> Llama:
     """`Llama.build`, with its report on standard error: standard output is for answers."""
-    from llama.generation import Llama
+    from llama import generation
 
     with contextlib.redirect_stdout(sys.stderr):
-        return Llama.build(model, **load)
+        return generation.Llama.build(model, **load)
+
+
+def read_shape(given: Any) -> Any:
+    """What an option for an answer's shape says, or the file that it names."""
+    if not isinstance(given, Path):
+        return given
+    from llama.files.text import read_text
+
+    return read_text(given)
 
 
 def build_to_sample(model: str | None, load: dict[str, Any], sample: dict[str, Any]) -> tuple[Llama, SamplingParams]:
     """The model, and how to sample from it: with a seed that is drawn at each start, if none was given, and told."""
-    from llama.checkpoint import DEFAULT_ABOUT, DEFAULT_SETTINGS
+    from llama import checkpoint  # by way of the package, which lets no collections slow torch's import
     from llama.sampling_params import SamplingParams
 
-    recommended = DEFAULT_SETTINGS if model is None else {}
+    recommended = checkpoint.DEFAULT_SETTINGS if model is None else {}
     params = SamplingParams(**recommended | {"seed": secrets.randbelow(10**9)} | sample)
     llm = build(model, load)
     if model is None and llm.rank == 0:
-        note(f"This is {DEFAULT_ABOUT}; give MODEL for a better one.")
+        note(f"This is {checkpoint.DEFAULT_ABOUT}; give MODEL for a better one.")
     if "seed" not in sample and params.temperature != 0 and llm.rank == 0:
         note(f"--seed {params.seed} gives the same answers again")
     return llm, params

@@ -181,6 +181,26 @@ def test_importing_llama_pulls_in_no_server_and_no_library_that_one_process_does
     assert loaded("from llama import Llama", heavy) == []
 
 
+COUNTED = """
+import gc
+counts = [0]
+gc.callbacks.append(lambda phase, info: counts.append(counts.pop() + (phase == "stop" and info["generation"] == 2)))
+"""
+
+
+def test_nothing_is_collected_while_the_package_is_imported_nor_caught_up_on_after_it():
+    code = COUNTED + "from llama import Llama; assert gc.isenabled() and not gc.get_freeze_count()"
+    code += "; kept = [[] for _ in range(20_000)]; print(counts, len(gc.get_objects(generation=2)) > 100_000)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[0] True\n"
+
+
+def test_what_a_program_has_said_about_collections_outlives_an_import():
+    code = "import gc; gc.disable(); import llama; llama.chat; assert not gc.isenabled()"
+    code += "; gc.enable(); gc.freeze(); llama.client; assert gc.isenabled() and gc.get_freeze_count()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_a_command_shows_its_help_without_torch():
     assert loaded("import llama.__main__", ["torch", "rich", "numpy", "prompt_toolkit"]) == []
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -109,8 +110,11 @@ def is_rotary(name: str) -> bool:
 def expected_shapes(args: ModelArgs) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Canonical name and whole shape of every weight that a model of this shape has."""
     with torch.device("meta"):
-        model = Transformer(args)
-    return ((name, tuple(parameter.shape)) for name, parameter in model.named_parameters())
+        model = Transformer(replace(args, n_layers=1))  # layers are all alike, and each takes a while to make
+    for in_layer, weights in groupby(model.named_parameters(), lambda weight: weight[0].startswith("layers.")):
+        shapes = [(name.removeprefix("layers.0."), tuple(parameter.shape)) for name, parameter in weights]
+        for prefix in (f"layers.{number}." for number in range(args.n_layers)) if in_layer else ("",):
+            yield from ((prefix + name, shape) for name, shape in shapes)
 
 
 def interleave(rows: Tensor, head_dim: int) -> Tensor:

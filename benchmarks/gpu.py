@@ -27,11 +27,12 @@ from llama import SamplingParams
 from llama.answer import Query
 from llama.bench.shapes import MODEL_SHAPES, write_vocabulary
 from llama.building import make_engine
-from llama.compiled import choose_program
+from llama.compiled.captured import CapturedStep
 from llama.engine import Engine
 from llama.linear import Linear
 from llama.model import ModelArgs, Transformer
 from llama.quantization import LowBitLinear, pack_modules
+from llama.runner import BLOCK_SIZE, Program
 from llama.tokenizer import Tokenizer
 
 DEVICE = torch.device("cuda")
@@ -62,14 +63,15 @@ def bytes_of(model: Transformer) -> int:
 
 
 class Ours:
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, graphs: bool):
-        program = choose_program(model, torch.bfloat16, None if graphs else False)
-        self.engine: Engine = make_engine(
-            model, tokenizer, seed=0, kv_cache_memory=12 << 30, program=program, draft=None
-        )
+    """One engine, whose steps are graphs or the model's own."""
+
+    def __init__(self, engine: Engine, program: Program):
+        self.engine = engine
+        self.program = program
 
     def run(self, num_prompts: int, length: int, num_tokens: int) -> tuple[float, list[float]]:
         """Seconds until all have a token, and of each step from then on."""
+        self.engine.runner.program = self.program
         for _ in range(num_prompts):
             tokens = random.choices(range(3, self.engine.runner.vocab_size), k=length)
             self.engine.add(Query(tokens, greedy(num_tokens)))
@@ -162,6 +164,7 @@ def main() -> None:
     options = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a GPU; llama bench measures processors")
+    works = [tuple(map(int, work.split("x"))) for work in options.works.split(",")]
     bandwidth, rate = limits()
     print(f"{torch.cuda.get_device_name()}: copies {bandwidth / 1e12:.2f} TB/s, products {rate / 1e12:.0f} TFLOP/s")
     results = []
@@ -172,11 +175,13 @@ def main() -> None:
             tokenizer = Tokenizer(Path(folder) / "tokenizer.model")
             for precision in options.precisions.split(","):
                 model = make_model(args, precision)
-                sides = {"graphs": Ours(model, tokenizer, True), "eager": Ours(model, tokenizer, False)}
+                room = max(requests * (length + options.tokens + BLOCK_SIZE) for requests, length in works)
+                memory = max(room, args.max_seq_len) * model.cache_shape.bytes_per_token(torch.bfloat16)
+                engine = make_engine(model, tokenizer, seed=0, kv_cache_memory=memory)
+                sides = {"graphs": Ours(engine, CapturedStep(model)), "eager": Ours(engine, model)}
                 if precision == "bf16" and options.vs == "transformers":
                     sides["transformers"] = Transformers(args)
-                for work in options.works.split(","):
-                    requests, length = map(int, work.split("x"))
+                for requests, length in works:
                     turns = {
                         name: lambda side=side: side.run(requests, length, options.tokens)  # noqa: B023
                         for name, side in sides.items()
@@ -200,7 +205,7 @@ def main() -> None:
                             }
                         )  # fmt: skip
                         print(line(results[-1]), flush=True)
-                del model, sides, turns
+                del model, engine, sides, turns
                 torch.cuda.empty_cache()
     report({"card": torch.cuda.get_device_name(), "torch": torch.__version__, "results": results})
 

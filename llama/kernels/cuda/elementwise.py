@@ -17,8 +17,9 @@ def rms_norm_kernel(x, weight, y, columns, eps, BLOCK: tl.constexpr):
     there = column < columns
     numbers = tl.load(x + row + column, mask=there, other=0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(numbers * numbers, axis=0) / columns + eps)
-    normalised = (numbers * scale).to(y.dtype.element_ty)
-    tl.store(y + row + column, normalised * tl.load(weight + column, mask=there, other=0), mask=there)
+    normalised = (numbers * scale).to(y.dtype.element_ty).to(tl.float32)  # rounded before the product
+    product = normalised * tl.load(weight + column, mask=there, other=0).to(tl.float32)
+    tl.store(y + row + column, product.to(y.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -27,9 +28,9 @@ def swiglu_kernel(x, y, columns, BLOCK: tl.constexpr):
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = column < columns
     gate = tl.load(x + row * 2 * columns + column, mask=there, other=0).to(tl.float32)
-    up = tl.load(x + (row * 2 + 1) * columns + column, mask=there, other=0)
-    gate = (gate * tl.sigmoid(gate)).to(y.dtype.element_ty)  # rounded before the product, as PyTorch's silu is
-    tl.store(y + row * columns + column, gate * up, mask=there)
+    up = tl.load(x + (row * 2 + 1) * columns + column, mask=there, other=0).to(tl.float32)
+    gate = (gate * tl.sigmoid(gate)).to(y.dtype.element_ty).to(tl.float32)  # rounded before the product
+    tl.store(y + row * columns + column, (gate * up).to(y.dtype.element_ty), mask=there)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

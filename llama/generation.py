@@ -159,7 +159,8 @@ class Llama:
                 plain decoding, but for rounding where the number of rows changes a product's last bits. None is
                 "lookup" where it changes none: low-bit models on a CPU, and with `deterministic`.
             compile: True computes steps with a package compiled ahead of time, which is kept in your cache directory
-                and made there once, in a minute or so; None does so where one is there; False never does.
+                and made there once, in a minute or so; None does so where one is there; False never does. On a GPU
+                decoding steps are captured as CUDA graphs instead, but with False.
             trust_compiled: run the package that an exported directory brings, which is native code and can do
                 whatever you can.
 

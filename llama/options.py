@@ -88,7 +88,8 @@ MODEL = Options(  # parameters of `Llama.build`
         Option("kv_dtype", "auto, or int8: keys and values in 8 bits, for long contexts.", str, "auto"),
         Option(
             "compile",
-            "Compute with a package compiled ahead of time, kept in your cache; left out, if one is there.",
+            "Compute with a package compiled ahead of time, kept in your cache; left out, if one is there. On a GPU: "
+            "with CUDA graphs, also if left out.",
             bool | None,
             flag="--compile/--no-compile",
         ),

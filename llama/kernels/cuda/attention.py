@@ -20,9 +20,7 @@ from torch import Tensor
 
 RUN = 16  # tokens that lie side by side: the cache's block, or a part of it
 KEYS_AT_ONCE = 64  # tokens that a program looks at in one turn
-LONG_SPAN = (
-    16  # rows of a request in a step up to which tiles are small, so that a token and guesses behind it fill them
-)
+LONG_SPAN = 16  # rows of a request in a step up to which tiles are small: a token and guesses behind it
 FEWEST_ROWS = 16  # of a product on the matrix units: query rows times heads of a group
 MOST_TILE_ROWS = 128  # the same, of long spans
 ATTENTION_PROGRAMS = 528  # to fill a large card: four for each of 132 multiprocessors

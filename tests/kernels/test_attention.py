@@ -74,6 +74,61 @@ def test_a_rows_bits_depend_neither_on_the_other_rows_nor_on_where_its_runs_lie(
     assert torch.equal(attended(*moved, [(3, [(700, 200), (0, 400)])]), alone)
 
 
+def growing(first_row: int, *lengths: int, runs: list[tuple[int, int]]) -> list[tuple[int, list[tuple[int, int]]]]:
+    """Rows that see so many of the runs' tokens."""
+    table = []
+    for row, length in enumerate(lengths, first_row):
+        seen = []
+        for slot, most in runs:
+            if length > 0:
+                seen.append((slot, min(most, length)))
+            length -= most
+        table.append((row, seen))
+    return table
+
+
+# tables of which some rows are computed together, and some look as if they could be
+TOGETHER = {
+    "one request": growing(0, *range(246, 264), runs=[(500, 250), (10, 100)]),
+    "equal rows": growing(0, 300, 300, 300, runs=[(0, 300)]),
+    "a shared prefix": [(row, [(100, 270), (400 + 20 * row, 3 + row)]) for row in range(5)],
+    "a window": [(row, [(200 + row, 40)]) for row in range(6)],
+    "nearly the same": [(0, [(0, 5), (9, 5)]), (1, [(0, 6), (9, 5)]), (2, [(0, 6), (9, 7)]), (3, [(0, 6), (8, 9)])],
+    "shorter again": growing(0, 17, 18, 16, 20, runs=[(30, 30)]),
+}
+
+
+@compiled
+@pytest.mark.parametrize("case", TOGETHER)
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 2, 48), (9, 3, 64), (8, 2, 32), (12, 1, 16)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_row_beside_others_has_the_bits_that_it_has_alone(variant, heads, kv_heads, head_dim, dtype, int8, case):
+    needs(variant)
+    table, tokens = TOGETHER[case], 18
+    arguments = problem(heads, kv_heads, head_dim, dtype, int8, tokens)
+    together = attend_rows(*arguments, row_table(table), variant)[: len(table)]
+    expected = attend_rows_twin(*problem(heads, kv_heads, head_dim, dtype, int8, tokens), row_table(table))
+    torch.testing.assert_close(together, expected[: len(table)], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    for row in table:
+        alone = attend_rows(*arguments, row_table([row]), variant)
+        assert torch.equal(together[row[0]], alone[row[0]])
+
+
+@compiled
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_row_does_not_notice_what_is_no_number_behind_it(variant):
+    needs(variant)
+    arguments = problem(9, 3, 64, torch.float32, False)
+    table = growing(0, 40, 41, 42, 43, runs=[(500, 50)])
+    for stored in arguments[4:6]:
+        stored[:, 542:] = float("nan")
+    out = attend_rows(*arguments, row_table(table), variant)
+    assert out[:3].isfinite().all()
+    assert out[3].isnan().all()
+
+
 @compiled
 @pytest.mark.parametrize("tokens", [4, 700])
 def test_several_threads_store_and_attend_as_one_does(tokens):

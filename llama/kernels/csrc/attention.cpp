@@ -4,7 +4,7 @@
 // PyTorch's operators would need some calls for each request, read the keys once for every query head or rearrange them
 // first, and know nothing of runs of slots; in a small model the calls alone take as long as the work. Long contexts
 // are cut into chunks for the threads (Flash-Decoding, Dao et al. 2023), always at the same places, and merged in
-// order.
+// order. Rows that see the same chunk are computed together, each to the bits that it would have alone.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -31,6 +31,7 @@ namespace {
 using torch::headeronly::ScalarType;
 
 constexpr int64_t kNumbersPerThread = 32768;  // of keys, values or parts: less is not worth waking a thread for
+constexpr int64_t kMostRows = 8;  // that are computed together: their queries and scores stay in the nearest caches
 
 struct Kernels {
   AttentionKernels attention;
@@ -53,15 +54,36 @@ struct Chunk {
   int64_t row, first_run, num_runs, tokens;  // row of q; runs in the list of all runs
 };
 
+// Chunks of rows that follow one another in the table, each of them the beginning of the next: a request's rows of one
+// step, or requests that share a prefix. Their keys and values are read once for all.
+struct Bundle {
+  int64_t rows = 0, chunks[kMostRows];
+};
+
 struct Plan {
-  std::vector<Run> runs;  // none is longer than a chunk or crosses its border
-  std::vector<Chunk> chunks;
+  std::vector<Run> runs;      // none is longer than a chunk or crosses its border
+  std::vector<Chunk> chunks;  // row by row
+  std::vector<Bundle> bundles;
+
+  // Whether the tokens of chunk `b` begin with all those of chunk `a`.
+  bool begins_with(const Chunk& b, const Chunk& a) const {
+    const Run *whole = &runs[b.first_run], *beginning = &runs[a.first_run];
+    if (a.num_runs > b.num_runs) return false;
+    for (int64_t i = 0; i < a.num_runs; ++i) {
+      const bool ends = i == a.num_runs - 1;  // where b's run may go on
+      if (beginning[i].slot != whole[i].slot || beginning[i].length > whole[i].length) return false;
+      if (beginning[i].length < whole[i].length && !ends) return false;
+    }
+    return true;
+  }
 };
 
 // `table`: for each row its number in q, how many runs it sees, and each run's first slot and length.
 Plan make_plan(const int64_t* table, int64_t size, int64_t num_rows, int64_t num_slots) {
   Plan plan;
-  for (int64_t at = 0; at < size;) {
+  std::vector<int64_t> bundle_of;  // each chunk's
+  int64_t before = 0, first = 0;   // chunk of the row before, and of this one
+  for (int64_t at = 0; at < size; before = first, first = plan.chunks.size()) {
     STD_TORCH_CHECK(size - at >= 2 && table[at + 1] >= 1 && (size - at - 2) / 2 >= table[at + 1] && table[at] >= 0 &&
                         table[at] < num_rows,
                     "attend_rows: the table names no row of q, or ends within one");
@@ -81,6 +103,15 @@ Plan make_plan(const int64_t* table, int64_t size, int64_t num_rows, int64_t num
         ++plan.chunks.back().num_runs, plan.chunks.back().tokens += part;
         slot += part, length -= part, room -= part;
       }
+    }
+    for (int64_t c = first; c < (int64_t)plan.chunks.size(); ++c) {
+      const int64_t above = before + c - first;  // the row before's in this place
+      const bool joins = above < first && plan.bundles[bundle_of[above]].rows < kMostRows &&
+                         plan.begins_with(plan.chunks[c], plan.chunks[above]);
+      if (!joins) plan.bundles.emplace_back();
+      bundle_of.push_back(joins ? bundle_of[above] : plan.bundles.size() - 1);
+      Bundle& bundle = plan.bundles[bundle_of[c]];
+      bundle.chunks[bundle.rows++] = c;
     }
   }
   return plan;
@@ -109,12 +140,10 @@ void merge(const Heads& h, const std::vector<Partial>& partials, int64_t first, 
       for (int64_t d = 0; d < h.dim; ++d) total[d] += weight * p.values[g * h.dim + d];
     }
     const int64_t at = (kv * h.group + g) * h.dim;
-    for (int64_t d = 0; d < h.dim; ++d) {
-      if (bfloat16) {
-        ((uint16_t*)out)[at + d] = to_bfloat16(total[d] / sum);
-      } else {
-        ((float*)out)[at + d] = total[d] / sum;
-      }
+    if (bfloat16) {
+      for (int64_t d = 0; d < h.dim; ++d) ((uint16_t*)out)[at + d] = to_bfloat16(total[d] / sum);
+    } else {
+      for (int64_t d = 0; d < h.dim; ++d) ((float*)out)[at + d] = total[d] / sum;
     }
   }
 }
@@ -180,46 +209,83 @@ void store_tokens(const Step& s) {
   });
 }
 
+// A bundle and one key head.
+struct Item {
+  const Bundle* bundle;
+  int64_t kv, middle;  // in the tokens that all items look at: threads share tokens, for items differ
+};
+
+// The queries of a row's heads that share a key head, turned and scaled: [head][head_dim].
+void load_queries(const Step& s, int64_t row, int64_t kv, char* turned, float* queries) {
+  const Heads& h = s.heads;
+  const float scale = 1.0f / std::sqrt((float)h.dim);
+  for (int64_t g = 0; g < h.group; ++g, queries += h.dim) {
+    s.rotate(row, kv * h.group + g, s.bfloat16 ? turned : (char*)queries);
+    if (s.bfloat16)
+      for (int64_t d = 0; d < h.dim; ++d) queries[d] = from_bfloat16(((const uint16_t*)turned)[d]);
+    for (int64_t d = 0; d < h.dim; ++d) queries[d] *= scale;
+  }
+}
+
 // Fills the rows of `out` that the plan names.
 void attend(const Step& s, const Plan& plan, void* out) {
   const Heads& h = s.heads;
   const AttendChunk attend_chunk = s.int8       ? s.kernels.attention.int8
                                    : s.bfloat16 ? s.kernels.attention.bfloat16
                                                 : s.kernels.attention.float32;
-  const int64_t num_chunks = plan.chunks.size(), items = num_chunks * h.kv, part = h.group * (h.dim + 2);
-  std::unique_ptr<float[]> memory(new float[items * part]);
-  std::vector<Partial> partials(items);
-  for (int64_t i = 0; i < items; ++i) {
-    float* at = memory.get() + i * part;
-    partials[i] = {at, at + h.group * h.dim, at + h.group * (h.dim + 1)};
+  const int64_t num_chunks = plan.chunks.size(), values = h.group * h.dim;
+  const int64_t size = num_chunks * h.kv * (values + 2 * h.group);
+  std::unique_ptr<float[]> memory(new float[size]);
+  std::vector<Partial> partials(num_chunks * h.kv);
+  std::vector<Item> items;
+  items.reserve(plan.bundles.size() * h.kv);
+  int64_t tokens = 0;
+  float* free = memory.get();
+  for (int64_t kv = 0; kv < h.kv; ++kv) {  // one after the other: what a key head has of a request stays in the cache
+    for (const Bundle& bundle : plan.bundles) {
+      int64_t some = 0;
+      float *peak = free + bundle.rows * values, *sum = peak + bundle.rows * h.group;
+      for (int64_t i = 0; i < bundle.rows; ++i) {
+        some += plan.chunks[bundle.chunks[i]].tokens;
+        partials[bundle.chunks[i] * h.kv + kv] = {free + i * values, peak + i * h.group, sum + i * h.group};
+      }
+      free = sum + bundle.rows * h.group;
+      items.push_back({&bundle, kv, tokens + some / 2});
+      tokens += some;
+    }
   }
 
-  std::vector<int64_t> middle(items);  // of each item in the tokens of all: threads share tokens, for chunks differ
-  int64_t tokens = 0;
-  for (int64_t i = 0; i < items; ++i) {
-    middle[i] = tokens + plan.chunks[i / h.kv].tokens / 2;
-    tokens += plan.chunks[i / h.kv].tokens;
-  }
   const int64_t head_bytes = s.num_slots * (s.int8 ? h.dim : s.row_bytes());
   const int64_t fewest = std::max<int64_t>(1, kNumbersPerThread / h.dim);
   share(tokens, fewest, [&](int64_t from, int64_t to) {
     std::vector<char> turned(s.row_bytes());
-    std::vector<float> rows(h.group * h.dim);
-    const float scale = 1.0f / std::sqrt((float)h.dim);
+    std::unique_ptr<float[]> room(new float[kMostRows * h.group * (h.dim + kChunk)]);
+    float *queries = room.get(), *scores = queries + kMostRows * values;
+    int64_t seen[kMostRows];
     const auto place = [&](int64_t token) {
-      return std::lower_bound(middle.begin(), middle.end(), token) - middle.begin();
+      const auto before = [](const Item& item, int64_t t) { return item.middle < t; };
+      return std::lower_bound(items.begin(), items.end(), token, before);
     };
-    for (int64_t i = place(from), end = place(to); i < end; ++i) {
-      const Chunk& chunk = plan.chunks[i / h.kv];
-      const int64_t kv = i % h.kv;
-      for (int64_t g = 0; g < h.group; ++g) {
-        s.rotate(chunk.row, kv * h.group + g, turned.data());
-        for (int64_t d = 0; d < h.dim; ++d) rows[g * h.dim + d] = scale * number_at(turned.data(), d, s.bfloat16);
+    const auto fetch = [&](const Item& item) {  // rows of qkv lie too far apart for the processor to foresee them
+      for (int64_t i = 0; i < item.bundle->rows; ++i) {
+        const char* heads = s.row(plan.chunks[item.bundle->chunks[i]].row, item.kv * h.group);
+        for (int64_t byte = 0; byte < h.group * s.row_bytes(); byte += 64) __builtin_prefetch(heads + byte);
+      }
+    };
+    for (auto item = place(from), end = place(to); item < end; ++item) {
+      if (item + 1 < end) fetch(item[1]);
+      const auto& [bundle, kv, middle] = *item;
+      for (int64_t i = 0; i < bundle->rows; ++i) {
+        const Chunk& chunk = plan.chunks[bundle->chunks[i]];
+        seen[i] = chunk.tokens;
+        load_queries(s, chunk.row, kv, turned.data(), queries + i * values);
       }
       const Stored head{s.keys + kv * head_bytes, s.values + kv * head_bytes,
                         s.int8 ? s.key_scale + kv * s.num_slots : nullptr,
                         s.int8 ? s.value_scale + kv * s.num_slots : nullptr};
-      attend_chunk(rows.data(), h.group, h.dim, head, &plan.runs[chunk.first_run], chunk.num_runs, partials[i]);
+      const Chunk& longest = plan.chunks[bundle->chunks[bundle->rows - 1]];
+      attend_chunk({queries, bundle->rows, h.group, h.dim, seen}, head, &plan.runs[longest.first_run], scores,
+                   partials[bundle->chunks[0] * h.kv + kv]);
     }
   });
 
@@ -228,7 +294,7 @@ void attend(const Step& s, const Plan& plan, void* out) {
     if (c == 0 || plan.chunks[c].row != plan.chunks[c - 1].row) starts.push_back(c);
   const int64_t num_rows = starts.size();
   starts.push_back(num_chunks);
-  const int64_t merges = num_rows * h.kv, merged = std::max<int64_t>(1, items * part / std::max<int64_t>(1, merges));
+  const int64_t merges = num_rows * h.kv, merged = std::max<int64_t>(1, size / std::max<int64_t>(1, merges));
   const int64_t grain = std::max<int64_t>(1, kNumbersPerThread / merged);
   share(merges, grain, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {

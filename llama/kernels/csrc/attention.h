@@ -6,8 +6,16 @@ namespace llama {
 
 constexpr int64_t kChunk = 256;  // tokens that are looked at together; fixed, so that a row's bits are its own
 
-// A chunk's result for the `group` query heads that share a key head, before chunks are merged:
-// values [group][head_dim], each weighted by exp(score - peak[group]), and the weights' sum[group].
+// Query rows that look at the same tokens, [row][head][head_dim] and already scaled; the `heads` share a key head. A
+// row sees the first `seen[row]` of the tokens, at least one and at least as many as the row before it.
+struct Queries {
+  const float* numbers;
+  int64_t rows, heads, head_dim;
+  const int64_t* seen;
+};
+
+// A chunk's result for each row and head, before chunks are merged: values [row][head][head_dim], each weighted by
+// exp(score - peak[row][head]), and the weights' sum[row][head].
 struct Partial {
   float *values, *peak, *sum;
 };
@@ -22,9 +30,10 @@ struct Stored {
   const float *key_scale, *value_scale;
 };
 
-// q [group][head_dim], already scaled; at most kChunk tokens in `runs`.
-using AttendChunk = void (*)(const float* q, int64_t group, int64_t head_dim, const Stored& stored, const Run* runs,
-                             int64_t num_runs, Partial out);
+// The tokens are those of `runs`, at most kChunk. `scores` is room for [row][head][kChunk]. What a row gets does not
+// depend on the rows beside it.
+using AttendChunk = void (*)(const Queries& queries, const Stored& stored, const Run* runs, float* scores,
+                             Partial out);
 
 struct AttentionKernels {
   AttendChunk bfloat16, float32, int8;

@@ -13,55 +13,78 @@ inline Simd::Floats exponential(Simd::Floats x) {
   return Simd::times_power_of_two(y, whole);
 }
 
+constexpr int64_t kAhead = 4096;  // bytes
+
 // Numbers of a stream, while a page further on is being fetched: the processor's own prefetching ends at each page.
 template <class T>
 inline LLAMA_INLINE Simd::Floats read_ahead(const T* at) {
-  __builtin_prefetch((const char*)at + 4096);
+  __builtin_prefetch((const char*)at + kAhead);
   return Simd::numbers(at);
 }
 
-// scores[g * kChunk + t] = q[g] . keys[t]
-template <class T, int group>
-void score(const float* q, int64_t head_dim, const T* keys, int64_t count, float* scores) {
-  auto some = [&](auto tokens, int64_t t) LLAMA_INLINE {
-    constexpr int n = tokens;
-    typename Simd::Floats sum[n * group];
-    for (int i = 0; i < n * group; ++i) sum[i] = Simd::all(0.0f);
-    for (int64_t d = 0; d < head_dim; d += kTile) {
-      typename Simd::Floats key[n];
-      LLAMA_UNROLL for (int i = 0; i < n; ++i) key[i] = read_ahead(keys + (t + i) * head_dim + d);
-      LLAMA_UNROLL for (int g = 0; g < group; ++g) {
-        const auto query = Simd::numbers(q + g * head_dim + d);
-        LLAMA_UNROLL for (int i = 0; i < n; ++i) sum[i * group + g] = Simd::fma(key[i], query, sum[i * group + g]);
+constexpr int64_t kPiece = 64;  // tokens that stay in the processor's nearest cache while all heads look at them
+
+// scores[h * kChunk + t] = q[h] . keys[t]: each is summed in one order, however many are made together. Neither this
+// nor `mix` is inlined: one function of all of them has too few registers. `ahead`: whether to fetch what comes next.
+template <class T, int heads, bool ahead>
+__attribute__((noinline)) void score(const float* q, int64_t head_dim, const T* keys, int64_t count, float* scores) {
+  auto some = [&](auto tokens, auto stored, int64_t t) LLAMA_INLINE {
+    constexpr int n = tokens, room = stored;
+    typename Simd::Register sum[heads][room];
+    LLAMA_UNROLL for (int i = 0; i < heads * room; ++i) sum[i / room][i % room] = Simd::zero();
+    for (int64_t d = 0; d < head_dim; d += Simd::lanes) {
+      typename Simd::Register query[heads];
+      LLAMA_UNROLL for (int h = 0; h < heads; ++h) query[h] = Simd::load_register(q + h * head_dim + d);
+      LLAMA_UNROLL for (int i = 0; i < n; ++i) {
+        const T* at = keys + (t + i) * head_dim + d;
+        if constexpr (ahead) __builtin_prefetch((const char*)at + kAhead);
+        const auto key = Simd::load_register(at);
+        LLAMA_UNROLL for (int h = 0; h < heads; ++h) sum[h][i] = Simd::fma(key, query[h], sum[h][i]);
       }
     }
-    LLAMA_UNROLL for (int i = 0; i < n * group; ++i) scores[i % group * kChunk + t + i / group] = Simd::sum(sum[i]);
+    LLAMA_UNROLL for (int h = 0; h < heads; ++h) {
+      float* to = scores + h * kChunk + t;
+      if constexpr (n == 1) {
+        *to = Simd::sum(sum[h][0]);
+      } else {
+        repeat<room / 4>([&](auto i) LLAMA_INLINE {
+          Simd::store_sums<std::min(4, n - 4 * i)>(to + 4 * i, sum[h] + 4 * i);
+        });
+      }
+    }
   };
-  constexpr int together = std::max(1, std::min(4, Simd::num_sums / group));  // sums that fit in the registers
+  constexpr int registers = kTile / Simd::lanes;  // of `Floats`
+  constexpr int together = std::max(1, std::min(4 * registers, Simd::num_sums * registers / heads));
+  constexpr int room = (together + 3) / 4 * 4;  // sums are stored by four: what is too much is written over
   int64_t t = 0;
-  for (; t + together <= count; t += together) some(Index<together>(), t);
-  for (; t < count; ++t) some(Index<1>(), t);
+  if constexpr (together > 1)
+    for (; t + room <= count; t += together) some(Index<together>(), Index<room>(), t);
+  for (; t < count; ++t) some(Index<1>(), Index<1>(), t);
 }
 
-// out[g][d] += weights[g * kChunk + t] * values[t][d], over all t
-template <class T, int group>
-void mix(const float* weights, int64_t head_dim, const T* values, int64_t count, float* out) {
+// out[h][d] += weights[h * kChunk + t] * values[t][d], over all t in their order
+template <class T, int heads, bool ahead>
+__attribute__((noinline)) void mix(const float* weights, int64_t head_dim, const T* values, int64_t count, float* out) {
   auto some = [&](auto vectors, int64_t d) LLAMA_INLINE {
     constexpr int n = vectors;
-    typename Simd::Floats sum[n * group];
-    auto place = [&](int i) LLAMA_INLINE { return out + i % group * head_dim + d + i / group * kTile; };
-    LLAMA_UNROLL for (int i = 0; i < n * group; ++i) sum[i] = Simd::numbers(place(i));
-    for (int64_t t = 0; t < count; ++t) {
+    typename Simd::Floats sum[n * heads];
+    auto place = [&](int i) LLAMA_INLINE { return out + i % heads * head_dim + d + i / heads * kTile; };
+    LLAMA_UNROLL for (int i = 0; i < n * heads; ++i) sum[i] = Simd::numbers(place(i));
+    const T* at = values + d;
+    for (const float* w = weights; w < weights + count; ++w, at += head_dim) {
       typename Simd::Floats value[n];
-      LLAMA_UNROLL for (int i = 0; i < n; ++i) value[i] = read_ahead(values + t * head_dim + d + i * kTile);
-      LLAMA_UNROLL for (int g = 0; g < group; ++g) {
-        const auto weight = Simd::all(weights[g * kChunk + t]);
-        LLAMA_UNROLL for (int i = 0; i < n; ++i) sum[i * group + g] = Simd::fma(weight, value[i], sum[i * group + g]);
+      LLAMA_UNROLL for (int i = 0; i < n; ++i) {
+        const T* number = at + i * kTile;
+        value[i] = ahead ? read_ahead(number) : Simd::numbers(number);
+      }
+      LLAMA_UNROLL for (int h = 0; h < heads; ++h) {
+        const auto weight = Simd::all(w[h * kChunk]);
+        LLAMA_UNROLL for (int i = 0; i < n; ++i) sum[i * heads + h] = Simd::fma(weight, value[i], sum[i * heads + h]);
       }
     }
-    LLAMA_UNROLL for (int i = 0; i < n * group; ++i) Simd::store(place(i), sum[i]);
+    LLAMA_UNROLL for (int i = 0; i < n * heads; ++i) Simd::store(place(i), sum[i]);
   };
-  constexpr int together = std::max(1, std::min(4, Simd::num_sums / group));
+  constexpr int together = std::max(1, std::min(4, Simd::num_sums / heads));  // sums that fit in the registers
   int64_t d = 0;
   for (; d + together * kTile <= head_dim; d += together * kTile) some(Index<together>(), d);
   for (; d < head_dim; d += kTile) some(Index<1>(), d);
@@ -86,48 +109,62 @@ inline void soften(float* scores, int64_t count, float* peak, float* sum) {
   *sum = Simd::sum(total);
 }
 
-template <class T, int group>
-void attend_heads(const float* q, int64_t head_dim, const Stored& stored, const Run* runs, int64_t num_runs,
-                  Partial out) {
-  alignas(64) float scores[group * kChunk];
-  int64_t count = 0;
-  for (int64_t r = 0; r < num_runs; count += runs[r++].length) {
-    const auto* keys = (const T*)stored.keys + runs[r].slot * head_dim;
-    score<T, group>(q, head_dim, keys, runs[r].length, scores + count);
-    if (!stored.key_scale) continue;
-    for (int g = 0; g < group; ++g)
-      for (int64_t t = 0; t < runs[r].length; ++t) scores[g * kChunk + count + t] *= stored.key_scale[runs[r].slot + t];
-  }
-  for (int g = 0; g < group; ++g) soften(scores + g * kChunk, count, out.peak + g, out.sum + g);
-  for (int64_t i = 0; i < group * head_dim; ++i) out.values[i] = 0.0f;
-  count = 0;
-  for (int64_t r = 0; r < num_runs; count += runs[r++].length) {
-    if (stored.value_scale) {
-      for (int g = 0; g < group; ++g)
-        for (int64_t t = 0; t < runs[r].length; ++t)
-          scores[g * kChunk + count + t] *= stored.value_scale[runs[r].slot + t];
-    }
-    const auto* values = (const T*)stored.values + runs[r].slot * head_dim;
-    mix<T, group>(scores + count, head_dim, values, runs[r].length, out.values);
+// f(Index<n>(), first) for as few blocks of n heads as can be, of nearly one size.
+template <class F>
+inline void in_blocks(int64_t heads, F&& f) {
+  for (int64_t first = 0, n; first < heads; first += n) {
+    const int64_t left = heads - first, blocks = (left + Simd::max_heads - 1) / Simd::max_heads;
+    n = (left + blocks - 1) / blocks;
+    repeat<Simd::max_heads>([&](auto i) {
+      if (n == i + 1) f(Index<i + 1>(), first);
+    });
   }
 }
 
-template <class T>
-void attend_chunk(const float* q, int64_t group, int64_t head_dim, const Stored& stored, const Run* runs,
-                  int64_t num_runs, Partial out) {
-  for (int64_t first = 0; first < group;) {
-    int64_t heads = 0;
-    repeat<5>([&](auto i) {
-      constexpr int sizes[] = {8, 4, 3, 2, 1}, n = sizes[i];
-      if constexpr (n <= Simd::max_heads) {
-        if (heads || group - first < n) return;
-        attend_heads<T, n>(q + first * head_dim, head_dim, stored, runs, num_runs,
-                           {out.values + first * head_dim, out.peak + first, out.sum + first});
-        heads = n;
-      }
-    });
-    first += heads;
+// f(slot, t, count) for pieces of the runs' tokens from ... to - 1: of some that follow one another in both.
+template <class F>
+inline void in_pieces(const Run* runs, int64_t from, int64_t to, F&& f) {
+  for (int64_t begin = 0; begin < to; begin += runs++->length) {
+    const int64_t end = std::min(to, begin + runs->length);
+    for (int64_t t = std::max(from, begin); t < end; t += kPiece)
+      f(runs->slot + t - begin, t, std::min(kPiece, end - t));
   }
+}
+
+inline void scale_all(float* numbers, int64_t heads, const float* scale, int64_t count) {
+  for (int64_t h = 0; h < heads; ++h)
+    for (int64_t t = 0; t < count; ++t) numbers[h * kChunk + t] *= scale[t];
+}
+
+template <class T>
+void attend_chunk(const Queries& queries, const Stored& stored, const Run* runs, float* scores, Partial out) {
+  const int64_t dim = queries.head_dim, heads = queries.rows * queries.heads;
+  const int64_t fewest = queries.seen[0], most = queries.seen[queries.rows - 1];
+  in_pieces(runs, 0, most, [&](int64_t slot, int64_t t, int64_t count) {  // also of what some rows do not see
+    in_blocks(heads, [&](auto n, int64_t h) {
+      const auto* keys = (const T*)stored.keys + slot * dim;
+      const auto score_some = h ? score<T, n, false> : score<T, n, true>;  // the first heads fetch for all
+      score_some(queries.numbers + h * dim, dim, keys, count, scores + h * kChunk + t);
+    });
+    if (stored.key_scale) scale_all(scores + t, heads, stored.key_scale + slot, count);
+  });
+  for (int64_t h = 0; h < heads; ++h)
+    soften(scores + h * kChunk, queries.seen[h / queries.heads], out.peak + h, out.sum + h);
+  std::fill(out.values, out.values + heads * dim, 0.0f);
+  auto mix_heads = [&](int64_t first, int64_t num, int64_t from, int64_t to) {
+    in_pieces(runs, from, to, [&](int64_t slot, int64_t t, int64_t count) {
+      float* weights = scores + first * kChunk + t;
+      if (stored.value_scale) scale_all(weights, num, stored.value_scale + slot, count);
+      in_blocks(num, [&](auto n, int64_t h) {
+        const auto* values = (const T*)stored.values + slot * dim;
+        const auto mix_some = h ? mix<T, n, false> : mix<T, n, true>;
+        mix_some(weights + h * kChunk, dim, values, count, out.values + (first + h) * dim);
+      });
+    });
+  };
+  mix_heads(0, heads, 0, fewest);
+  for (int64_t row = 1; row < queries.rows; ++row)  // a weight of 0 would not hide what is not a number
+    mix_heads(row * queries.heads, queries.heads, fewest, queries.seen[row]);
 }
 
 constexpr AttentionKernels kAttention = {attend_chunk<uint16_t>, attend_chunk<float>, attend_chunk<int8_t>};

@@ -204,12 +204,34 @@ struct Simd {
   static inline Floats where_negative(Floats v, Floats a, Floats b) {
     return {_mm256_blendv_ps(b.a, a.a, v.a), _mm256_blendv_ps(b.b, a.b, v.b)};
   }
-  static inline float sum(Floats v) {
-    const __m256 eight = _mm256_add_ps(v.a, v.b);
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  using Register = __m256;  // half of a `Floats`
+  static constexpr int lanes = 8;
+  static inline Register zero() { return _mm256_setzero_ps(); }
+  static inline Register fma(Register a, Register b, Register c) { return _mm256_fmadd_ps(a, b, c); }
+  static inline Register load_register(const float* at) { return _mm256_loadu_ps(at); }
+  static inline Register load_register(const uint16_t* at) {  // bfloat16
+    const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)at));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+  }
+  static inline Register load_register(const int8_t* at) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(half((const uint8_t*)at)));
+  }
+  static inline float sum(Register v) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
+  template <int count>  // sums, each in the order of `sum`; four are written
+  static inline LLAMA_INLINE void store_sums(float* at, const Register* v) {
+    const auto halves = [](__m256 x, __m256 y) LLAMA_INLINE {
+      return _mm256_add_ps(_mm256_blend_ps(x, y, 0xF0), _mm256_permute2f128_ps(x, y, 0x21));
+    };
+    const __m256 x = halves(v[0], v[2]), y = halves(v[1], v[3]);
+    const __m256 two = _mm256_add_ps(_mm256_shuffle_ps(x, y, 0x44), _mm256_shuffle_ps(x, y, 0xEE));
+    const __m256 one = _mm256_add_ps(two, _mm256_movehdup_ps(two));  // 0 and 1 in lanes 0 and 2, 2 and 3 in 4 and 6
+    _mm_storeu_ps(at, _mm_shuffle_ps(_mm256_castps256_ps128(one), _mm256_extractf128_ps(one, 1), 0x88));
+  }
+  static inline float sum(Floats v) { return sum(_mm256_add_ps(v.a, v.b)); }
   static inline Ints round(Floats v) { return {_mm256_cvtps_epi32(v.a), _mm256_cvtps_epi32(v.b)}; }
   static inline Floats floats_of(Ints v) { return {_mm256_castsi256_ps(v.a), _mm256_castsi256_ps(v.b)}; }
   static inline Floats times_power_of_two(Floats v, Ints n) {

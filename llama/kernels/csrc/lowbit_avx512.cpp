@@ -113,6 +113,15 @@ struct Simd {
     return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(v)), b, a);
   }
   static inline float sum(Floats v) { return _mm512_reduce_add_ps(v); }
+  using Register = Floats;
+  static constexpr int lanes = 16;
+  static inline Register zero() { return _mm512_setzero_ps(); }
+  template <class T>
+  static inline Register load_register(const T* at) { return numbers(at); }
+  template <int count>
+  static inline LLAMA_INLINE void store_sums(float* at, const Register* v) {
+    LLAMA_UNROLL for (int i = 0; i < count; ++i) at[i] = sum(v[i]);
+  }
   static inline Ints round(Floats v) { return _mm512_cvtps_epi32(v); }
   static inline Floats times_power_of_two(Floats v, Ints n) {
     return _mm512_castsi512_ps(add(_mm512_castps_si512(v), left(n, 23)));

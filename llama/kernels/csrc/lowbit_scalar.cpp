@@ -145,6 +145,15 @@ struct Simd {
     for (float number : v.v) total += number;
     return total;
   }
+  using Register = Floats;
+  static constexpr int lanes = 16;
+  static inline Register zero() { return all(0.0f); }
+  template <class T>
+  static inline Register load_register(const T* at) { return numbers(at); }
+  template <int count>
+  static inline void store_sums(float* at, const Register* v) {
+    for (int i = 0; i < count; ++i) at[i] = sum(v[i]);
+  }
   static inline Ints round(const Floats& v) {  // what is not a number gives 0
     return each<Ints>([&](int i) { return v.v[i] == v.v[i] ? (int32_t)__builtin_rintf(v.v[i]) : 0; });
   }

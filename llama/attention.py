@@ -28,16 +28,16 @@ SHORT_SPAN = {torch.float32: 512, torch.bfloat16: 16}
 """Rows up to which a span goes through the compiled operator, by what the model computes in.
 
 `benchmarks/attention.py`, one thread, AMD EPYC (Zen 3, AVX2), contexts of 128, 512 and 2048, float32, the operator's
-time over the tiles': SmolLM2's shape 2 rows 0.07 to 0.23, 16 rows 0.20 to 0.64, 64 rows 0.41 to 0.72, 512 rows 0.57 to
-0.88; a model of 1.1B 0.13 to 0.55, 0.40 to 0.91, 0.49 to 0.87, 0.54 to 0.57.
+time over the tiles': SmolLM2's shape 2 rows 0.07 to 0.17, 16 rows 0.23 to 0.47, 64 rows 0.43 to 0.79, 512 rows 0.59 to
+0.79; a model of 1.1B 0.14 to 0.42, 0.45 to 0.72, 0.41 to 0.66, 0.50 to 0.66.
 Models compute in bfloat16 where the processor has instructions for it,
 which tiles use and the operator does not: 16 rows is where a tile's fixed cost is paid, an estimate.
 """
-SHORT_SCORES = 1 << 20  # of one head: with 4096 tokens 256 rows took 0.90 and 0.99, and 512 rows 1.27 and 0.96
+SHORT_SCORES = 1 << 20  # of one head; row by row, with 4096 tokens, 256 rows took 0.90 and 0.99, 512 rows 1.27 and 0.96
 SHORT_CONTEXT = 4096
-"""Tokens that rows see, up to which that holds. More leave the processor's cache from row to row, and only a few rows
-are faster one by one (4 rows at 8192 tokens: 0.82 and 0.85; 8 rows: 1.15 and 1.09; 16 rows: 1.54 and 1.47). 16 are a
-token and the guesses behind it: one by one they have the bits that each would have alone.
+"""Tokens that rows see, up to which that holds. More left the processor's cache from row to row, and only a few rows
+were faster one by one (4 rows at 8192 tokens: 0.82 and 0.85; 8 rows: 1.15 and 1.09; 16 rows: 1.54 and 1.47). 16 are a
+token and the guesses behind it: in the operator they have the bits that each would have alone.
 """
 LONG_CONTEXT_ROWS = 16
 FEW_ROWS = 64  # up to which the keys are the left factor of the scores
@@ -139,8 +139,9 @@ class StepCache:
 
 @dataclass(frozen=True)
 class CompiledRows:
-    """One compiled operator for all short spans of a step, each row by itself; longer ones in tiles.
+    """One compiled operator for all short spans of a step; longer ones in tiles.
 
+    Rows that stand beside each other in its table are computed together, and each has the bits that it has alone.
     The operator stores every token before any row attends, so that rows of one request see those before them.
     """
 
@@ -328,7 +329,7 @@ class FixedRows:
 
 
 def is_short(span: Span, short: int, window: int | None) -> bool:
-    """Whether a span's rows are computed one by one: up to `short` of them, fewer where they see many tokens."""
+    """Whether a span goes through the compiled operator: up to `short` of them, fewer where they see many tokens."""
     num_seen = span.context - first_seen(span.start, window)
     most = SHORT_SCORES // num_seen if num_seen <= SHORT_CONTEXT else LONG_CONTEXT_ROWS
     return span.num_rows <= min(short, most)

@@ -28,7 +28,7 @@ from llama.request import Request, Slice, Step
 from llama.sampling import Sampled
 from llama.scheduler import Scheduler
 
-MOST_GUESSES = 15  # behind one token: no step of more rows brings tokens faster, and 16 are attended row by row
+MOST_GUESSES = 15  # behind one token: no step of more rows brings tokens faster, and 16 are never attended in tiles
 MOST_REQUESTS = 32  # in a step that guesses: with more, rows cost what they are worth
 WORTHWHILE = 1.05  # how much faster tokens must seem to come: less is lost where an estimate errs
 LEARNING = 0.9  # of what came as no surprise at all: three that fail halve low odds

@@ -6,6 +6,7 @@ from support.threads import threads
 
 from llama.kernels import library
 from llama.kernels.attention import attend_rows, attend_rows_twin, row_table, store_rows
+from llama.kernels.dense import dense_linear
 from llama.kernels.elementwise import rotate_twin
 from llama.rotary import Rotary, rope_frequencies, turning_rates
 
@@ -130,11 +131,13 @@ def test_a_row_does_not_notice_what_is_no_number_behind_it(variant):
 
 
 @compiled
+@pytest.mark.parametrize("rows", [1, 100])  # the second product is the library's: torch's threads are the helpers then
 @pytest.mark.parametrize("tokens", [4, 700])
-def test_several_threads_store_and_attend_as_one_does(tokens):
+def test_several_threads_store_and_attend_as_one_does(tokens, rows):
     results = []
     for number in (1, 2):
         with threads(number):
+            dense_linear(torch.ones(rows, 16), torch.ones(16, 16), None)
             arguments = problem(8, 2, 64, torch.float32, False, tokens)
             results.append((attend_rows(*arguments, TABLE)[[0, 2, 3]], *arguments[4:6]))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

@@ -28,38 +28,41 @@ constexpr int64_t kPiece = 64;  // tokens that stay in the processor's nearest c
 // nor `mix` is inlined: one function of all of them has too few registers. `ahead`: whether to fetch what comes next.
 template <class T, int heads, bool ahead>
 __attribute__((noinline)) void score(const float* q, int64_t head_dim, const T* keys, int64_t count, float* scores) {
-  auto some = [&](auto tokens, auto stored, int64_t t) LLAMA_INLINE {
-    constexpr int n = tokens, room = stored;
-    typename Simd::Register sum[heads][room];
-    LLAMA_UNROLL for (int i = 0; i < heads * room; ++i) sum[i / room][i % room] = Simd::zero();
-    for (int64_t d = 0; d < head_dim; d += Simd::lanes) {
-      typename Simd::Register query[heads];
-      LLAMA_UNROLL for (int h = 0; h < heads; ++h) query[h] = Simd::load_register(q + h * head_dim + d);
-      LLAMA_UNROLL for (int i = 0; i < n; ++i) {
-        const T* at = keys + (t + i) * head_dim + d;
-        if constexpr (ahead) __builtin_prefetch((const char*)at + kAhead);
-        const auto key = Simd::load_register(at);
-        LLAMA_UNROLL for (int h = 0; h < heads; ++h) sum[h][i] = Simd::fma(key, query[h], sum[h][i]);
+  constexpr int registers = kTile / Simd::lanes;  // of `Floats`: one after the other, since there is room for one
+  auto some = [&](auto tokens, int64_t t) LLAMA_INLINE {
+    constexpr int n = tokens;
+    typename Simd::Register sum[heads][n > 1 ? 4 : 1] = {};  // they are stored by four
+    LLAMA_UNROLL for (int part = 0; part < registers; ++part) {
+      typename Simd::Register now[heads][n];
+      LLAMA_UNROLL for (int i = 0; i < heads * n; ++i) now[i / n][i % n] = Simd::zero();
+      for (int64_t d = part * Simd::lanes; d < head_dim; d += kTile) {
+        typename Simd::Register query[heads];
+        LLAMA_UNROLL for (int h = 0; h < heads; ++h) query[h] = Simd::load_register(q + h * head_dim + d);
+        LLAMA_UNROLL for (int i = 0; i < n; ++i) {
+          const T* at = keys + (t + i) * head_dim + d;
+          if (ahead && part == 0) __builtin_prefetch((const char*)at + kAhead);
+          const auto key = Simd::load_register(at);
+          LLAMA_UNROLL for (int h = 0; h < heads; ++h) now[h][i] = Simd::fma(key, query[h], now[h][i]);
+        }
+      }
+      LLAMA_UNROLL for (int i = 0; i < heads * n; ++i) {
+        auto& whole = sum[i / n][i % n];
+        whole = part ? Simd::add(whole, now[i / n][i % n]) : now[i / n][i % n];
       }
     }
     LLAMA_UNROLL for (int h = 0; h < heads; ++h) {
-      float* to = scores + h * kChunk + t;
-      if constexpr (n == 1) {
-        *to = Simd::sum(sum[h][0]);
+      if constexpr (n > 1) {
+        Simd::store_sums<n>(scores + h * kChunk + t, sum[h]);
       } else {
-        repeat<room / 4>([&](auto i) LLAMA_INLINE {
-          Simd::store_sums<std::min(4, n - 4 * i)>(to + 4 * i, sum[h] + 4 * i);
-        });
+        scores[h * kChunk + t] = Simd::sum(sum[h][0]);
       }
     }
   };
-  constexpr int registers = kTile / Simd::lanes;  // of `Floats`
-  constexpr int together = std::max(1, std::min(4 * registers, Simd::num_sums * registers / heads));
-  constexpr int room = (together + 3) / 4 * 4;  // sums are stored by four: what is too much is written over
+  constexpr int together = std::max(1, std::min(4, Simd::num_sums * registers / heads));  // sums fit in the registers
   int64_t t = 0;
   if constexpr (together > 1)
-    for (; t + room <= count; t += together) some(Index<together>(), Index<room>(), t);
-  for (; t < count; ++t) some(Index<1>(), Index<1>(), t);
+    for (; t + 4 <= count; t += together) some(Index<together>(), t);  // a fourth is written over
+  for (; t < count; ++t) some(Index<1>(), t);
 }
 
 // out[h][d] += weights[h * kChunk + t] * values[t][d], over all t in their order

@@ -37,6 +37,7 @@ Tensor library_product(const Tensor& x, const Tensor& weight, const std::optiona
   using torch::stable::detail::from;
   std::array<StableIValue, 3> stack{from(x), from(weight), from(bias)};
   STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  torch_multiplied(true);
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -60,6 +61,7 @@ void few_rows(const Shape& s, const float* x, const T* weight, const std::string
   share(s.outputs, kBytesPerThread / (s.columns * (int64_t)sizeof(T)), [&](int64_t begin, int64_t end) {
     product(x, s.rows, s.columns, weight + begin * s.columns, end - begin, y + begin, s.outputs);
   });
+  torch_multiplied(false);
 }
 
 }  // namespace

@@ -295,6 +295,7 @@ Tensor lowbit_linear(Tensor x, Tensor packed, std::optional<Tensor> bias, Text f
     integer_product(*kernel, s, weight, packed.numel(), x.const_data_ptr(),
                     bias ? (const float*)bias->const_data_ptr() : nullptr, bfloat16, out.mutable_data_ptr());
   }
+  torch_multiplied(variant == "tiles");
   return out;
 }
 

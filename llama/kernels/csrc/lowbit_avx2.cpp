@@ -208,6 +208,7 @@ struct Simd {
   static constexpr int lanes = 8;
   static inline Register zero() { return _mm256_setzero_ps(); }
   static inline Register fma(Register a, Register b, Register c) { return _mm256_fmadd_ps(a, b, c); }
+  static inline Register add(Register a, Register b) { return _mm256_add_ps(a, b); }
   static inline Register load_register(const float* at) { return _mm256_loadu_ps(at); }
   static inline Register load_register(const uint16_t* at) {  // bfloat16
     const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)at));
@@ -221,7 +222,7 @@ struct Simd {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
-  template <int count>  // sums, each in the order of `sum`; four are written
+  template <int count>  // sums, each in the order of `sum`; what stands at `at` behind them is written over
   static inline LLAMA_INLINE void store_sums(float* at, const Register* v) {
     const auto halves = [](__m256 x, __m256 y) LLAMA_INLINE {
       return _mm256_add_ps(_mm256_blend_ps(x, y, 0xF0), _mm256_permute2f128_ps(x, y, 0x21));

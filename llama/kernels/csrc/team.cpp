@@ -5,6 +5,9 @@
 // loops. Here the calling thread waits for nobody who has not begun. It takes parts like the others, and in the end
 // waits for those that are being computed; a helper that comes late finds nothing to do. Helpers stay awake for a
 // moment, since the next loop of a layer is near, and sleep while Python runs. There are as many threads as torch has.
+//
+// torch's own threads stay awake for longer than these, and would take the processors from them without having work.
+// That is so behind a product of a matrix library, which is theirs; there they are the helpers.
 #include "team.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -67,6 +70,7 @@ struct Team {
   std::atomic<int> num_asleep{0};  // of them
   std::atomic<int> num_done{0};    // parts of this loop
   std::atomic<bool> is_waited_for{false};  // by the thread whose loop it is, asleep
+  std::atomic<bool> is_torch_awake{false};
 
   // Which loop, of how many parts, and which part is next: 32, 16 and 16 bits. Whoever raises it has that part. What
   // the loop is stands beside it: a thread reads that first, and it is of the same loop if the ticket still was.
@@ -104,15 +108,24 @@ struct Team {
     }
   }
 
+  void take_parts() {
+    while (take_part()) {
+    }
+  }
+
   void run(int64_t parts, int helpers) {
-    for (; num_helpers < helpers; ++num_helpers) std::thread(&Team::help, this, num_helpers).detach();
-    num_wanted.store(helpers, std::memory_order_relaxed);
+    const bool by_torch = is_torch_awake.load(std::memory_order_relaxed);
+    num_wanted.store(by_torch ? 0 : helpers, std::memory_order_relaxed);
     num_done.store(0, std::memory_order_relaxed);
     const uint64_t loop = (ticket.load(std::memory_order_relaxed) >> 32) + 1;
     ticket.store(loop << 32 | (uint64_t)parts << 16, std::memory_order_release);
-    num_loops.fetch_add(1);
-    if (num_asleep.load()) wake_all(num_loops);
-    while (take_part()) {
+    if (by_torch) {
+      torch::stable::parallel_for(0, helpers + 1, 1, [this](int64_t, int64_t) { take_parts(); });
+    } else {
+      for (; num_helpers < helpers; ++num_helpers) std::thread(&Team::help, this, num_helpers).detach();
+      num_loops.fetch_add(1);
+      if (num_asleep.load()) wake_all(num_loops);
+      take_parts();
     }
     int looks = 0;
     for (int done; (done = num_done.load(std::memory_order_acquire)) < parts;) {
@@ -149,5 +162,7 @@ void share(int64_t count, int64_t grain, Part part, void* context) {
   t.threads.store(threads, std::memory_order_relaxed);
   t.run(kRounds * threads, (int)threads - 1);
 }
+
+void torch_multiplied(bool torch) { team().is_torch_awake.store(torch, std::memory_order_relaxed); }
 
 }  // namespace llama

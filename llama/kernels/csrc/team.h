@@ -15,4 +15,8 @@ void share(int64_t count, int64_t grain, const F& f) {
   share(count, grain, [](int64_t begin, int64_t end, void* context) { (*(const F*)context)(begin, end); }, (void*)&f);
 }
 
+// Says who made the last product: torch's threads, which watch for more to do for some milliseconds afterwards and
+// meanwhile do the parts here, or these.
+void torch_multiplied(bool torch);
+
 }  // namespace llama

@@ -7,7 +7,8 @@
 // moment, since the next loop of a layer is near, and sleep while Python runs. There are as many threads as torch has.
 //
 // torch's own threads stay awake for longer than these, and would take the processors from them without having work.
-// That is so behind a product of a matrix library, which is theirs; there they are the helpers.
+// That is so behind a product of a matrix library, which is theirs; there they are the helpers. But a loop of theirs
+// ends when the last one has: where others hold the processors they are often late, and loops are done without them.
 #include "team.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -19,6 +20,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <climits>
 #include <mutex>
 #include <thread>
@@ -31,6 +33,11 @@ namespace {
 constexpr int64_t kSizes[] = {4, 2, 1, 1}, kRounds = 4, kEighths = 8;
 constexpr int64_t kMostThreads = 0xffff / kRounds;  // the ticket has room for the parts of so many
 constexpr int kLooks = 300;  // for something to do before a thread sleeps: some microseconds
+
+// torch's threads are late in at most four of a hundred loops on a machine with little else to do, in thirty to fifty
+// where two other processes compute. Once clearly more than every ninth is late, some loops are done without them.
+constexpr auto kLate = std::chrono::microseconds(200);
+constexpr int kLateWeighs = 8, kPatience = 40, kLoopsAlone = 500;
 
 // Linux' own sleep, which may end early. gcc's std::atomic::wait first gives its time slice away, and on a busy machine
 // that is a long time.
@@ -71,6 +78,7 @@ struct Team {
   std::atomic<int> num_done{0};    // parts of this loop
   std::atomic<bool> is_waited_for{false};  // by the thread whose loop it is, asleep
   std::atomic<bool> is_torch_awake{false};
+  int lateness = 0, loops_alone = 0;  // of torch's threads, lately; loops still to do without them
 
   // Which loop, of how many parts, and which part is next: 32, 16 and 16 bits. Whoever raises it has that part. What
   // the loop is stands beside it: a thread reads that first, and it is of the same loop if the ticket still was.
@@ -113,14 +121,26 @@ struct Team {
     }
   }
 
+  void take_parts_with_torch(int threads) {
+    using Clock = std::chrono::steady_clock;
+    Clock::time_point done;  // with what this thread has taken
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t number, int64_t) {
+      take_parts();
+      if (number == 0) done = Clock::now();
+    });
+    lateness = std::max(0, lateness + (Clock::now() - done > kLate ? kLateWeighs : -1));
+    if (lateness > kPatience) lateness = 0, loops_alone = kLoopsAlone;
+  }
+
   void run(int64_t parts, int helpers) {
-    const bool by_torch = is_torch_awake.load(std::memory_order_relaxed);
+    const bool by_torch = is_torch_awake.load(std::memory_order_relaxed) && loops_alone == 0;
+    loops_alone = std::max(0, loops_alone - 1);
     num_wanted.store(by_torch ? 0 : helpers, std::memory_order_relaxed);
     num_done.store(0, std::memory_order_relaxed);
     const uint64_t loop = (ticket.load(std::memory_order_relaxed) >> 32) + 1;
     ticket.store(loop << 32 | (uint64_t)parts << 16, std::memory_order_release);
     if (by_torch) {
-      torch::stable::parallel_for(0, helpers + 1, 1, [this](int64_t, int64_t) { take_parts(); });
+      take_parts_with_torch(helpers + 1);
     } else {
       for (; num_helpers < helpers; ++num_helpers) std::thread(&Team::help, this, num_helpers).detach();
       num_loops.fetch_add(1);

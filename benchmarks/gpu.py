@@ -17,15 +17,16 @@ import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from common.gpu import limits
 from common.timing import alternate, median, report
 
 from llama import SamplingParams
 from llama.answer import Query
 from llama.bench.shapes import MODEL_SHAPES, write_vocabulary
+from llama.bench.works import Effort, Work
 from llama.building import make_engine
 from llama.compiled.captured import CapturedStep
 from llama.engine import Engine
@@ -57,9 +58,14 @@ def make_model(args: ModelArgs, precision: str) -> Transformer:
     return model
 
 
-def bytes_of(model: Transformer) -> int:
-    """Of all linears, which every step reads."""
-    return sum(module.weight.nbytes for module in model.modules() if isinstance(module, Linear | LowBitLinear))
+def effort_of(model: Transformer) -> Effort:
+    linears = [module for module in model.modules() if isinstance(module, Linear | LowBitLinear)]
+    return Effort(
+        weight_bytes=sum(linear.weight.nbytes for linear in linears),
+        kv_bytes_per_token=model.cache_shape.bytes_per_token(torch.bfloat16),
+        inner_products=sum(one.in_features * one.out_features for one in linears if one is not model.output),
+        output_products=model.output.in_features * model.output.out_features,
+    )
 
 
 class Ours:
@@ -123,26 +129,6 @@ class Transformers:
         return times[0], times[1:]
 
 
-def limits() -> tuple[float, float]:
-    """The card's own: bytes a second that are read and written, operations a second in bfloat16."""
-    buffer = torch.ones(1 << 28, device=DEVICE)
-    target, square = torch.empty_like(buffer), torch.randn(8192, 8192, dtype=torch.bfloat16, device=DEVICE)
-
-    def seconds(work: Callable[[], object]) -> float:
-        work()
-        torch.cuda.synchronize()
-        started = time.perf_counter()
-        for _ in range(20):
-            work()
-        torch.cuda.synchronize()
-        return (time.perf_counter() - started) / 20
-
-    return (
-        2 * buffer.nbytes / seconds(lambda: target.copy_(buffer)),
-        2 * 8192**3 / seconds(lambda: square @ square),
-    )
-
-
 def line(figure: dict) -> str:
     prompts = figure["requests"] * figure["prompt_tokens"] / figure["prompt_seconds"]
     return (
@@ -165,7 +151,7 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("this benchmark needs a GPU; llama bench measures processors")
     works = [tuple(map(int, work.split("x"))) for work in options.works.split(",")]
-    bandwidth, rate = limits()
+    bandwidth, rate = (measured() for measured in limits().values())
     print(f"{torch.cuda.get_device_name()}: copies {bandwidth / 1e12:.2f} TB/s, products {rate / 1e12:.0f} TFLOP/s")
     results = []
     with tempfile.TemporaryDirectory() as folder:
@@ -175,8 +161,9 @@ def main() -> None:
             tokenizer = Tokenizer(Path(folder) / "tokenizer.model")
             for precision in options.precisions.split(","):
                 model = make_model(args, precision)
+                effort = effort_of(model)
                 room = max(requests * (length + options.tokens + BLOCK_SIZE) for requests, length in works)
-                memory = max(room, args.max_seq_len) * model.cache_shape.bytes_per_token(torch.bfloat16)
+                memory = max(room, args.max_seq_len) * effort.kv_bytes_per_token
                 engine = make_engine(model, tokenizer, seed=0, kv_cache_memory=memory)
                 sides = {"graphs": Ours(engine, CapturedStep(model)), "eager": Ours(engine, model)}
                 if precision == "bf16" and options.vs == "transformers":
@@ -186,13 +173,8 @@ def main() -> None:
                         name: lambda side=side: side.run(requests, length, options.tokens)  # noqa: B023
                         for name, side in sides.items()
                     }
-                    context = length + options.tokens // 2
-                    read = bytes_of(model) + requests * context * model.cache_shape.bytes_per_token(torch.bfloat16)
-                    inner = sum(
-                        one.in_features * one.out_features
-                        for one in model.modules()
-                        if isinstance(one, Linear | LowBitLinear) and one is not model.output
-                    )
+                    read = effort.bytes_read(Work(requests, length, options.tokens))
+                    prompts = requests * effort.operations(Work(1, length, 1))
                     for name, runs in alternate(options.rounds, **turns).items():
                         first = median([first for first, _ in runs])
                         step = median([seconds for _, steps in runs for seconds in steps])
@@ -201,7 +183,7 @@ def main() -> None:
                                 "shape": shape, "precision": precision, "side": name, "requests": requests,
                                 "prompt_tokens": length, "prompt_seconds": first, "step_seconds": step,
                                 "share_of_bandwidth": round(read / step / bandwidth, 3),
-                                "share_of_rate": round(2 * inner * requests * length / first / rate, 3),
+                                "share_of_rate": round(prompts / first / rate, 3),
                             }
                         )  # fmt: skip
                         print(line(results[-1]), flush=True)

@@ -6,9 +6,8 @@
 One pass is every linear layer of the model once, fused as the engine fuses them; the time is the GPU's own, between
 two events, the median of all rounds, and both sides take turns. Each of several copies of a shape's weight is used in
 turn, more bytes than the cache holds, so that weights come from memory as they do in a model. Products are launched
-by a graph, as in a model's decoding steps. Shares are of the card's
-own limits, measured in the same turns: a large copy's bandwidth for up to 16 rows, the rate of a large bfloat16
-product beyond.
+by a graph, as in a model's decoding steps. Shares are of the card's own limits, measured in the same turns: a large
+copy's bandwidth for up to 16 rows, the rate of a large bfloat16 product beyond.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from itertools import cycle
 
 import torch
 import torch.nn.functional as F
+from common.gpu import gpu_seconds, limits
 from common.timing import alternate, median, report
 
 from llama.quantization import FORMATS, LowBitLinear
@@ -27,23 +27,6 @@ from llama.quantization import FORMATS, LowBitLinear
 LAYERS = 32
 SHAPES = [(12288, 4096), (4096, 4096), (22016, 4096), (4096, 11008)]  # (rows, columns): wqkv, wo, w13, w2
 CACHE_BYTES = 128 << 20  # more than any card's cache
-
-
-def gpu_seconds(work: Callable[[], object], times: int = 20) -> float:
-    """Of one call, on the GPU, when `times` of them follow each other in a graph, as in a model's steps."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    work()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(times):
-            work()
-    graph.replay()
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1000 / times
 
 
 class Side:
@@ -87,17 +70,6 @@ class Side:
             x = torch.randn(num_rows, columns, dtype=torch.bfloat16, device="cuda")
             total += LAYERS * gpu_seconds(lambda x=x, products=products: next(products)(x))
         return total
-
-
-def limits() -> dict[str, Callable[[], float]]:
-    """The card's own: bytes a second that are read and written, operations a second."""
-    buffer = torch.ones(1 << 28, device="cuda")
-    target = torch.empty_like(buffer)
-    square = torch.randn(8192, 8192, dtype=torch.bfloat16, device="cuda")
-    return {
-        "bandwidth": lambda: 2 * buffer.nbytes / gpu_seconds(lambda: target.copy_(buffer)),
-        "rate": lambda: 2 * 8192**3 / gpu_seconds(lambda: F.linear(square, square)),
-    }
 
 
 @torch.inference_mode()

@@ -56,9 +56,7 @@ class LayerStack:
     def plan(self, num_rows: int) -> StepOperands | None:
         """For a step of so many rows; None where layers have to be called: one is not whole, somebody has hooked it, or
         a product is changed in a way that the operator does not know."""
-        if self._num_set != Counted.num_set:
-            self._look()
-        if any(self._hooks):
+        if self.is_hooked:
             return None
         step = (num_rows, *[rows.runs for rows in self._rows]) if self._rows else ()
         if step not in self._plans:
@@ -66,6 +64,13 @@ class LayerStack:
                 self._plans.clear()
             self._plans[step] = self._planned(num_rows)
         return self._plans[step]
+
+    @property
+    def is_hooked(self) -> bool:
+        """Whether somebody wants to be called with a layer, which then has to be called itself."""
+        if self._num_set != Counted.num_set:
+            self._look()
+        return any(self._hooks)
 
     def _look(self) -> None:
         self._num_set = Counted.num_set

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -147,7 +148,7 @@ class LowBitLinear(CountedModule):
     @property
     def arranged(self) -> bool:
         """Whether the weight is in a layout of its product's own, and not in the published one."""
-        return self.product in (compiled_product, triton_product)
+        return self.product in LAYOUTS
 
     def for_layer(self) -> LayerProduct | None:
         """See `AnyLinear.for_layer`; None too where a variant of the kernels is asked for."""
@@ -173,10 +174,8 @@ class LowBitLinear(CountedModule):
     def _arrange(self, parts: list[Tensor]) -> None:
         """Takes a weight in parts, rows below rows in the published layout, as the fastest product reads it."""
         self.product = fastest_product(self.format, parts[0].device)
-        if self.product is compiled_product:
-            self.weight = lowbit.to_tiles(parts, self.format)
-        elif self.product is triton_product:
-            self.weight = words_of(parts, self.format)
+        if self.arranged:
+            self.weight = LAYOUTS[self.product].arrange(parts, self.format)
         else:
             self.weight = parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -185,11 +184,7 @@ class LowBitLinear(CountedModule):
         if self.joined is not None:
             joint, of_joint = self.joined
             return joint.plain(of_joint)[rows]
-        if self.product is compiled_product:
-            return lowbit.from_tiles(self.weight, self.format, self.out_features, self.in_features, rows)
-        if self.product is triton_product:
-            return published(self.weight, self.format, rows)
-        return self.weight[rows]
+        return LAYOUTS[self.product].published(self, rows) if self.arranged else self.weight[rows]
 
     def dequantize(self) -> Tensor:
         """The weight as float32 (out_features, in_features)."""
@@ -236,18 +231,34 @@ def triton_product(linear: LowBitLinear, x: Tensor) -> Tensor:
     return gpu.packed_linear(x, linear.weight, linear.bias, linear.format.name)
 
 
-def words_of(parts: Sequence[Tensor], form: LowBitFormat) -> Tensor:
-    """See `to_words` of the Triton kernels."""
+@dataclass(frozen=True)
+class Layout:
+    """How a product wants its weight, where that is not the published layout."""
+
+    arrange: Callable[[list[Tensor], LowBitFormat], Tensor]  # of parts in the published one, rows below rows
+    published: Callable[[LowBitLinear, slice], Tensor]  # rows of a linear's weight as they were, a copy
+
+
+def tiles_as_published(linear: LowBitLinear, rows: slice) -> Tensor:
+    return lowbit.from_tiles(linear.weight, linear.format, linear.out_features, linear.in_features, rows)
+
+
+def words_of(parts: list[Tensor], form: LowBitFormat) -> Tensor:
     from llama.kernels.cuda import lowbit as gpu
 
     return gpu.to_words(parts, form)
 
 
-def published(weight: Tensor, form: LowBitFormat, rows: slice) -> Tensor:
-    """See `from_words` of the Triton kernels."""
+def words_as_published(linear: LowBitLinear, rows: slice) -> Tensor:
     from llama.kernels.cuda import lowbit as gpu
 
-    return gpu.from_words(weight, form, rows)
+    return gpu.from_words(linear.weight, linear.format, rows)
+
+
+LAYOUTS: dict[Product, Layout] = {
+    compiled_product: Layout(lowbit.to_tiles, tiles_as_published),
+    triton_product: Layout(words_of, words_as_published),
+}
 
 
 def product_in_chunks(linear: LowBitLinear, x: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 `graph`: the step as torch.export reads it. `compiler`: the graph as a package, native code for this machine's
 processor. `fingerprint`: what a package depends on, and the manifest beside it. `cache`: the person's own packages.
-`program`: a package that runs, sharing the loaded model's weights. `selection`: which program a model gets.
+`program`: a package that runs, sharing the loaded model's weights. `captured`: a GPU's steps, recorded as graphs.
+`selection`: which program a model gets.
 """
 
 from __future__ import annotations

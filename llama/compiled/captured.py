@@ -71,7 +71,7 @@ class CapturedStep:
         """See `Program`."""
         backend = caches.backend
         is_decoding = isinstance(backend, Paged) and backend.is_decoding and wanted is None and limits is None
-        if not is_decoding or self._is_hooked():
+        if not is_decoding or self.model.stack.is_hooked:
             return self.model.step(tokens, positions, caches, wanted, limits)
         if self._num_set != Counted.num_set or self._layers is not caches.layers:
             self._graphs.clear()
@@ -80,9 +80,6 @@ class CapturedStep:
         if size not in self._graphs:
             self._graphs[size] = self._capture(*size, backend, positions.device)
         return self._graphs[size].step(tokens, positions, backend)
-
-    def _is_hooked(self) -> bool:
-        return any(layer._forward_hooks or layer._forward_pre_hooks for layer in self.model.stack.layers)
 
     def _capture(self, num_rows: int, longest: int, like: Paged, device: torch.device) -> Captured:
         tokens, positions, slots = torch.zeros((3, num_rows), dtype=torch.int64, device=device).unbind()

@@ -4,5 +4,5 @@
 `attention`: rotating, storing, and single rows that look at their own keys and values. `elementwise`: norm, rotation
 and gate in one pass each. `lowrank`: what the adapters of a step add. They are C++ in `csrc/`, which setup.py builds as
 an optional extension and `library` loads.
-`cuda`: the low-bit products on a GPU, in Triton; its twin is `LowBitFormat.dequantize` and PyTorch's product.
+`cuda/`: the same on a GPU, in Triton: attention, norm and gate, low-bit products.
 """

@@ -2,7 +2,7 @@
 
 `attention`: rotating, storing, and rows that look at their own keys and values, block by block. `elementwise`: norm and
 gate in one pass each. `lowbit`: products with packed weights. Importing one of them imports Triton, which takes a
-moment; `available` tells whether it is there. `TRITON_INTERPRET=1`, set before that, runs them on CPU tensors, slowly,
+moment; `has_triton` tells whether it is there. `TRITON_INTERPRET=1`, set before that, runs them on CPU tensors, slowly,
 for tests.
 """
 

@@ -222,9 +222,10 @@ def unpack_kernel(
     start = y + (row - first_row) * (num_chunks * W * PARTS)
     mask = ((n < end_row)[:, None] & there)[:, :, None]
     for part in tl.static_range(PARTS):
-        factor, summand = scale_of(
-            scales, minimums, zeros, steps, at, block, there, part, levels is None, BITS, OFFSET, STEP_BITS
-        )
+        if STEP_BITS > 0 or part == 0:  # else both parts of a byte have one scale
+            factor, summand = scale_of(
+                scales, minimums, zeros, steps, at, block, there, part, levels is None, BITS, OFFSET, STEP_BITS
+            )
         planes = bit_planes_of(highs, block, there, part, PARTS, BITS)
         for b in tl.static_range(4):
             column = columns_of(first, j[None, :], part, b, C, W, J, SPAN, PARTS)

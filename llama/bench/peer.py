@@ -9,12 +9,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from .. import _SPIN_COUNT
+
 
 class Peer:
-    """A script that answers each line of JSON with one, as `children/lines.py` says."""
+    """A script that answers each line of JSON with one, as `children/lines.py` says.
+
+    Its environment is the person's and `environment`: what this package sets for its own threads would make llama.cpp,
+    whose threads meet at a barrier after every operation, two to three times slower.
+    """
 
     def __init__(self, python: str, script: str | Path, *arguments: object, **environment: str):
         self.name = f"{python} {Path(script).name}"
+        theirs = dict(variable for variable in os.environ.items() if variable != _SPIN_COUNT)
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  (`close` closes it)
         try:
             self._child = subprocess.Popen(
@@ -23,7 +30,7 @@ class Peer:
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
                 text=True,
-                env=os.environ | environment,
+                env=theirs | environment,
             )
         except OSError as error:
             raise RuntimeError(f"{python} does not run: {error.strerror}") from error

@@ -176,6 +176,20 @@ def test_a_sides_memory_is_its_own_and_not_that_of_whoever_started_it(tmp_path):
     assert 1 << 20 < found < len(held) // 2
 
 
+@pytest.mark.parametrize("set_to, seen", [("100", None), ("5000", "5000")])
+def test_a_peers_threads_do_not_wait_as_ours_are_told_to(set_to, seen, tmp_path, monkeypatch):
+    """What this package sets is not passed on; what a person has set is."""
+    monkeypatch.setenv("GOMP_SPINCOUNT", set_to)
+    script = tmp_path / "script.py"
+    script.write_text(
+        f"import os, sys; sys.path.append({str(sides.CHILDREN)!r}); import lines\n"
+        "lines.answer_lines(run=lambda: {'spins': os.environ.get('GOMP_SPINCOUNT')})\n"
+    )
+    peer = Peer(sys.executable, script)
+    assert peer.ask(do="run") == {"spins": seen}
+    peer.close()
+
+
 def test_what_a_peers_library_prints_is_not_taken_for_an_answer(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

@@ -176,7 +176,7 @@ def test_a_sides_memory_is_its_own_and_not_that_of_whoever_started_it(tmp_path):
     assert 1 << 20 < found < len(held) // 2
 
 
-@pytest.mark.parametrize("set_to, seen", [("100", None), ("5000", "5000")])
+@pytest.mark.parametrize(("set_to", "seen"), [("100", None), ("5000", "5000")])
 def test_a_peers_threads_do_not_wait_as_ours_are_told_to(set_to, seen, tmp_path, monkeypatch):
     """What this package sets is not passed on; what a person has set is."""
     monkeypatch.setenv("GOMP_SPINCOUNT", set_to)

@@ -41,7 +41,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from common.http import Client
+from common.client import Client
 from common.timing import report
 
 from llama.bench.machine import processor

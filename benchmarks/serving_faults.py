@@ -23,7 +23,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from common.http import Client
+from common.client import Client
 from common.timing import report
 
 WORDS = ("ship", "sailed", "past", "old", "grey", "tower", "rain", "fell", "on", "its", "many", "quiet", "windows")

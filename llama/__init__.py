@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 # Between two parallel loops torch's threads (GNU OpenMP) wait for each other by spinning. Beside another busy process
 # that burns the very time slices the slower thread is waiting for: answers came ten times later. Sleeping costs nothing
 # that could be measured. Read when torch is first imported; a value that the user has set stays.
-_SPIN_COUNT = ("GOMP_SPINCOUNT", "100")
-os.environ.setdefault(*_SPIN_COUNT)
+os.environ.setdefault("GOMP_SPINCOUNT", "100")
 
 # A name is imported when it is first asked for: a command that shows its help or refuses a call needs no torch.
 if TYPE_CHECKING:

@@ -24,15 +24,16 @@ from llama.rotary import Rotary
 if TYPE_CHECKING:
     from llama.kernels.cuda.attention import RowTiles
 
-SHORT_SPAN = {torch.float32: 512, torch.bfloat16: 16}
-"""Rows up to which a span goes through the compiled operator, by what the model computes in.
+SHORT_SPAN = 512
+"""Rows up to which a span goes through the compiled operator.
 
-`benchmarks/attention.py`, one thread, AMD EPYC (Zen 3, AVX2), contexts of 128, 512 and 2048, float32, the operator's
-time over the tiles': SmolLM2's shape 2 rows 0.07 to 0.17, 16 rows 0.23 to 0.47, 64 rows 0.43 to 0.79, 512 rows 0.59 to
-0.79; a model of 1.1B 0.14 to 0.42, 0.45 to 0.72, 0.41 to 0.66, 0.50 to 0.66.
-Models compute in bfloat16 where the processor has instructions for it,
-which tiles use and the operator does not: 16 rows is where a tile's fixed cost is paid, an estimate.
+`benchmarks/attention.py`, one thread, contexts of 128, 512 and 2048, the operator's time over the tiles', for 2, 16, 64
+and 512 rows. AMD EPYC (Zen 3, AVX2), float32: SmolLM2's shape 0.07 to 0.17, 0.23 to 0.47, 0.43 to 0.79, 0.59 to 0.79; a
+model of 1.1B 0.14 to 0.42, 0.45 to 0.72, 0.41 to 0.66, 0.50 to 0.66. AMD EPYC (Zen 5, AVX512-BF16), bfloat16: 0.07 to
+0.28, 0.24 to 0.78, 0.40 to 1.21, 0.91 to 1.29; 0.14 to 0.54, 0.41 to 1.23, 0.84 to 1.29, 1.05 to 1.31. But a prompt whose
+layers are one operator because of it took 0.74 of its time (128 tokens), 0.62 (512) and 0.82 (2000).
 """
+SHORT_SPAN_BESIDE_AMX = 16  # in bfloat16, which those tiles multiply much faster: where their fixed cost is paid
 SHORT_SCORES = 1 << 20  # of one head; row by row, with 4096 tokens, 256 rows took 0.90 and 0.99, 512 rows 1.27 and 0.96
 SHORT_CONTEXT = 4096
 """Tokens that rows see, up to which that holds. More left the processor's cache from row to row, and only a few rows
@@ -72,10 +73,16 @@ def choose_backend(
         return partial(FixedRows.plan, size=fixed_rows)
     head = torch.empty(0, cache.shape.head_dim, device=cache.device, dtype=dtype)
     if serves(head):
-        return partial(CompiledRows.plan, short=SHORT_SPAN[dtype])
+        return partial(CompiledRows.plan, short=short_span(dtype))
     if serves_gpu(head):
         return partial(Paged.plan, group=group)
     return Tiles.plan
+
+
+def short_span(dtype: torch.dtype) -> int:
+    """Rows up to which a span goes through the compiled operator, where a model computes in `dtype`."""
+    has_amx = torch.cpu.get_capabilities().get("amx_bf16", False)
+    return SHORT_SPAN_BESIDE_AMX if has_amx and dtype == torch.bfloat16 else SHORT_SPAN
 
 
 def computes_layers(backend: Backend) -> bool:

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 
-from llama.attention import CompiledRows, FixedRows, LayerCache, StepCache, Tiles, choose_backend
+from llama.attention import CompiledRows, FixedRows, LayerCache, StepCache, Tiles, choose_backend, short_span
 from llama.cache import CacheShape, KVCache, Span
 from llama.kernels import library
 from llama.rotary import Rotary, rope_frequencies, turning_rates
@@ -58,6 +58,12 @@ def test_a_span_is_shorter_where_its_request_is_long():
         (65, 4096),
         (65, 4097),
     ]
+
+
+def test_only_where_a_matrix_unit_multiplies_tiles_are_few_rows_short(monkeypatch):
+    for has_amx, spans in ((False, {512}), (True, {512, 16})):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=has_amx: {"amx_bf16": known})
+        assert {short_span(dtype) for dtype in (torch.float32, torch.bfloat16)} == spans
 
 
 @pytest.mark.parametrize("window", [None, 5])

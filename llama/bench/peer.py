@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .. import _SPIN_COUNT
+OUR_SPIN_COUNT = ("GOMP_SPINCOUNT", "100")  # which the package sets when it is imported
 
 
 class Peer:
@@ -21,7 +21,7 @@ class Peer:
 
     def __init__(self, python: str, script: str | Path, *arguments: object, **environment: str):
         self.name = f"{python} {Path(script).name}"
-        theirs = dict(variable for variable in os.environ.items() if variable != _SPIN_COUNT)
+        theirs = dict(variable for variable in os.environ.items() if variable != OUR_SPIN_COUNT)
         self._errors = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  (`close` closes it)
         try:
             self._child = subprocess.Popen(

@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 
 import pytest
@@ -176,17 +177,22 @@ def test_a_sides_memory_is_its_own_and_not_that_of_whoever_started_it(tmp_path):
     assert 1 << 20 < found < len(held) // 2
 
 
-@pytest.mark.parametrize(("set_to", "seen"), [("100", None), ("5000", "5000")])
-def test_a_peers_threads_do_not_wait_as_ours_are_told_to(set_to, seen, tmp_path, monkeypatch):
+@pytest.mark.parametrize("of_a_person", [None, "5000"])
+def test_a_peers_threads_do_not_wait_as_ours_are_told_to(of_a_person, tmp_path, monkeypatch):
     """What this package sets is not passed on; what a person has set is."""
-    monkeypatch.setenv("GOMP_SPINCOUNT", set_to)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    if of_a_person:
+        monkeypatch.setenv("GOMP_SPINCOUNT", of_a_person)
+    code = "import os, llama; print(os.environ['GOMP_SPINCOUNT'])"
+    ours = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    monkeypatch.setenv("GOMP_SPINCOUNT", ours)
     script = tmp_path / "script.py"
     script.write_text(
         f"import os, sys; sys.path.append({str(sides.CHILDREN)!r}); import lines\n"
         "lines.answer_lines(run=lambda: {'spins': os.environ.get('GOMP_SPINCOUNT')})\n"
     )
     peer = Peer(sys.executable, script)
-    assert peer.ask(do="run") == {"spins": seen}
+    assert peer.ask(do="run") == {"spins": of_a_person}
     peer.close()
 
 

@@ -31,18 +31,18 @@ def load(path: str, threads: int, precision: str | None, draft: str = "none", **
     return {
         "vocab_size": model.vocab_size,
         "dtype": str(dtype).removeprefix("torch."),
-        "weight_bytes": sum(map(stored_bytes, linears)) + tied,
+        "weight_bytes": sum(stored_bytes(linear, dtype) for linear in linears) + tied,
         "kv_bytes_per_token": model.cache_shape.bytes_per_token(dtype),
         "inner_products": inner,
         "output_products": model.vocab_size * model.params.dim,
     }
 
 
-def stored_bytes(linear: Linear | LowBitLinear) -> int:
-    """Bytes of a layer's matrix, which every step reads; of a low-bit one's published layout."""
+def stored_bytes(linear: Linear | LowBitLinear, dtype: torch.dtype) -> int:
+    """Bytes of a layer's matrix, which every step reads: of a low-bit one's published layout, else of `dtype`."""
     if isinstance(linear, LowBitLinear):
         return linear.format.packed_columns(linear.in_features) * linear.out_features
-    return linear.in_features * linear.out_features * linear.weight.element_size()
+    return linear.in_features * linear.out_features * dtype.itemsize
 
 
 def run(prompts: list[list[int]], num_tokens: int) -> dict:

@@ -21,11 +21,11 @@ struct Simd {
   using Bytes = __m512i;
   using Ints = __m512i;
   using Floats = __m512;
-  static constexpr int max_rows = 8, max_heads = 8, num_sums = 16;  // what 32 registers hold
+  static constexpr int max_rows = 8, max_heads = 4, num_sums = 16;  // what 32 registers hold
   static constexpr int byte_offset = 128;  // the product wants unsigned weights: signed ones get 128 more
 
   static inline Bytes load(const uint8_t* at) {
-    __builtin_prefetch(at + kPrefetch);
+    __builtin_prefetch(at + kPrefetch, 0, 0);  // for once: past the caches that hold Python and the activations
     return _mm512_loadu_si512(at);
   }
   static inline Bytes low(Bytes v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
@@ -112,15 +112,28 @@ struct Simd {
   static inline Floats where_negative(Floats v, Floats a, Floats b) {
     return _mm512_mask_blend_ps(_mm512_movepi32_mask(_mm512_castps_si512(v)), b, a);
   }
-  static inline float sum(Floats v) { return _mm512_reduce_add_ps(v); }
+  static inline float sum(Floats v) {
+    const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
   using Register = Floats;
   static constexpr int lanes = 16;
   static inline Register zero() { return _mm512_setzero_ps(); }
   template <class T>
   static inline Register load_register(const T* at) { return numbers(at); }
-  template <int count>
+  template <int count>  // sums, each in the order of `sum`; what stands at `at` behind them is written over
   static inline LLAMA_INLINE void store_sums(float* at, const Register* v) {
-    LLAMA_UNROLL for (int i = 0; i < count; ++i) at[i] = sum(v[i]);
+    const auto fold = [](__m512 x, __m512 y) LLAMA_INLINE {  // halves of both: of x below, of y above
+      return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x44), _mm512_shuffle_f32x4(x, y, 0xEE));
+    };
+    const __m512 x = fold(v[0], v[1]), y = fold(v[2], v[3]);
+    const __m512 four = _mm512_add_ps(_mm512_shuffle_f32x4(x, y, 0x88), _mm512_shuffle_f32x4(x, y, 0xDD));
+    const __m512 two = _mm512_add_ps(four, _mm512_permute_ps(four, 0x4E));
+    const __m512 one = _mm512_add_ps(two, _mm512_permute_ps(two, 0xB1));
+    const __m512i places = _mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0);
+    _mm_storeu_ps(at, _mm512_castps512_ps128(_mm512_permutexvar_ps(places, one)));
   }
   static inline Ints round(Floats v) { return _mm512_cvtps_epi32(v); }
   static inline Floats times_power_of_two(Floats v, Ints n) {

@@ -30,8 +30,8 @@ SHORT_SPAN = 512
 `benchmarks/attention.py`, one thread, contexts of 128, 512 and 2048, the operator's time over the tiles', for 2, 16, 64
 and 512 rows. AMD EPYC (Zen 3, AVX2), float32: SmolLM2's shape 0.07 to 0.17, 0.23 to 0.47, 0.43 to 0.79, 0.59 to 0.79; a
 model of 1.1B 0.14 to 0.42, 0.45 to 0.72, 0.41 to 0.66, 0.50 to 0.66. AMD EPYC (Zen 5, AVX512-BF16), bfloat16: 0.07 to
-0.28, 0.24 to 0.78, 0.40 to 1.21, 0.91 to 1.29; 0.14 to 0.54, 0.41 to 1.23, 0.84 to 1.29, 1.05 to 1.31. But a prompt whose
-layers are one operator because of it took 0.74 of its time (128 tokens), 0.62 (512) and 0.82 (2000).
+0.28, 0.24 to 0.78, 0.40 to 1.21, 0.91 to 1.29; 0.14 to 0.54, 0.41 to 1.23, 0.84 to 1.29, 1.05 to 1.31. But a
+prompt whose layers are one operator because of it took 0.74 of its time (128 tokens), 0.62 (512) and 0.82 (2000).
 """
 SHORT_SPAN_BESIDE_AMX = 16  # in bfloat16, which those tiles multiply much faster: where their fixed cost is paid
 SHORT_SCORES = 1 << 20  # of one head; row by row, with 4096 tokens, 256 rows took 0.90 and 0.99, 512 rows 1.27 and 0.96

@@ -82,8 +82,9 @@ def test_our_side_says_what_its_steps_read_and_multiply(tiny_shape, tmp_path):
     matrices = [weight.numel() for name, weight in model.named_parameters() if weight.dim() == 2]
     products = sum(matrices) - model.tok_embeddings.weight.numel()
     assert facts["inner_products"] + facts["output_products"] == products
-    assert facts["weight_bytes"] == 4 * products
-    assert facts["kv_bytes_per_token"] == 2 * 2 * 2 * 32 * 4  # keys and values, layers, heads, their size, float32
+    size = getattr(torch, facts["dtype"]).itemsize  # two bytes where the processor computes in bfloat16
+    assert facts["weight_bytes"] == size * products
+    assert facts["kv_bytes_per_token"] == 2 * 2 * 2 * 32 * size  # keys and values, layers, heads, their size
 
 
 def test_an_embedding_that_is_the_output_layer_is_read_and_multiplied_as_one(tmp_path):
@@ -97,7 +98,8 @@ def test_an_embedding_that_is_the_output_layer_is_read_and_multiplied_as_one(tmp
     facts = peer.ask(do="load", path=str(tmp_path / "model"), precision="none", threads=1)
     peer.close()
     assert facts["output_products"] == output.numel()
-    assert facts["weight_bytes"] == 4 * (facts["inner_products"] + facts["output_products"])
+    size = getattr(torch, facts["dtype"]).itemsize
+    assert facts["weight_bytes"] == size * (facts["inner_products"] + facts["output_products"])
 
 
 def test_a_figure_and_a_start_come_for_every_side_that_takes_part(tiny_shape, quick):

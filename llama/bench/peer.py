@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-OUR_SPIN_COUNT = ("GOMP_SPINCOUNT", "100")  # which the package sets when it is imported
+OUR_SPIN_COUNT = ("GOMP_SPINCOUNT", "1000")  # which the package sets when it is imported
 
 
 class Peer:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from llama.kernels.dense import dense_linear, serves_weight
-from llama.kernels.layer import LayerProduct
+from llama.kernels.layer import BLOCKED, LayerProduct
 
 BLOCKED_ROWS = 32  # the number of activation rows for which oneDNN chooses its weight layout
 
@@ -165,8 +165,13 @@ class Linear(CountedModule):
 
     def for_layer(self) -> LayerProduct | None:
         """See `AnyLinear.for_layer`."""
+        if self.fixed_rows is not None:
+            return None
         weight = self._parameters["weight"]  # a small model waits for what nn.Module does to find self.weight
-        if weight is None or self.fixed_rows is not None or not serves_weight(weight):
+        if weight is None:
+            blocked = self._buffers["blocked"]
+            return None if blocked is None else LayerProduct(blocked, self.bias, BLOCKED, self.out_features)
+        if not serves_weight(weight):
             return None
         return LayerProduct(weight, self.bias, "", self.out_features)
 

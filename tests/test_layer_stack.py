@@ -76,8 +76,6 @@ def assert_same(these: list[torch.Tensor], those: list[torch.Tensor]) -> None:
 )
 @pytest.mark.parametrize("format", ["sym_int4", PLAIN])
 def test_all_layers_at_once_give_what_they_give_one_by_one(format, dtype, kv_dtype):
-    if dtype == torch.bfloat16 and not format and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("plain weights are in the matrix library's order here")
     model = prepared(format, dtype)
     assert is_at_once(model)
     assert_same(computed(model, kv_dtype), one_by_one(model, kv_dtype))
@@ -114,8 +112,6 @@ def adapted(model: Transformer, changes: dict[str, dict[int, list]]) -> StepRows
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("format", ["sym_int4", PLAIN])
 def test_what_adapters_of_low_rank_add_is_added_in_the_same_call(format, dtype):
-    if dtype == torch.bfloat16 and not format and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        pytest.skip("plain weights are in the matrix library's order here")
     model = prepared(format, dtype)
     before = computed(model)
     one, other = low_rank(256, 128), low_rank(128, 256, seed=1)

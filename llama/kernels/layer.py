@@ -24,12 +24,15 @@ _keep_additions, _forget_additions = (library.operator(name) for name in ("keep_
 COMPILED = None not in (_compute_layer, _compute_layers, _keep_layers, _keep_stores, _keep_additions)
 
 
+BLOCKED = "blocked"  # the format of plain numbers that are in oneDNN's own order
+
+
 class LayerProduct(NamedTuple):
     """What the operator multiplies with."""
 
-    weight: Tensor  # (outputs, columns) as the layer's input; with a format: uint8, flat, in the kernels' layout
-    bias: Tensor | None  # (outputs,) as the layer's input; with a format: float32
-    format: str  # "" for plain numbers
+    weight: Tensor  # (outputs, columns) as the layer's input; with a low-bit format: uint8, flat, in the kernels' layout
+    bias: Tensor | None  # (outputs,) as the layer's input; with a low-bit format: float32
+    format: str  # "" for plain numbers; BLOCKED
     outputs: int
 
 

@@ -12,21 +12,38 @@
 
 #include "kept.h"
 #include "operators.h"
+#include "team.h"
 #include "tensors.h"
 #include "text.h"
+
+// oneDNN's product with a weight in its own order; absent where torch was built without oneDNN, and then nobody has such
+// a weight.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
+    AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, const char* after, const double** numbers,
+    int64_t num_numbers, const char** algorithm, AtenTensorHandle* y);
 
 namespace llama {
 namespace {
 
 enum { qkv, out, gate_up, down, kProducts };
 
+Tensor blocked_product(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(aoti_torch_cpu__linear_pointwise, "this torch has no oneDNN, in whose order a layer's weight is");
+  AtenTensorHandle added = bias ? bias->get() : nullptr, y;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu__linear_pointwise(x.get(), weight.get(), bias ? &added : nullptr, "none",
+                                                                 nullptr, 0, nullptr, &y));
+  torch_multiplied(true);
+  return Tensor(y);
+}
+
 struct Product {
   Tensor weight;
   std::optional<Tensor> bias;
-  Text format;  // empty: plain numbers
+  Text format;  // empty: plain numbers; "blocked": in the order of oneDNN
   int64_t outputs;
 
   Tensor operator()(Tensor x) const {
+    if (format == "blocked") return blocked_product(x, weight, bias);
     if (!format.empty()) return lowbit_linear(x, weight, bias, format, outputs, "auto");
     STD_TORCH_CHECK(weight.dim() == 2 && weight.size(0) == outputs,
                     "a layer's weight has not as many rows as it has outputs");
@@ -209,6 +226,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(llama, m) {
 STABLE_TORCH_LIBRARY_IMPL(llama, CPU, m) {
   m.impl("compute_layer", TORCH_BOX(&compute_layer));
   m.impl("compute_layers", TORCH_BOX(&compute_layers));
+}
+STABLE_TORCH_LIBRARY_IMPL(llama, MkldnnCPU, m) {  // which it is where a weight is in oneDNN's order
+  m.impl("compute_layer", TORCH_BOX(&compute_layer));
 }
 STABLE_TORCH_LIBRARY_IMPL(llama, CompositeExplicitAutograd, m) {
   m.impl("keep_layers", TORCH_BOX(&keep_layers));

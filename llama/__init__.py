@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 # Between two parallel loops torch's threads (GNU OpenMP) wait for each other by spinning, for milliseconds. Beside
 # another busy process that burns the very time slices the slower thread is waiting for: answers came ten times later.
-# For some ten microseconds they may: a layer's next product is that near, and on a virtual machine waking a thread takes
-# longer than a small product. Read when torch is first imported; a value that the user has set stays.
+# For some ten microseconds they may: a layer's next product is that near, and on a virtual machine waking a thread
+# takes longer than a small product. Read when torch is first imported; a value that the user has set stays.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 # A name is imported when it is first asked for: a command that shows its help or refuses a call needs no torch.

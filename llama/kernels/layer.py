@@ -30,8 +30,8 @@ BLOCKED = "blocked"  # the format of plain numbers that are in oneDNN's own orde
 class LayerProduct(NamedTuple):
     """What the operator multiplies with."""
 
-    weight: Tensor  # (outputs, columns) as the layer's input; with a low-bit format: uint8, flat, in the kernels' layout
-    bias: Tensor | None  # (outputs,) as the layer's input; with a low-bit format: float32
+    weight: Tensor  # (outputs, columns) as the layer's input; with low bits: uint8, flat, in the kernels' layout
+    bias: Tensor | None  # (outputs,) as the layer's input; with low bits: float32
     format: str  # "" for plain numbers; BLOCKED
     outputs: int
 

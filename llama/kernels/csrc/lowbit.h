@@ -12,6 +12,7 @@ namespace llama {
 
 constexpr int64_t kTile = 16;    // weight rows side by side: the 32-bit lanes of a 512-bit register
 constexpr int64_t kMaxRows = 128;  // most activation rows that meet one weight tile in one call
+constexpr int64_t kMaxTiles = 2;   // most tiles that one call multiplies
 constexpr int64_t kPrefetch = 8192;  // bytes ahead of each load: hardware prefetchers lose several streams at once
 
 // nf4's levels times 32639 as 256 * high + low: products stay in integers, to 15 bits of each level. `low` is signed
@@ -73,16 +74,20 @@ struct Kernel {
   int64_t block, group, step;  // columns: of a block, of an activation scale, of a weight's minimum or whole step
   int64_t block_bytes, code_bytes;
   int64_t max_rows;  // of a bundle: a power of two
+  int64_t max_tiles;  // that are multiplied side by side
   // Round `count` rows of floats at x (a bundle) into `a` at its row `first`.
   void (*quantize)(const float* x, int64_t first, int64_t count, const Activations& a);
-  // out[row][lane] for activation rows first..first + count, where a bundle begins and one ends, and one weight tile.
-  void (*product)(const uint8_t* packed, int64_t tiles, int64_t tile, const Activations& a, int64_t first,
-                  int64_t count, float* out);
+  // out[t][row][lane] for activation rows first..first + count, where a bundle begins and one ends, up to kMaxRows, and
+  // up to max_tiles weight tiles from `tile` on; each has kMaxRows rows of room.
+  void (*product)(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t num_tiles, const Activations& a,
+                  int64_t first, int64_t count, float* out);
   // One block of a tile as numbers, transposed: out[column * stride + lane].
   void (*dequantize)(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t blocks, int64_t block, int64_t stride,
                      float* out);
   void (*dequantize_bfloat16)(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t blocks, int64_t block,
                               int64_t stride, uint16_t* out);
+  // out[row * stride + lane] = sums[row][lane], rounded
+  void (*write_bfloat16)(const float* sums, int64_t count, int64_t stride, uint16_t* out);
 };
 
 struct NamedKernel {

@@ -32,7 +32,7 @@ struct Simd {
   using Bytes = Pair;
   using Ints = Pair;
   using Floats = FloatPair;
-  static constexpr int max_rows = 4, max_heads = 4, num_sums = 6;  // what 16 registers hold
+  static constexpr int max_rows = 4, max_tiles = 1, max_heads = 4, num_sums = 6;  // what 16 registers hold
   static constexpr int byte_offset = 0;
 
   static inline __m256i load_half(const uint8_t* at) { return _mm256_loadu_si256((const __m256i*)at); }

@@ -21,7 +21,7 @@ struct Simd {
   using Bytes = __m512i;
   using Ints = __m512i;
   using Floats = __m512;
-  static constexpr int max_rows = 8, max_heads = 4, num_sums = 16;  // what 32 registers hold
+  static constexpr int max_rows = 8, max_tiles = 2, max_heads = 4, num_sums = 16;  // what 32 registers hold
   static constexpr int byte_offset = 128;  // the product wants unsigned weights: signed ones get 128 more
 
   static inline Bytes load(const uint8_t* at) {

@@ -207,45 +207,65 @@ struct Unpacked {
       close();
     }
   }
+  inline LLAMA_INLINE const auto& weights(int s, int column) const { return weights_of[s][column / 4]; }
   inline LLAMA_INLINE const auto& step(int s) const { return step_of[s]; }  // not copied: gcc would do it in halves
   inline LLAMA_INLINE const auto& scale(int g) const { return scale_of[g]; }
   inline LLAMA_INLINE const auto& lowest(int s) const { return lowest_of[s]; }
 };
 
-// total[row] += one block's products.
-template <class Source, class Rows>
-inline LLAMA_INLINE void multiply(const Source& block, const Rows& a, Simd::Floats* total) {
+// total[t * rows + row] += the products with a block of tile t, of tiles side by side: what is read of the activations
+// serves all of them.
+template <int num_tiles, class Source, class Rows>
+inline LLAMA_INLINE void multiply(const Source* const (&blocks)[num_tiles], const Rows& a, Simd::Floats* total) {
   using Format = typename Source::Of;
   constexpr int rows = Rows::rows;
+  const Source& block = *blocks[0];
   block.groups([&](int g) LLAMA_INLINE {
-    typename Format::Sum acc[rows];
-    for (int m = 0; m < rows; ++m) acc[m].clear();
+    typename Format::Sum acc[num_tiles * rows];
+    for (int i = 0; i < num_tiles * rows; ++i) acc[i].clear();
     block.steps(g, [&](int s, int of_group) LLAMA_INLINE {
-      for (int m = 0; m < rows; ++m) acc[m].open(a.start(m, s));
+      for (int i = 0; i < num_tiles * rows; ++i) acc[i].open(a.start(i % rows, s));
       auto add = [&](int column, const auto& weights) LLAMA_INLINE {
-        for (int m = 0; m < rows; ++m) acc[m].add(weights, a.codes(m, g) + of_group * Format::step_size + column);
+        LLAMA_UNROLL for (int m = 0; m < rows; ++m) {
+          const auto* x = a.codes(m, g) + of_group * Format::step_size + column;
+          acc[m].add(weights, x);
+          if constexpr (num_tiles > 1)
+            LLAMA_UNROLL for (int t = 1; t < num_tiles; ++t) acc[t * rows + m].add(blocks[t]->weights(s, column), x);
+        }
       };
       block.visit(s, add, [&]() LLAMA_INLINE {
-        if constexpr (Format::steps) {
-          const auto& step = block.step(s);
-          for (int m = 0; m < rows; ++m) acc[m].close(step);
-        } else {
-          for (int m = 0; m < rows; ++m) acc[m].close();
+        LLAMA_UNROLL for (int t = 0; t < num_tiles; ++t) {
+          if constexpr (Format::steps) {
+            const auto& step = blocks[t]->step(s);
+            for (int m = 0; m < rows; ++m) acc[t * rows + m].close(step);
+          } else {
+            for (int m = 0; m < rows; ++m) acc[t * rows + m].close();
+          }
         }
       });
     });
-    const auto& d = block.scale(g);
-    for (int m = 0; m < rows; ++m) {
-      const auto factor = Simd::multiply(d, Simd::all(a.scale(m, g)));
-      total[m] = Simd::fma(Simd::to_float(acc[m].value), factor, total[m]);
-    }
-    if constexpr (Format::minimum) {
-      block.steps(g, [&](int s, int) LLAMA_INLINE {
-        const auto& lowest = block.lowest(s);
-        for (int m = 0; m < rows; ++m) total[m] = Simd::fma(lowest, Simd::all(a.sum(m, s)), total[m]);
-      });
+    LLAMA_UNROLL for (int t = 0; t < num_tiles; ++t) {
+      const auto& d = blocks[t]->scale(g);
+      for (int m = 0; m < rows; ++m) {
+        const auto factor = Simd::multiply(d, Simd::all(a.scale(m, g)));
+        auto& sum = total[t * rows + m];
+        sum = Simd::fma(Simd::to_float(acc[t * rows + m].value), factor, sum);
+      }
+      if constexpr (Format::minimum) {
+        block.steps(g, [&](int s, int) LLAMA_INLINE {
+          const auto& lowest = blocks[t]->lowest(s);
+          for (int m = 0; m < rows; ++m)
+            total[t * rows + m] = Simd::fma(lowest, Simd::all(a.sum(m, s)), total[t * rows + m]);
+        });
+      }
     }
   });
+}
+
+template <class Source, class Rows>
+inline LLAMA_INLINE void multiply(const Source& block, const Rows& a, Simd::Floats* total) {
+  const Source* const one[] = {&block};
+  multiply(one, a, total);
 }
 
 template <int most, class F>
@@ -307,17 +327,31 @@ __attribute__((noinline)) void add_rest(const uint8_t* packed, int64_t tiles, in
   Simd::store(out, Simd::add(Simd::numbers(out), total));
 }
 
-template <class Format, int rows>
-__attribute__((noinline)) void panel_rows(const Unpacked<Format>* panel, int64_t block, int64_t count,
+// Some columns of tiles side by side, decoded beforehand: as many as stay in the nearest cache.
+template <class Format>
+constexpr int64_t panel_blocks = 256 / Format::block;
+template <class Format, int num_tiles>
+using Panel = Unpacked<Format>[num_tiles][panel_blocks<Format>];
+
+// out[t][row] += the products of a bundle's rows with `count` blocks of the panel's tiles, from `block` of the weight on.
+template <class Format, int rows, int num_tiles>
+__attribute__((noinline)) void panel_rows(const Panel<Format, num_tiles>& panel, int64_t block, int64_t count,
                                           const Activations& a, int64_t first, float* out) {
-  if (block == 0)
-    for (int m = 0; m < rows; ++m) Simd::store(out + m * kTile, Simd::all(0.0f));
-  Bundle<Format, rows> bundle(a.whole, first * a.columns + block * rows * Format::block);
-  for (int64_t b = 0; b < count; ++b, bundle.next()) {
-    Simd::Floats total[rows];  // between blocks in memory: the registers are needed
-    for (int m = 0; m < rows; ++m) total[m] = Simd::numbers(out + m * kTile);
-    multiply(panel[b], bundle, total);
-    for (int m = 0; m < rows; ++m) Simd::store(out + m * kTile, total[m]);
+  constexpr int together = num_tiles > 1 ? std::min(rows, Simd::max_rows / num_tiles) : rows;
+  const auto place = [&](int i) LLAMA_INLINE { return out + (i / together * kMaxRows + i % together) * kTile; };
+  LLAMA_UNROLL for (int from = 0; from < rows; from += together, out += together * kTile) {
+    if (block == 0)
+      for (int i = 0; i < num_tiles * together; ++i) Simd::store(place(i), Simd::all(0.0f));
+    Bundle<Format, rows> bundle(a.whole, first * a.columns + block * rows * Format::block);
+    for (int64_t b = 0; b < count; ++b, bundle.next()) {
+      Simd::Floats total[num_tiles * together];  // between blocks in memory: the registers are needed
+      for (int i = 0; i < num_tiles * together; ++i) total[i] = Simd::numbers(place(i));
+      const Unpacked<Format>* blocks[num_tiles];
+      for (int t = 0; t < num_tiles; ++t) blocks[t] = &panel[t][b];
+      multiply((const Unpacked<Format>* const(&)[num_tiles])blocks, RowsOf<Bundle<Format, rows>, together>{bundle, from},
+               total);
+      for (int i = 0; i < num_tiles * together; ++i) Simd::store(place(i), total[i]);
+    }
   }
 }
 
@@ -336,53 +370,73 @@ __attribute__((noinline)) void panel_rest(const Unpacked<Format>& block, const G
   }
 }
 
-template <class Format>
-void product(const uint8_t* packed, int64_t tiles, int64_t tile, const Activations& a, int64_t first, int64_t count,
-             float* out) {
-  // A few rows: each bundle decodes the weights anew. A K-quant's block is long code, soon slower than one decoding.
-  constexpr int64_t most_decoding = Format::steps ? 1 : Simd::max_rows;
-  if constexpr (Simd::max_rows > 1) {
-    if (count < 2 * most_decoding) {
-      for (int64_t row = 0, some; row < count; row += some) {
-        some = bundle_rows(most_decoding, count - row);
-        if (some == 1) {
-          product_row<Format>(packed, tiles, tile, a, first + row, out + row * kTile);
-          continue;
-        }
-        with_rows<most_decoding>(some, [&](auto rows) {
-          if constexpr (rows > 1) product_rows<Format, rows>(packed, tiles, tile, a, first + row, out + row * kTile);
-        });
-        for (int64_t m = row; m < row + some; ++m)
-          add_rest<Format>(packed, tiles, tile, a, first + m, out + m * kTile);
-      }
-      return;
-    }
-  }
-  // Many: some columns are decoded once for all rows, as many as stay in the first cache.
-  constexpr int64_t most = 256 / Format::block;
+// Many rows: some columns are decoded once for all of them.
+template <class Format, int num_tiles>
+void product_many(const uint8_t* packed, int64_t tiles, int64_t tile, const Activations& a, int64_t first,
+                  int64_t count, float* out) {
   const int64_t blocks = a.columns / Format::block;
-  Unpacked<Format> panel[most];
-  Walk<Format> walk(packed, tiles, tile, blocks);
+  Panel<Format, num_tiles> panel;
   const int32_t* bundles = a.gathered.first + first / kMaxRows * blocks;  // of each block
-  float rest[(kMaxRows + 1) * kTile];  // and a row for what fills bundles up
-  if (bundles[0] < bundles[blocks]) std::memset(rest, 0, sizeof rest);
-  for (int64_t block = 0; block < blocks; block += most) {
-    const int64_t width = std::min(most, blocks - block);
-    for (int64_t b = 0; b < width; ++b, walk.next()) panel[b].fill({walk.now});
+  const bool has_rest = bundles[0] < bundles[blocks];
+  float rest[num_tiles][(kMaxRows + 1) * kTile];  // and a row for what fills bundles up
+  if (has_rest) std::memset(rest, 0, sizeof rest);
+  for (int64_t block = 0; block < blocks; block += panel_blocks<Format>) {
+    const int64_t width = std::min(panel_blocks<Format>, blocks - block);
+    for (int t = 0; t < num_tiles; ++t) {
+      Walk<Format> walk(packed, tiles, tile + t, blocks, block);
+      for (int64_t b = 0; b < width; ++b, walk.next()) panel[t][b].fill({walk.now});
+    }
     for (int64_t row = 0, some; row < count; row += some) {
       some = bundle_rows(Simd::max_rows, count - row);
       with_rows<Simd::max_rows>(some, [&](auto rows) {
-        panel_rows<Format, rows>(panel, block, width, a, first + row, out + row * kTile);
+        panel_rows<Format, rows, num_tiles>(panel, block, width, a, first + row, out + row * kTile);
       });
     }
     for (int64_t b = 0; b < width; ++b) {
       const int32_t* at = bundles + block + b;
-      if (at[0] < at[1]) panel_rest<Format>(panel[b], a.gathered, at[0], at[1], rest);
+      if (at[0] < at[1])
+        for (int t = 0; t < num_tiles; ++t) panel_rest<Format>(panel[t][b], a.gathered, at[0], at[1], rest[t]);
     }
   }
-  if (bundles[0] < bundles[blocks])
+  if (!has_rest) return;
+  for (int t = 0; t < num_tiles; ++t, out += kMaxRows * kTile)
     for (int64_t i = 0; i < count * kTile; i += kTile)
-      Simd::store(out + i, Simd::add(Simd::numbers(out + i), Simd::numbers(rest + i)));
+      Simd::store(out + i, Simd::add(Simd::numbers(out + i), Simd::numbers(rest[t] + i)));
+}
+
+// A few rows: each bundle decodes the weights anew.
+template <class Format, int64_t most_decoding>
+void product_few(const uint8_t* packed, int64_t tiles, int64_t tile, const Activations& a, int64_t first, int64_t count,
+                 float* out) {
+  for (int64_t row = 0, some; row < count; row += some) {
+    some = bundle_rows(most_decoding, count - row);
+    if (some == 1) {
+      product_row<Format>(packed, tiles, tile, a, first + row, out + row * kTile);
+      continue;
+    }
+    with_rows<most_decoding>(some, [&](auto rows) {
+      if constexpr (rows > 1) product_rows<Format, rows>(packed, tiles, tile, a, first + row, out + row * kTile);
+    });
+    for (int64_t m = row; m < row + some; ++m)
+      add_rest<Format>(packed, tiles, tile, a, first + m, out + m * kTile);
+  }
+}
+
+template <class Format>
+void product(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t num_tiles, const Activations& a, int64_t first,
+             int64_t count, float* out) {
+  constexpr int64_t most_decoding = Format::steps ? 1 : Simd::max_rows;  // a K-quant's block is long code
+  const bool is_few = Simd::max_rows > 1 && count < 2 * most_decoding;
+  const bool is_beside = num_tiles == Simd::max_tiles && count > kMaxRows / 2;  // fewer wait for memory, in one stream
+  if (Simd::max_tiles > 1 && is_beside)
+    return product_many<Format, Simd::max_tiles>(packed, tiles, tile, a, first, count, out);
+  for (int64_t t = tile; t < tile + num_tiles; ++t, out += kMaxRows * kTile) {
+    if (is_few) {
+      product_few<Format, most_decoding>(packed, tiles, t, a, first, count, out);
+    } else {
+      product_many<Format, 1>(packed, tiles, t, a, first, count, out);
+    }
+  }
 }
 
 // Four columns of 16 rows: out[column * stride + lane] = value * scale + lowest. Not inlined: it is large, and enough.
@@ -419,11 +473,16 @@ void dequantize(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t bloc
   }
 }
 
+inline void write_bfloat16(const float* sums, int64_t count, int64_t stride, uint16_t* out) {
+  for (int64_t m = 0; m < count; ++m) Simd::store(out + m * stride, Simd::numbers(sums + m * kTile));
+}
+
 template <class Format>
 constexpr Kernel kernel() {
   constexpr int bytes = Format::sizes[0] + Format::sizes[1] + Format::sizes[2] + Format::sizes[3];
   return {Format::block, Format::group_size, Format::step_size, bytes, sizeof(typename Format::Sum::Code),
-          Simd::max_rows, quantize<Format>, product<Format>, dequantize<Format, float>, dequantize<Format, uint16_t>};
+          Simd::max_rows, Simd::max_tiles, quantize<Format>, product<Format>, dequantize<Format, float>,
+          dequantize<Format, uint16_t>, write_bfloat16};
 }
 
 std::span<const NamedKernel> lowbit_kernels() {

@@ -27,7 +27,7 @@ struct Simd {
   using Bytes = Lanes<uint8_t, 64>;
   using Ints = Lanes<int32_t, 16>;
   using Floats = Lanes<float, 16>;
-  static constexpr int max_rows = 1, max_heads = 4, num_sums = 1;
+  static constexpr int max_rows = 1, max_tiles = 1, max_heads = 4, num_sums = 1;
   static constexpr int byte_offset = 0;
 
   template <class To, class F>

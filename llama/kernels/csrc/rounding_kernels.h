@@ -104,3 +104,15 @@ struct WithRest {  // a row, and what its rounding left as if that were another
   inline LLAMA_INLINE int32_t start(int m, int s) const { return (m ? rest : whole).start(0, s); }
   inline LLAMA_INLINE float sum(int m, int s) const { return (m ? rest : whole).sum(0, s); }
 };
+
+template <class Bundle, int num_rows>
+struct RowsOf {  // some of a bundle's rows
+  static constexpr int rows = num_rows;
+  const Bundle& bundle;
+  const int from;
+
+  inline LLAMA_INLINE auto* codes(int m, int g) const { return bundle.codes(from + m, g); }
+  inline LLAMA_INLINE float scale(int m, int g) const { return bundle.scale(from + m, g); }
+  inline LLAMA_INLINE int32_t start(int m, int s) const { return bundle.start(from + m, s); }
+  inline LLAMA_INLINE float sum(int m, int s) const { return bundle.sum(from + m, s); }
+};

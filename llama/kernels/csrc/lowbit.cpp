@@ -181,21 +181,28 @@ Activations quantize(const Kernel& kernel, const Shape& s, const void* x, bool b
   return a;
 }
 
-// One tile's results for `count` rows, with the bias, into their places in `out` (rows, outputs).
-void write_results(const Kernel& kernel, const Shape& s, float* results, int64_t tile, int64_t first, int64_t count,
-                   const float* bias, bool bfloat16, void* out) {
-  const int64_t column = tile * kTile, lanes = std::min(kTile, s.outputs - column), place = first * s.outputs + column;
+using Results = float[kMaxTiles][kMaxRows * kTile];
+
+// Some tiles' results for `count` rows, with the bias, into their places in `out` (rows, outputs).
+void write_results(const Kernel& kernel, const Shape& s, Results& results, int64_t tile, int64_t num_tiles,
+                   int64_t first, int64_t count, const float* bias, bool bfloat16, void* out) {
+  const int64_t column = tile * kTile, outputs = std::min(num_tiles * kTile, s.outputs - column);
   if (bias)
-    for (int64_t i = 0; i < count * kTile; ++i)
-      if (i % kTile < lanes) results[i] += bias[column + i % kTile];
-  if (bfloat16 && lanes == kTile) return kernel.write_bfloat16(results, count, s.outputs, (uint16_t*)out + place);
-  for (int64_t at = place; at < place + count * s.outputs; at += s.outputs, results += kTile) {
-    if (bfloat16) {
-      for (int64_t lane = 0; lane < lanes; ++lane) ((uint16_t*)out)[at + lane] = to_bfloat16(results[lane]);
-    } else if (lanes == kTile) {
-      std::memcpy((float*)out + at, results, kTile * sizeof(float));  // of a size that is known: four moves
-    } else {
-      std::copy_n(results, lanes, (float*)out + at);
+    for (int64_t i = 0; i < outputs; ++i)
+      for (int64_t m = 0; m < count; ++m) results[i / kTile][m * kTile + i % kTile] += bias[column + i];
+  const int64_t whole = bfloat16 ? outputs / kTile : 0, place = first * s.outputs + column;
+  if (whole) kernel.write_bfloat16(results[0], whole, count, s.outputs, (uint16_t*)out + place);
+  for (int64_t t = whole; t < num_tiles; ++t) {
+    const float* from = results[t];
+    const int64_t lanes = std::min(kTile, outputs - t * kTile);
+    for (int64_t at = place + t * kTile, m = 0; m < count; ++m, at += s.outputs, from += kTile) {
+      if (bfloat16) {
+        for (int64_t lane = 0; lane < lanes; ++lane) ((uint16_t*)out)[at + lane] = to_bfloat16(from[lane]);
+      } else if (lanes == kTile) {
+        std::memcpy((float*)out + at, from, kTile * sizeof(float));  // of a size that is known: four moves
+      } else {
+        std::copy_n(from, lanes, (float*)out + at);
+      }
     }
   }
 }
@@ -208,7 +215,7 @@ void integer_product(const Kernel& kernel, const Shape& s, const uint8_t* packed
   const int64_t together = s.rows == 1 ? 1 : kTilesTogether, parts = (s.tiles + together - 1) / together;
   const int64_t grain = std::max<int64_t>(1, kBytesPerThread * parts / packed_bytes);
   share(parts, grain, [&](int64_t begin, int64_t end) {
-    float results[kMaxTiles][kMaxRows * kTile];
+    Results results;
     for (int64_t part = begin; part < end; ++part) {
       const int64_t last_tile = std::min((part + 1) * together, s.tiles);
       for (int64_t first = 0, count; first < s.rows; first += count) {
@@ -216,8 +223,7 @@ void integer_product(const Kernel& kernel, const Shape& s, const uint8_t* packed
         for (int64_t tile = part * together, some; tile < last_tile; tile += some) {
           some = std::min(kernel.max_tiles, last_tile - tile);
           kernel.product(packed, s.tiles, tile, some, a, first, count, results[0]);
-          for (int64_t t = 0; t < some; ++t)
-            write_results(kernel, s, results[t], tile + t, first, count, bias, bfloat16, out);
+          write_results(kernel, s, results, tile, some, first, count, bias, bfloat16, out);
         }
       }
     }

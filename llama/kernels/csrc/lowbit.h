@@ -86,8 +86,8 @@ struct Kernel {
                      float* out);
   void (*dequantize_bfloat16)(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t blocks, int64_t block,
                               int64_t stride, uint16_t* out);
-  // out[row * stride + lane] = sums[row][lane], rounded
-  void (*write_bfloat16)(const float* sums, int64_t count, int64_t stride, uint16_t* out);
+  // out[row * stride + t * kTile + lane] = sums[t][row][lane], rounded: a row's tiles together fill lines of memory
+  void (*write_bfloat16)(const float* sums, int64_t num_tiles, int64_t count, int64_t stride, uint16_t* out);
 };
 
 struct NamedKernel {

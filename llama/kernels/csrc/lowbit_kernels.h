@@ -473,8 +473,10 @@ void dequantize(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t bloc
   }
 }
 
-inline void write_bfloat16(const float* sums, int64_t count, int64_t stride, uint16_t* out) {
-  for (int64_t m = 0; m < count; ++m) Simd::store(out + m * stride, Simd::numbers(sums + m * kTile));
+inline void write_bfloat16(const float* sums, int64_t num_tiles, int64_t count, int64_t stride, uint16_t* out) {
+  for (int64_t m = 0; m < count; ++m, sums += kTile, out += stride)
+    for (int64_t t = 0; t < num_tiles; ++t)
+      Simd::store(out + t * kTile, Simd::numbers(sums + t * kMaxRows * kTile));
 }
 
 template <class Format>

@@ -97,6 +97,7 @@ def test_chat_instruct_puts_the_transcript_into_an_instruction(person: ChatPage)
     person.find("#setting-command").fill("Speak as <|character|>:\n<|prompt|>")
     person.find("#setting-userName").fill("Grace")
     person.page.keyboard.press("Escape")
+    person.find("article", has_text="Welcome, ").wait_for()  # the character's conversation is open
     with person.page.expect_request("**/v1/chat/completions") as asked:
         person.ask("Why is the sky blue?")
     [message] = json.loads(asked.value.post_data)["messages"]

@@ -22,8 +22,6 @@ _keep_layers, _forget_layers = (library.operator(name) for name in ("keep_layers
 _keep_stores, _forget_stores = (library.operator(name) for name in ("keep_stores", "forget_stores"))
 _keep_additions, _forget_additions = (library.operator(name) for name in ("keep_additions", "forget_additions"))
 COMPILED = None not in (_compute_layer, _compute_layers, _keep_layers, _keep_stores, _keep_additions)
-
-
 BLOCKED = "blocked"  # the format of plain numbers that are in oneDNN's own order
 
 

@@ -188,8 +188,10 @@ void write_results(const Kernel& kernel, const Shape& s, Results& results, int64
                    int64_t first, int64_t count, const float* bias, bool bfloat16, void* out) {
   const int64_t column = tile * kTile, outputs = std::min(num_tiles * kTile, s.outputs - column);
   if (bias)
-    for (int64_t i = 0; i < outputs; ++i)
-      for (int64_t m = 0; m < count; ++m) results[i / kTile][m * kTile + i % kTile] += bias[column + i];
+    for (int64_t t = 0; t < num_tiles; ++t, bias += kTile)
+      for (int64_t m = 0; m < count; ++m)
+        for (int64_t lane = 0; lane < std::min(kTile, outputs - t * kTile); ++lane)
+          results[t][m * kTile + lane] += bias[column + lane];
   const int64_t whole = bfloat16 ? outputs / kTile : 0, place = first * s.outputs + column;
   if (whole) kernel.write_bfloat16(results[0], whole, count, s.outputs, (uint16_t*)out + place);
   for (int64_t t = whole; t < num_tiles; ++t) {

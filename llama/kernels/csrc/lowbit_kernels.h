@@ -216,7 +216,7 @@ struct Unpacked {
 // total[t * rows + row] += the products with a block of tile t, of tiles side by side: what is read of the activations
 // serves all of them.
 template <int num_tiles, class Source, class Rows>
-inline LLAMA_INLINE void multiply(const Source* const (&blocks)[num_tiles], const Rows& a, Simd::Floats* total) {
+inline LLAMA_INLINE void multiply(const Source* const* blocks, const Rows& a, Simd::Floats* total) {
   using Format = typename Source::Of;
   constexpr int rows = Rows::rows;
   const Source& block = *blocks[0];
@@ -264,8 +264,8 @@ inline LLAMA_INLINE void multiply(const Source* const (&blocks)[num_tiles], cons
 
 template <class Source, class Rows>
 inline LLAMA_INLINE void multiply(const Source& block, const Rows& a, Simd::Floats* total) {
-  const Source* const one[] = {&block};
-  multiply(one, a, total);
+  const Source* const one = &block;
+  multiply<1>(&one, a, total);
 }
 
 template <int most, class F>
@@ -348,8 +348,7 @@ __attribute__((noinline)) void panel_rows(const Panel<Format, num_tiles>& panel,
       for (int i = 0; i < num_tiles * together; ++i) total[i] = Simd::numbers(place(i));
       const Unpacked<Format>* blocks[num_tiles];
       for (int t = 0; t < num_tiles; ++t) blocks[t] = &panel[t][b];
-      multiply((const Unpacked<Format>* const(&)[num_tiles])blocks, RowsOf<Bundle<Format, rows>, together>{bundle, from},
-               total);
+      multiply<num_tiles>(blocks, RowsOf<Bundle<Format, rows>, together>{bundle, from}, total);
       for (int i = 0; i < num_tiles * together; ++i) Simd::store(place(i), total[i]);
     }
   }
@@ -427,8 +426,7 @@ void product(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t num_til
              int64_t count, float* out) {
   constexpr int64_t most_decoding = Format::steps ? 1 : Simd::max_rows;  // a K-quant's block is long code
   const bool is_few = Simd::max_rows > 1 && count < 2 * most_decoding;
-  const bool is_beside = num_tiles == Simd::max_tiles && count > kMaxRows / 2;  // fewer wait for memory, in one stream
-  if (Simd::max_tiles > 1 && is_beside)
+  if (num_tiles == Simd::max_tiles && count > kMaxRows / 2)  // fewer wait for memory, which is read best in one stream
     return product_many<Format, Simd::max_tiles>(packed, tiles, tile, a, first, count, out);
   for (int64_t t = tile; t < tile + num_tiles; ++t, out += kMaxRows * kTile) {
     if (is_few) {
@@ -478,6 +476,8 @@ inline void write_bfloat16(const float* sums, int64_t num_tiles, int64_t count, 
     for (int64_t t = 0; t < num_tiles; ++t)
       Simd::store(out + t * kTile, Simd::numbers(sums + t * kMaxRows * kTile));
 }
+
+static_assert(Simd::max_tiles <= kMaxTiles);
 
 template <class Format>
 constexpr Kernel kernel() {

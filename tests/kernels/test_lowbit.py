@@ -161,14 +161,14 @@ def test_bfloat16_activations_give_bfloat16(name, variant):
 
 
 @compiled
-@pytest.mark.parametrize("rows", [23, 150])  # of so many, two tiles of the weight may be multiplied side by side
+@pytest.mark.parametrize(("rows", "outputs"), [(23, 37), (23, 70), (150, 37)])
 @pytest.mark.parametrize("variant", INTEGER_VARIANTS)
 @pytest.mark.parametrize("name", SERVED)
-def test_a_rows_result_depends_on_no_other_row(name, variant, rows):
+def test_a_rows_result_depends_on_no_other_row(name, variant, rows, outputs):  # three, three and two tiles together
     needs(variant)
-    x, _, interleaved, _ = problem(name, rows)
-    together = lowbit.lowbit_linear(x, interleaved, None, name, 37, variant)
-    alone = [lowbit.lowbit_linear(row[None], interleaved, None, name, 37, variant) for row in x]
+    x, _, interleaved, _ = problem(name, rows, outputs)
+    together = lowbit.lowbit_linear(x, interleaved, None, name, outputs, variant)
+    alone = [lowbit.lowbit_linear(row[None], interleaved, None, name, outputs, variant) for row in x]
     assert torch.equal(together, torch.cat(alone))
 
 

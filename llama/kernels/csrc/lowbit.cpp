@@ -217,16 +217,14 @@ void integer_product(const Kernel& kernel, const Shape& s, const uint8_t* packed
   const int64_t together = s.rows == 1 ? 1 : kTilesTogether, parts = (s.tiles + together - 1) / together;
   const int64_t grain = std::max<int64_t>(1, kBytesPerThread * parts / packed_bytes);
   share(parts, grain, [&](int64_t begin, int64_t end) {
-    Results results;
-    for (int64_t part = begin; part < end; ++part) {
-      const int64_t last_tile = std::min((part + 1) * together, s.tiles);
-      for (int64_t first = 0, count; first < s.rows; first += count) {
-        count = std::min(kMaxRows, s.rows - first);
-        for (int64_t tile = part * together, some; tile < last_tile; tile += some) {
-          some = std::min(kernel.max_tiles, last_tile - tile);
-          kernel.product(packed, s.tiles, tile, some, a, first, count, results[0]);
-          write_results(kernel, s, results, tile, some, first, count, bias, bfloat16, out);
-        }
+    alignas(64) Results results;
+    const int64_t last_tile = std::min(end * together, s.tiles);
+    for (int64_t first = 0, count; first < s.rows; first += count) {
+      count = std::min(kMaxRows, s.rows - first);
+      for (int64_t tile = begin * together, some; tile < last_tile; tile += some) {
+        some = std::min(kernel.max_tiles, last_tile - tile);
+        kernel.product(packed, s.tiles, tile, some, a, first, count, results[0]);
+        write_results(kernel, s, results, tile, some, first, count, bias, bfloat16, out);
       }
     }
   });

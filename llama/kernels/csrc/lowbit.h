@@ -12,7 +12,7 @@ namespace llama {
 
 constexpr int64_t kTile = 16;    // weight rows side by side: the 32-bit lanes of a 512-bit register
 constexpr int64_t kMaxRows = 128;  // most activation rows that meet one weight tile in one call
-constexpr int64_t kMaxTiles = 2;   // most tiles that one call multiplies
+constexpr int64_t kMaxTiles = 3;   // most tiles that one call multiplies
 constexpr int64_t kPrefetch = 8192;  // bytes ahead of each load: hardware prefetchers lose several streams at once
 
 // nf4's levels times 32639 as 256 * high + low: products stay in integers, to 15 bits of each level. `low` is signed

@@ -36,10 +36,7 @@ struct Simd {
   static constexpr int byte_offset = 0;
 
   static inline __m256i load_half(const uint8_t* at) { return _mm256_loadu_si256((const __m256i*)at); }
-  static inline Bytes load(const uint8_t* at) {
-    __builtin_prefetch(at + kPrefetch, 0, 0);  // for once: past the caches that hold Python and the activations
-    return {load_half(at), load_half(at + 32)};
-  }
+  static inline Bytes load(const uint8_t* at) { return {load_half(at), load_half(at + 32)}; }
   static inline Bytes low(Bytes v) {
     return both(v, [](__m256i h) { return _mm256_and_si256(h, _mm256_set1_epi8(15)); });
   }

@@ -21,13 +21,10 @@ struct Simd {
   using Bytes = __m512i;
   using Ints = __m512i;
   using Floats = __m512;
-  static constexpr int max_rows = 8, max_tiles = 2, max_heads = 4, num_sums = 16;  // what 32 registers hold
+  static constexpr int max_rows = 8, max_tiles = 3, max_heads = 4, num_sums = 16;  // what 32 registers hold
   static constexpr int byte_offset = 128;  // the product wants unsigned weights: signed ones get 128 more
 
-  static inline Bytes load(const uint8_t* at) {
-    __builtin_prefetch(at + kPrefetch, 0, 0);  // for once: past the caches that hold Python and the activations
-    return _mm512_loadu_si512(at);
-  }
+  static inline Bytes load(const uint8_t* at) { return _mm512_loadu_si512(at); }
   static inline Bytes low(Bytes v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
   static inline Bytes high(Bytes v) { return low(_mm512_srli_epi16(v, 4)); }
   template <int mask>  // codes | (plane >> shift & mask) << 4

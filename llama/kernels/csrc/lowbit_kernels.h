@@ -14,6 +14,16 @@ inline LLAMA_INLINE void repeat(F&& f) {
 
 struct Block {  // one block's fields, 16 rows each
   const uint8_t* field[4];
+
+  inline LLAMA_INLINE Simd::Bytes load(int i, int at) const { return Simd::load(field[i] + at); }
+};
+
+// One that is read once, from memory: what lies further on is fetched past the caches that hold Python and activations.
+struct Streamed : Block {
+  inline LLAMA_INLINE Simd::Bytes load(int i, int at) const {
+    __builtin_prefetch(field[i] + at + kPrefetch, 0, 0);
+    return Block::load(i, at);
+  }
 };
 
 // A format cuts a block into groups (`group_size` columns with one scale(g); activations are rounded by such groups)
@@ -35,9 +45,9 @@ struct Affine {
   using Sum =
       std::conditional_t<bytes, Simd::ByteSum<step_size>, Simd::CodeSum<(1 << Bits) - 1, offset, step_size>>;
 
-  template <class F>
-  static inline LLAMA_INLINE void visit(const Block& b, int, int i, F&& f) {
-    const auto codes = Simd::load(b.field[0] + 64 * i);
+  template <class B, class F>
+  static inline LLAMA_INLINE void visit(const B& b, int, int i, F&& f) {
+    const auto codes = b.load(0, 64 * i);
     if constexpr (bytes) {
       f(4 * i, codes);
     } else if constexpr (Bits == 4) {
@@ -45,8 +55,8 @@ struct Affine {
       f(4 * i + Columns / 2, Simd::high(codes));
     } else {  // a plane holds one bit of eight operands
       const int further = i + Columns / 8;
-      f(4 * i, Simd::merge<1>(Simd::low(codes), Simd::load(b.field[1] + 64 * (i / 8)), i % 8));
-      f(4 * further, Simd::merge<1>(Simd::high(codes), Simd::load(b.field[1] + 64 * (further / 8)), further % 8));
+      f(4 * i, Simd::merge<1>(Simd::low(codes), b.load(1, 64 * (i / 8)), i % 8));
+      f(4 * further, Simd::merge<1>(Simd::high(codes), b.load(1, 64 * (further / 8)), further % 8));
     }
   }
   static inline LLAMA_INLINE Simd::Floats scale(const Block& b, int) {
@@ -70,9 +80,9 @@ struct NormalFloat4 {
   static constexpr int sizes[4] = {32, 0, 2, 0};
   using Sum = Simd::LevelSum;
 
-  template <class F>
-  static inline LLAMA_INLINE void visit(const Block& b, int, int i, F&& f) {
-    const auto codes = Simd::load(b.field[0] + 64 * i);
+  template <class B, class F>
+  static inline LLAMA_INLINE void visit(const B& b, int, int i, F&& f) {
+    const auto codes = b.load(0, 64 * i);
     f(4 * i, Simd::high(codes));
     f(4 * i + 32, Simd::low(codes));
   }
@@ -87,9 +97,9 @@ struct Q4K {
   static constexpr int sizes[4] = {128, 12, 2, 2};
   using Sum = Simd::CodeSum<15, offset, step_size>;
 
-  template <class F>
-  static inline LLAMA_INLINE void visit(const Block& b, int s, int i, F&& f) {
-    const auto codes = Simd::load(b.field[0] + 64 * (s / 2 * 8 + i));
+  template <class B, class F>
+  static inline LLAMA_INLINE void visit(const B& b, int s, int i, F&& f) {
+    const auto codes = b.load(0, 64 * (s / 2 * 8 + i));
     f(4 * i, s % 2 ? Simd::high(codes) : Simd::low(codes));
   }
   // Six bits from twelve bytes: steps 0-3 in the low bits of bytes `first` + 0..3; steps 4-7 have their low four
@@ -114,21 +124,21 @@ struct Q6K {
   static constexpr int sizes[4] = {128, 64, 16, 2};
   using Sum = Simd::CodeSum<63, offset, step_size>;
 
-  template <class F>
-  static inline LLAMA_INLINE void visit(const Block& b, int s, int i, F&& f) {
+  template <class B, class F>
+  static inline LLAMA_INLINE void visit(const B& b, int s, int i, F&& f) {
     const int half = s / 8, part = s % 4;  // of 128 columns; of 16, another 16 lying 64 columns further
     const bool further = s / 4 % 2;
-    const auto codes = Simd::load(b.field[0] + 64 * (16 * half + 4 * part + i));
-    const auto plane = Simd::load(b.field[1] + 64 * (8 * half + 4 * (part % 2) + i));
+    const auto codes = b.load(0, 64 * (16 * half + 4 * part + i));
+    const auto plane = b.load(1, 64 * (8 * half + 4 * (part % 2) + i));
     f(4 * i, Simd::merge<3>(further ? Simd::high(codes) : Simd::low(codes), plane, part / 2 * 2 + 4 * further));
   }
   static inline LLAMA_INLINE Simd::Floats scale(const Block& b, int) { return Simd::halves(b.field[3]); }
   static inline LLAMA_INLINE Simd::Ints step(const Block& b, int s) { return Simd::widen_signed(b.field[2] + 16 * s); }
 };
 
-template <class Format>
+template <class Format, class B = Block>
 struct Walk {  // the blocks of one tile, in order from `block` on
-  Block now;
+  B now;
   Walk(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t blocks, int64_t block = 0) {
     for (int i = 0; i < 4; ++i) {
       now.field[i] = packed + (tile * blocks + block) * kTile * Format::sizes[i];
@@ -141,12 +151,12 @@ struct Walk {  // the blocks of one tile, in order from `block` on
 };
 
 // A block's weights as `multiply` takes them: decoded as they are asked for, which is best for a few activation rows,
-template <class Format>
+template <class Format, class B>
 struct Packed {
   using Of = Format;
   static constexpr int num_groups = Format::block / Format::group_size;
   static constexpr int steps_of_group = Format::group_size / Format::step_size;
-  const Block& block;
+  const B& block;
 
   template <class F>
   inline LLAMA_INLINE void groups(F&& f) const {
@@ -182,7 +192,7 @@ struct Unpacked {
   Simd::Step step_of[Format::steps ? num_steps : 1];
   Simd::Floats scale_of[num_groups], lowest_of[Format::minimum ? num_steps : 1];
 
-  void fill(const Packed<Format>& from) {
+  void fill(const Packed<Format, Block>& from) {
     LLAMA_UNROLL for (int s = 0; s < num_steps; ++s) {
       auto keep = [&](int column, const auto& weights) LLAMA_INLINE { weights_of[s][column / 4] = weights; };
       from.visit(s, keep, [] {});
@@ -284,10 +294,10 @@ __attribute__((noinline)) void product_rows(const uint8_t* packed, int64_t tiles
   const int64_t blocks = a.columns / Format::block;
   Simd::Floats total[rows];
   for (int m = 0; m < rows; ++m) total[m] = Simd::all(0.0f);
-  Walk<Format> walk(packed, tiles, tile, blocks);
+  Walk<Format, Streamed> walk(packed, tiles, tile, blocks);
   Bundle<Format, rows> bundle(a.whole, first * a.columns);
   for (int64_t b = 0; b < blocks; ++b, walk.next(), bundle.next())
-    multiply(Packed<Format>{walk.now}, bundle, total);
+    multiply(Packed<Format, Streamed>{walk.now}, bundle, total);
   for (int m = 0; m < rows; ++m) Simd::store(out + m * kTile, total[m]);
 }
 
@@ -297,14 +307,14 @@ __attribute__((noinline)) void product_row(const uint8_t* packed, int64_t tiles,
                                            int64_t row, float* out) {
   const int64_t blocks = a.columns / Format::block;
   Simd::Floats total[2] = {Simd::all(0.0f), Simd::all(0.0f)};
-  Walk<Format> walk(packed, tiles, tile, blocks);
+  Walk<Format, Streamed> walk(packed, tiles, tile, blocks);
   Bundle<Format, 1> both[2] = {{a.whole, row * a.columns}, {a.rest, row * a.columns}};
   const int32_t* next = a.rest_blocks + row * (blocks + 1);
   for (int64_t b = 0; b < blocks; ++b, walk.next(), both[0].next()) {
     if (b != *next) {
-      multiply(Packed<Format>{walk.now}, both[0], total);
+      multiply(Packed<Format, Streamed>{walk.now}, both[0], total);
     } else {
-      multiply(Packed<Format>{walk.now}, WithRest<Format>{both[0], both[1]}, total);
+      multiply(Packed<Format, Streamed>{walk.now}, WithRest<Format>{both[0], both[1]}, total);
       both[1].next(), ++next;
     }
   }
@@ -317,12 +327,12 @@ __attribute__((noinline)) void add_rest(const uint8_t* packed, int64_t tiles, in
                                         int64_t row, float* out) {
   const int64_t blocks = a.columns / Format::block;
   Simd::Floats total = Simd::all(0.0f);
-  Walk<Format> walk(packed, tiles, tile, blocks);
+  Walk<Format, Streamed> walk(packed, tiles, tile, blocks);
   Bundle<Format, 1> rest(a.rest, row * a.columns);
   const int32_t* next = a.rest_blocks + row * (blocks + 1);
   for (int64_t b = 0; *next < blocks; b = *next++, rest.next()) {
     walk.next(*next - b);
-    multiply(Packed<Format>{walk.now}, rest, &total);
+    multiply(Packed<Format, Streamed>{walk.now}, rest, &total);
   }
   Simd::store(out, Simd::add(Simd::numbers(out), total));
 }
@@ -333,11 +343,37 @@ constexpr int64_t panel_blocks = 256 / Format::block;
 template <class Format, int num_tiles>
 using Panel = Unpacked<Format>[num_tiles][panel_blocks<Format>];
 
-// out[t][row] += the products of a bundle's rows with `count` blocks of the panel's tiles, from `block` of the weight on.
+// The weights of a panel that comes later. They are fetched little by little while others are multiplied: a processor
+// that is asked for all of them at once has to wait.
+template <class Format, int num_tiles>
+struct Ahead {
+  const uint8_t* codes[num_tiles];
+  int64_t stride;  // bytes a step, of which a panel's products have `num_steps`
+
+  Ahead(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t blocks, int64_t block, int64_t num_steps) {
+    constexpr int64_t rows = panel_blocks<Format> * kTile;
+    stride = (rows * Format::sizes[0] + num_steps - 1) / num_steps;
+    for (int t = 0; t < num_tiles; ++t) {
+      const Walk<Format> walk(packed, tiles, tile + t, blocks, block);
+      codes[t] = walk.now.field[0];
+      for (int i = 1; i < 4; ++i)  // they are small
+        for (int64_t byte = 0; byte < rows * Format::sizes[i]; byte += 64)
+          __builtin_prefetch(walk.now.field[i] + byte);
+    }
+  }
+  inline LLAMA_INLINE void fetch() {
+    LLAMA_UNROLL for (int t = 0; t < num_tiles; ++t) {
+      for (int64_t byte = 0; byte < stride; byte += 64) __builtin_prefetch(codes[t] + byte);
+      codes[t] += stride;
+    }
+  }
+};
+
+// out[t][row] += the products of a bundle's rows with `count` blocks of the panel's tiles, from the weight's `block` on.
 template <class Format, int rows, int num_tiles>
 __attribute__((noinline)) void panel_rows(const Panel<Format, num_tiles>& panel, int64_t block, int64_t count,
                                           const Activations& a, int64_t first, float* out) {
-  constexpr int together = num_tiles > 1 ? std::min(rows, Simd::max_rows / num_tiles) : rows;
+  constexpr int together = num_tiles > 1 ? std::min(rows, Simd::max_rows / 2) : rows;
   const auto place = [&](int i) LLAMA_INLINE { return out + (i / together * kMaxRows + i % together) * kTile; };
   LLAMA_UNROLL for (int from = 0; from < rows; from += together, out += together * kTile) {
     if (block == 0)
@@ -377,7 +413,7 @@ void product_many(const uint8_t* packed, int64_t tiles, int64_t tile, const Acti
   Panel<Format, num_tiles> panel;
   const int32_t* bundles = a.gathered.first + first / kMaxRows * blocks;  // of each block
   const bool has_rest = bundles[0] < bundles[blocks];
-  float rest[num_tiles][(kMaxRows + 1) * kTile];  // and a row for what fills bundles up
+  alignas(64) float rest[num_tiles][(kMaxRows + 1) * kTile];  // and a row for what fills bundles up
   if (has_rest) std::memset(rest, 0, sizeof rest);
   for (int64_t block = 0; block < blocks; block += panel_blocks<Format>) {
     const int64_t width = std::min(panel_blocks<Format>, blocks - block);
@@ -385,8 +421,12 @@ void product_many(const uint8_t* packed, int64_t tiles, int64_t tile, const Acti
       Walk<Format> walk(packed, tiles, tile + t, blocks, block);
       for (int64_t b = 0; b < width; ++b, walk.next()) panel[t][b].fill({walk.now});
     }
+    const int64_t next = block + 2 * panel_blocks<Format>;  // the time that 16 rows of one panel take is too short
+    Ahead<Format, num_tiles> ahead(packed, tiles, tile + next / blocks * num_tiles, blocks, next % blocks,
+                                   (count + Simd::max_rows - 1) / Simd::max_rows);
     for (int64_t row = 0, some; row < count; row += some) {
       some = bundle_rows(Simd::max_rows, count - row);
+      ahead.fetch();
       with_rows<Simd::max_rows>(some, [&](auto rows) {
         panel_rows<Format, rows, num_tiles>(panel, block, width, a, first + row, out + row * kTile);
       });
@@ -422,18 +462,20 @@ void product_few(const uint8_t* packed, int64_t tiles, int64_t tile, const Activ
 }
 
 template <class Format>
+constexpr int max_tiles = std::min(Format::bytes ? 2 : 3, Simd::max_tiles);  // three of bytes are slower
+
+template <class Format>
 void product(const uint8_t* packed, int64_t tiles, int64_t tile, int64_t num_tiles, const Activations& a, int64_t first,
              int64_t count, float* out) {
   constexpr int64_t most_decoding = Format::steps ? 1 : Simd::max_rows;  // a K-quant's block is long code
   const bool is_few = Simd::max_rows > 1 && count < 2 * most_decoding;
-  if (num_tiles == Simd::max_tiles && count > kMaxRows / 2)  // fewer wait for memory, which is read best in one stream
-    return product_many<Format, Simd::max_tiles>(packed, tiles, tile, a, first, count, out);
-  for (int64_t t = tile; t < tile + num_tiles; ++t, out += kMaxRows * kTile) {
-    if (is_few) {
+  if (is_few) {
+    for (int64_t t = tile; t < tile + num_tiles; ++t, out += kMaxRows * kTile)
       product_few<Format, most_decoding>(packed, tiles, t, a, first, count, out);
-    } else {
-      product_many<Format, 1>(packed, tiles, t, a, first, count, out);
-    }
+  } else {
+    repeat<max_tiles<Format>>([&](auto i) LLAMA_INLINE {
+      if (num_tiles == i + 1) product_many<Format, i + 1>(packed, tiles, tile, a, first, count, out);
+    });
   }
 }
 
@@ -483,7 +525,7 @@ template <class Format>
 constexpr Kernel kernel() {
   constexpr int bytes = Format::sizes[0] + Format::sizes[1] + Format::sizes[2] + Format::sizes[3];
   return {Format::block, Format::group_size, Format::step_size, bytes, sizeof(typename Format::Sum::Code),
-          Simd::max_rows, Simd::max_tiles, quantize<Format>, product<Format>, dequantize<Format, float>,
+          Simd::max_rows, max_tiles<Format>, quantize<Format>, product<Format>, dequantize<Format, float>,
           dequantize<Format, uint16_t>, write_bfloat16};
 }
 

@@ -116,7 +116,7 @@ def load(
                 rank=group.tensor.rank,
                 world_size=num_parts,
                 device=target,
-                dtype=choose_dtype(dtype, checkpoint.dtype, target),
+                dtype=choose_dtype(dtype, checkpoint.dtype or checkpoint.plain_dtype, target),
                 progress=stopping(advance, reading),
             )
             model.prepare(BLOCK_SIZE if deterministic else None)

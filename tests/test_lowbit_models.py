@@ -101,6 +101,16 @@ def test_the_config_names_the_format_and_linears_are_stored_packed(source, tmp_p
     assert tensors["model.embed_tokens.weight"].dtype == torch.float32
 
 
+def test_a_saved_model_computes_in_the_type_that_it_had(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    built = Llama.build(source, quantization="sym_int8", max_seq_len=128, device="cpu")
+    built.save_low_bit(tmp_path / "saved")
+    loaded = Llama.load_low_bit(tmp_path / "saved", max_seq_len=128, device="cpu")
+    assert open_checkpoint(tmp_path / "saved").dtype is None  # most of it is blocks
+    assert loaded.model.norm.weight.dtype == built.model.norm.weight.dtype == torch.float32
+    assert torch.equal(logits(loaded), logits(built))
+
+
 def test_a_directory_of_bigdl_llm_loads_alike(source, tmp_path):
     save_low_bit(open_checkpoint(source), tmp_path / "ours", "sym_int4")
     shutil.copytree(tmp_path / "ours", tmp_path / "theirs")

@@ -36,6 +36,8 @@ class Checkpoint:
     """A new iterator over all weights, in canonical names and rotary order."""
     dtype: torch.dtype | None
     """The type that most stored bytes have; None where low-bit blocks dominate."""
+    plain_dtype: torch.dtype | None = None
+    """What the weights beside the blocks have, where that is what the model computed in before it was packed."""
     tokenizer_path: Path | None = None
     header: GGUFFile | None = None
     """The open file that holds the tokenizer beside the weights, for GGUF."""

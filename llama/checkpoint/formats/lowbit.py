@@ -22,7 +22,7 @@ from ...kernels.formats import FORMATS, LowBitFormat
 from ...model import ModelArgs
 from ..arrays import Array, LowBitMatrix, Mapped
 from ..inventory import TO_HF, deinterleave, expected_shapes, is_linear, is_rotary, module_of, rename
-from ..opened import Checkpoint
+from ..opened import Checkpoint, dominant_dtype
 from ..packing import untied
 from ..settings import Settings
 from ..tokenizer_files import TokenizerFiles
@@ -46,8 +46,12 @@ def is_lowbit(path: Path) -> bool:
 
 
 def open_lowbit(path: Path) -> Checkpoint:
-    """Opens a low-bit directory."""
-    return open_huggingface(path, _arrays)
+    """Opens a low-bit directory; ours has the type that the model computed in, and computes in it again."""
+    checkpoint = open_huggingface(path, _arrays)
+    if KEYS[0] not in checkpoint.settings:
+        return checkpoint
+    plain = (weight for weight in checkpoint.weights() if not weight.is_packed)
+    return replace(checkpoint, plain_dtype=dominant_dtype(plain))
 
 
 def _arrays(settings: Settings, args: ModelArgs, files: list[TensorFile]) -> Iterator[StoredArray]:

@@ -38,7 +38,7 @@ SHORT_SCORES = 1 << 20  # of one head; row by row, with 4096 tokens, 256 rows to
 SHORT_CONTEXT = 4096
 """Tokens that rows see, up to which that holds. More left the processor's cache from row to row, and only a few rows
 were faster one by one (4 rows at 8192 tokens: 0.82 and 0.85; 8 rows: 1.15 and 1.09; 16 rows: 1.54 and 1.47). 16 are a
-token and the guesses behind it: in the operator they have the bits that each would have alone.
+token and the guesses behind it (`rows_alone`).
 """
 LONG_CONTEXT_ROWS = 16
 FEW_ROWS = 64  # up to which the keys are the left factor of the scores
@@ -83,6 +83,16 @@ def short_span(dtype: torch.dtype) -> int:
     """Rows up to which a span goes through the compiled operator, where a model computes in `dtype`."""
     has_amx = torch.cpu.get_capabilities().get("amx_bf16", False)
     return SHORT_SPAN_BESIDE_AMX if has_amx and dtype == torch.bfloat16 else SHORT_SPAN
+
+
+def rows_alone(device: torch.device, dtype: torch.dtype, num_seen: int) -> int:
+    """Rows of one request up to which each has the bits that it would have alone, where they see so many tokens.
+
+    In the compiled operator they do; tiles of a matrix product, large ones on a GPU, add in another order.
+    """
+    if device.type != "cpu" or num_seen > SHORT_CONTEXT:
+        return LONG_CONTEXT_ROWS
+    return min(short_span(dtype), SHORT_SCORES // SHORT_CONTEXT)
 
 
 def computes_layers(backend: Backend) -> bool:

@@ -60,7 +60,7 @@ class Engine:
         self.seed = int(seed)
         self.stop_ids = stop_ids
         self.can_generate = can_generate
-        self.speculation = Speculation(drafter, step_clock(runner.device.type))
+        self.speculation = Speculation(drafter, step_clock(runner.device.type), runner.rows_alone)
         self._request_ids = count()
         self._sequence_ids = count()
         self._choices: dict[Request, list[Choice]] = {}  # several only until their common prompt is computed

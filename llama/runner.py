@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from llama.attention import StepCache, choose_backend
+from llama.attention import StepCache, choose_backend, rows_alone
 from llama.cache import KVCache, Span
 from llama.device import free_memory, num_sharing, return_memory
 from llama.lora import Adapters, Run
@@ -143,6 +143,10 @@ class Runner:
     def salt(self, limit: int) -> bytes:
         """Requests that may reach `limit` tokens share keys only where this is equal."""
         return b"" if self.scaling is None else self.scaling.salt(limit)
+
+    def rows_alone(self, num_seen: int) -> int:
+        """Rows of one request that a step may compute without changing their bits, where they see so many tokens."""
+        return rows_alone(self.device, self.model.norm.weight.dtype, num_seen)
 
     @torch.inference_mode()
     def run(self, pack: Pack) -> Output:

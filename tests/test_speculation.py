@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from itertools import chain
+from itertools import chain, product
 
 import pytest
 import torch
@@ -14,7 +14,8 @@ from support.tiny import ByteTokenizer, tiny_args, tiny_model
 
 from llama import SamplingParams
 from llama.answer import Completion, Logprob, Query
-from llama.attention import LONG_CONTEXT_ROWS, SHORT_SPAN, SHORT_SPAN_BESIDE_AMX
+from llama.attention import CompiledRows, rows_alone, short_span
+from llama.cache import Span
 from llama.drafters import Drafter, DraftModel, Guesses, Lookup
 from llama.engine import Engine
 from llama.runner import BLOCK_SIZE, Runner
@@ -211,25 +212,46 @@ def test_with_deterministic_not_a_bit_changes():
 # ---- what ends an answer, and what must not be guessed
 
 
-def told(wrong: float = 0.0, **fields) -> tuple[Engine, list[int]]:
-    """An engine that guesses the 30 tokens which it will answer to [1, 2, 3], and those."""
-    [[plain]] = answers(make_engine(), ([1, 2, 3], params(**GREEDY)))
+def told(wrong: float = 0.0, max_tokens: int = 30, **fields) -> tuple[Engine, list[int]]:
+    """An engine that guesses the tokens which it will answer to [1, 2, 3], and those."""
+    [[plain]] = answers(make_engine(), ([1, 2, 3], params(**GREEDY, max_tokens=max_tokens)))
     return make_engine(Told({3: plain.tokens}, wrong), **fields), plain.tokens
 
 
-def test_a_token_and_its_guesses_are_attended_row_by_row_at_any_context():
-    fewest = min(LONG_CONTEXT_ROWS, SHORT_SPAN, SHORT_SPAN_BESIDE_AMX)
-    assert fewest >= MOST_GUESSES + 1  # else their bits would not be their own
-
-
-def test_right_guesses_save_steps():
-    engine, _ = told()
-    engine.add(Query([1, 2, 3], params(**GREEDY)))
+def step_sizes(engine: Engine, max_tokens: int = 30) -> list[int]:
+    """How many tokens each step brings of the answer to [1, 2, 3]."""
+    engine.add(Query([1, 2, 3], params(**GREEDY, max_tokens=max_tokens)))
     sizes = []
     while engine.has_work:
         sizes.append(len(engine.step()))
-    assert sizes == [1, 16, 13]  # the first brings the prompt; the last has no room for more
-    assert engine.stats().num_draft_tokens == engine.stats().num_accepted_tokens == 15 + 12
+    return sizes
+
+
+@pytest.mark.parametrize("has_amx", [False, True])
+def test_a_token_and_its_guesses_are_attended_row_by_row_at_any_context(monkeypatch, has_amx):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx})
+    for dtype, context in product((torch.float32, torch.bfloat16), (100, 4096, 4097)):
+        num_rows = min(MOST_GUESSES + 1, rows_alone(torch.device("cpu"), dtype, context))
+        span = Span(0, num_rows, context, ((0, context),))
+        in_tiles = CompiledRows.plan([span], torch.arange(0), None, short=short_span(dtype)).tiles.spans
+        assert num_rows >= 16
+        assert not in_tiles  # else their bits would not be their own
+
+
+def test_no_more_guesses_are_tried_than_keep_their_rows_bits():
+    engine, _ = told()
+    engine.speculation.rows_alone = lambda num_seen: 5
+    assert step_sizes(engine) == [1, 5, 5, 5, 5, 5, 4]
+
+
+def test_right_guesses_save_steps():
+    engine, _ = told(max_tokens=50)
+    assert step_sizes(engine, max_tokens=50) == [
+        1,
+        32,
+        17,
+    ]  # the first brings the prompt; the last has no room for more
+    assert engine.stats().num_draft_tokens == engine.stats().num_accepted_tokens == 31 + 16
     assert engine.stats().num_drafts == 2
 
 

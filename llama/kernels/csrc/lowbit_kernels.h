@@ -414,7 +414,11 @@ void product_many(const uint8_t* packed, int64_t tiles, int64_t tile, const Acti
   const int32_t* bundles = a.gathered.first + first / kMaxRows * blocks;  // of each block
   const bool has_rest = bundles[0] < bundles[blocks];
   alignas(64) float rest[num_tiles][(kMaxRows + 1) * kTile];  // and a row for what fills bundles up
-  if (has_rest) std::memset(rest, 0, sizeof rest);
+  if (has_rest)
+    for (auto& sums : rest) {
+      std::fill_n(sums, count * kTile, 0.0f);
+      std::fill_n(sums + kMaxRows * kTile, kTile, 0.0f);
+    }
   for (int64_t block = 0; block < blocks; block += panel_blocks<Format>) {
     const int64_t width = std::min(panel_blocks<Format>, blocks - block);
     for (int t = 0; t < num_tiles; ++t) {

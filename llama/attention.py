@@ -85,14 +85,14 @@ def short_span(dtype: torch.dtype) -> int:
     return SHORT_SPAN_BESIDE_AMX if has_amx and dtype == torch.bfloat16 else SHORT_SPAN
 
 
-def rows_alone(device: torch.device, dtype: torch.dtype, num_seen: int) -> int:
-    """Rows of one request up to which each has the bits that it would have alone, where they see so many tokens.
+def rows_alone(device: torch.device, dtype: torch.dtype) -> Callable[[int], int]:
+    """By how many tokens they see: rows of one request up to which each has the bits that it would have alone.
 
     In the compiled operator they do; tiles of a matrix product, large ones on a GPU, add in another order.
     """
-    if device.type != "cpu" or num_seen > SHORT_CONTEXT:
-        return LONG_CONTEXT_ROWS
-    return min(short_span(dtype), SHORT_SCORES // SHORT_CONTEXT)
+    if device.type != "cpu":
+        return lambda num_seen: LONG_CONTEXT_ROWS
+    return partial(most_short, short_span(dtype))
 
 
 def computes_layers(backend: Backend) -> bool:
@@ -347,9 +347,12 @@ class FixedRows:
 
 def is_short(span: Span, short: int, window: int | None) -> bool:
     """Whether a span goes through the compiled operator: up to `short` of them, fewer where they see many tokens."""
-    num_seen = span.context - first_seen(span.start, window)
-    most = SHORT_SCORES // num_seen if num_seen <= SHORT_CONTEXT else LONG_CONTEXT_ROWS
-    return span.num_rows <= min(short, most)
+    return span.num_rows <= most_short(short, span.context - first_seen(span.start, window))
+
+
+def most_short(short: int, num_seen: int) -> int:
+    """Rows of a span that go through the compiled operator where they see so many tokens, of at most `short`."""
+    return min(short, SHORT_SCORES // num_seen if num_seen <= SHORT_CONTEXT else LONG_CONTEXT_ROWS)
 
 
 def rotate_and_store(qkv: Tensor, rotary: Rotary, slots: Tensor, keys: Store, values: Store) -> Tensor:

@@ -139,14 +139,11 @@ class Runner:
         self.scaling = model.params.rope_scaling
         self.adapters = adapters or Adapters({})
         self.plan = choose_backend(self.cache, model.norm.weight.dtype, model.fixed_rows, model.params.group)
+        self.rows_alone = rows_alone(self.device, model.norm.weight.dtype)
 
     def salt(self, limit: int) -> bytes:
         """Requests that may reach `limit` tokens share keys only where this is equal."""
         return b"" if self.scaling is None else self.scaling.salt(limit)
-
-    def rows_alone(self, num_seen: int) -> int:
-        """Rows of one request that a step may compute without changing their bits, where they see so many tokens."""
-        return rows_alone(self.device, self.model.norm.weight.dtype, num_seen)
 
     @torch.inference_mode()
     def run(self, pack: Pack) -> Output:

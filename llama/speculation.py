@@ -201,8 +201,9 @@ class Speculation:
     def _rooms(self, part: Slice, choices: Sequence[Choice]) -> list[tuple[Choice, int]]:
         num_tokens = len(part.request.tokens)
         room = min(part.request.max_total_tokens - num_tokens - 1, MOST_GUESSES)
-        room = min(room, self.rows_alone(num_tokens + room) - 1)
-        return [(choices[0], room)] if len(choices) == 1 and choices[0].can_be_guessed and room > 0 else []
+        if len(choices) > 1 or not choices[0].can_be_guessed or room < 1:
+            return []
+        return [(choices[0], min(room, self.rows_alone(num_tokens + room) - 1))]
 
     def _outlook(self, choice: Choice) -> Outlook:
         return self._outlooks.setdefault(choice, Outlook())

@@ -231,7 +231,7 @@ def step_sizes(engine: Engine, max_tokens: int = 30) -> list[int]:
 def test_a_token_and_its_guesses_are_attended_row_by_row_at_any_context(monkeypatch, has_amx):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": has_amx})
     for dtype, context in product((torch.float32, torch.bfloat16), (100, 4096, 4097)):
-        num_rows = min(MOST_GUESSES + 1, rows_alone(torch.device("cpu"), dtype, context))
+        num_rows = min(MOST_GUESSES + 1, rows_alone(torch.device("cpu"), dtype)(context))
         span = Span(0, num_rows, context, ((0, context),))
         in_tiles = CompiledRows.plan([span], torch.arange(0), None, short=short_span(dtype)).tiles.spans
         assert num_rows >= 16
@@ -246,11 +246,8 @@ def test_no_more_guesses_are_tried_than_keep_their_rows_bits():
 
 def test_right_guesses_save_steps():
     engine, _ = told(max_tokens=50)
-    assert step_sizes(engine, max_tokens=50) == [
-        1,
-        32,
-        17,
-    ]  # the first brings the prompt; the last has no room for more
+    sizes = step_sizes(engine, max_tokens=50)
+    assert sizes == [1, 32, 17]  # the first brings the prompt; the last has no room for more
     assert engine.stats().num_draft_tokens == engine.stats().num_accepted_tokens == 31 + 16
     assert engine.stats().num_drafts == 2
 

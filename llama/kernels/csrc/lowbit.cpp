@@ -34,7 +34,7 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kTilesTogether = 4;        // weight tiles that meet the same activations while those are in the cache
+constexpr int64_t kTilesTogether = 4;        // weight tiles that no two threads share, where there are many rows
 constexpr int64_t kBytesPerThread = 16384;   // of packed weights: less is not worth waking a thread for
 constexpr int64_t kNumbersPerThread = 8192;  // of activations to round: the same
 constexpr int64_t kPanel = 32;      // tiles that "tiles" turns into numbers at a time: 512 weight rows
